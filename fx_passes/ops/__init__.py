@@ -1,0 +1,1 @@
+"""The operators `sus::attention` and `sus::attention_backward`, and what runs them."""

@@ -1,0 +1,105 @@
+"""One attention call: its tensors and its static parameters, as every implementation receives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SAMPLERS = ("systematic", "independent")
+FORWARDS = ("auto", "library")
+
+
+@dataclass(frozen=True)
+class Static:
+    """The parameters of one call that are no tensors.
+
+    Attributes:
+        scale: factor on query @ key^T.
+        left: a key may lie at most this many places before its query (sliding window); None is no bound.
+        right: a key may lie at most this many places after its query; 0 is causal, None is no bound.
+        bottom_right: places are counted from the last query and the last key instead of from the first ones.
+        softcap: logits become ``softcap * tanh(logits / softcap)``; 0 is off. It acts before masks and bias.
+        dropout_p: probability that a weight is dropped, in [0, 1).
+        sampler: one of `SAMPLERS`.
+        forward: "auto", or "library" to keep the bits of the library's kernel.
+        sample: False when no gradient is wanted, so that a forward that samples need not.
+        site: number of the call site; it separates the random streams of layers that share a seed.
+        state: number of the `fx_passes.state.State` that counts the kept entries; 0 is none.
+    """
+
+    scale: float
+    left: int | None = None
+    right: int | None = None
+    bottom_right: bool = False
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    sampler: str = "systematic"
+    forward: str = "auto"
+    sample: bool = True
+    site: int = 0
+    state: int = 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tensors of one call. Shapes: B batch, H query heads, G key heads (G divides H), M queries, N keys.
+
+    Attributes:
+        query: [B, H, M, D]; float64, float32, bfloat16 or float16.
+        key: [B, G, N, D], of the query's dtype.
+        value: [B, G, N, E], of the query's dtype.
+        attn_mask: bool, four dimensions, each 1 or that of [B, H, M, N]; True takes part.
+        attn_bias: float, shaped like `attn_mask`, added to the logits; it may want a gradient.
+        sinks: [H], one logit per head that enters the softmax's denominator and has no value.
+        query_ids, key_ids: int32 or int64 [B or 1, M] and [B or 1, N]; a query sees keys of its own number only.
+        prefix: int32 or int64 [B or 1]; keys before it are seen whatever `left` and `right` say.
+        static: the rest.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None
+    attn_bias: Tensor | None
+    sinks: Tensor | None
+    query_ids: Tensor | None
+    key_ids: Tensor | None
+    prefix: Tensor | None
+    static: Static
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return self.query.shape[1] // max(self.key.shape[1], 1)
+
+    @property
+    def diagonal(self) -> int:
+        """Key place minus query place on the band's main diagonal."""
+        return self.key.shape[2] - self.query.shape[2] if self.static.bottom_right else 0
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """What turns logits S into weights: ``W = exp(S - maximum) / total``, both [B, H, M].
+
+    Two tensors instead of a logsumexp: where every logit of a row is -1e9, ``-1e9 + log(N)`` has no room for
+    log(N) in float32. A row that sees no key has maximum 0 and total 1, hence W = 0.
+    """
+
+    maximum: Tensor
+    total: Tensor
+
+
+@dataclass(frozen=True)
+class Gradients:
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_bias: Tensor | None
+    sinks: Tensor | None
