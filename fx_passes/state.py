@@ -127,3 +127,14 @@ def draw(like: Tensor, state: int) -> tuple[Tensor, Tensor]:
 @draw.register_fake
 def _(like: Tensor, state: int) -> tuple[Tensor, Tensor]:
     return like.new_empty((), dtype=torch.float64), like.new_empty((), dtype=torch.int64)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(*output)
+
+
+def _backward(ctx: Any, *grads: Any) -> tuple[None, None]:
+    return None, None
+
+
+draw.register_autograd(_backward, setup_context=_setup)

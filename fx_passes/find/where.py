@@ -1,0 +1,35 @@
+"""Where a node comes from: module path and source line."""
+
+from __future__ import annotations
+
+import re
+
+from torch.fx import Node
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def locate(node: Node) -> tuple[str, str]:
+    """Module path (as in `named_modules`, "" for none) and "file.py:line" of the innermost user frame ("" if unknown)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for value in stack.values():
+        path = value[0]
+    return _module_path(path), _source(node.stack_trace or "")
+
+
+def _module_path(dynamo: str) -> str:
+    """``L['self']._modules['blocks']._modules['0'].attn`` as ``blocks.0.attn``."""
+    path = re.sub(r"^L\['(self|fn|[A-Za-z_]\w*)'\]", "", dynamo)
+    path = re.sub(r"\._modules\['([^']*)'\]", r".\1", path)
+    path = re.sub(r"\['([^']*)'\]|\[(\d+)\]", lambda m: "." + (m.group(1) or m.group(2)), path)
+    return path.removeprefix("._orig_mod").lstrip(".")
+
+
+def _source(trace: str) -> str:
+    frames = _FRAME.findall(trace)
+    outside = [f for f in frames if "/torch/" not in f[0]] or frames
+    if not outside:
+        return ""
+    file, line = outside[-1]
+    return f"{'/'.join(file.split('/')[-2:])}:{line}"

@@ -1,0 +1,86 @@
+"""What the pass found: one `Site` per attention, and a `Report` that a person can read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+REWRITTEN = "rewritten"
+LEFT = "left"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One softmax attention in a model.
+
+    Attributes:
+        module: path of the module that computes it, as in `named_modules`; "" for a plain function.
+        source: "file.py:12" of the user's line, or "".
+        ordinal: number among the attentions of one graph with the same module and source.
+        form: how it is written, such as "sdpa" or "matmul-softmax-matmul".
+        tier: 1, nothing M x N is left; 2, only softmax and the product with value are rewritten; 0, not rewritten.
+        mask: the kind of mask that the rewritten call has, such as "causal" or "none".
+        status: "rewritten" or "left".
+        reason: why it was left, in words.
+        number: index of the site in its backend: it separates the random streams of layers.
+    """
+
+    module: str
+    source: str
+    ordinal: int = 0
+    form: str = ""
+    tier: int = 0
+    mask: str = "none"
+    status: str = LEFT
+    reason: str = ""
+    number: int = 0
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.module, self.source, self.ordinal
+
+
+@dataclass
+class Report:
+    """The sites of all graphs that a backend has compiled; a site that is compiled again counts once."""
+
+    _sites: dict[tuple[str, str, int], Site] = field(default_factory=dict)
+
+    def number(self, key: tuple[str, str, int]) -> int:
+        """The number of the site with this key: that of an earlier compilation, or the next free one."""
+        known = self._sites.get(key)
+        return len(self._sites) if known is None else known.number
+
+    def add(self, site: Site) -> None:
+        self._sites[site.key] = site
+
+    @property
+    def sites(self) -> list[Site]:
+        return list(self._sites.values())
+
+    @property
+    def rewritten(self) -> int:
+        return sum(site.status == REWRITTEN for site in self._sites.values())
+
+    @property
+    def left(self) -> int:
+        return sum(site.status == LEFT for site in self._sites.values())
+
+    def __str__(self) -> str:
+        if not self._sites:
+            return "No softmax attention was found."
+        rows = [("module", "source", "form", "tier", "mask", "status")]
+        rows += [_row(site) for site in self._sites.values()]
+        head = f"{self.rewritten} of {len(self._sites)} attentions rewritten"
+        return "\n".join([head, *_table(rows)])
+
+
+def _row(site: Site) -> tuple[str, ...]:
+    status = site.status if not site.reason else f"{site.status}: {site.reason}"
+    return site.module or "-", site.source or "-", site.form, str(site.tier or "-"), site.mask, status
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    rows = list(rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
