@@ -50,7 +50,7 @@ def _rank() -> int:
 
 @dataclass
 class Kept:
-    """Counts of entries since the last `State.pop_kept`: kept, rows, and the entries that a dense backward would use."""
+    """Counts since the last `State.pop_kept`: entries kept, rows, and entries that a dense backward would use."""
 
     entries: float = 0.0
     rows: float = 0.0

@@ -46,7 +46,10 @@ class Case:
             "empty_row": lambda: ("attn_mask", (torch.arange(m) % 5 > 0).view(1, 1, m, 1)),
             "bias": lambda: ("attn_bias", normal(1, h, m, n)),
             "key_bias": lambda: ("attn_bias", normal(b, 1, 1, n)),
-            "uniform_row": lambda: ("attn_bias", torch.where(torch.arange(m) % 5 == 0, -1e9, 0.0).view(1, 1, m, 1).to(dtype)),
+            "uniform_row": lambda: (
+                "attn_bias",
+                torch.where(torch.arange(m) % 5 == 0, -1e9, 0.0).view(1, 1, m, 1).to(dtype),
+            ),
             "sinks": lambda: ("sinks", normal(h)),
             "prefix": lambda: ("prefix", torch.randint(1, n, (b,))),
         }

@@ -143,7 +143,9 @@ def test_dropped_weights_are_dropped_in_the_backward(sampler: str) -> None:
     value = tensors["value"]
     eye = torch.eye(value.shape[2], dtype=torch.float64).expand(2, 4, -1, -1)
     torch.manual_seed(11)
-    dropped = run({**tensors, "value": eye.requires_grad_()}, static, torch.zeros(2, 4, 40, 40).double(), INF, dropout_p=0.3)[0]
+    dropped = run(
+        {**tensors, "value": eye.requires_grad_()}, static, torch.zeros(2, 4, 40, 40).double(), INF, dropout_p=0.3
+    )[0]
     torch.testing.assert_close(dropped @ value, out)
     weights = dense(tensors, static).weights(dense(tensors, static).logits())
     factor = (dropped / weights.clamp_min(1e-300)).where(weights > 0, 0)
@@ -167,4 +169,3 @@ def test_streams_are_independent() -> None:
     for other in (sample.row_offsets(seed + 1, 3, 4, slice(0, 64)), sample.row_offsets(seed, 4, 4, slice(0, 64))):
         assert int((base == other).sum()) == 0
     assert base.unique().numel() == base.numel()
-

@@ -17,7 +17,10 @@ def error(found: Tensor, true: Tensor) -> float:
 
 
 def oracle(tensors: dict[str, Tensor], static: dict, grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    exact = {name: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for name, x in tensors.items()}
+    exact = {
+        name: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+        for name, x in tensors.items()
+    }
     out = dense_attention(dense(exact, static))
     wanted = {name: x for name, x in exact.items() if x.requires_grad}
     return out.detach(), dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), grad.double()), strict=True))
