@@ -27,7 +27,7 @@ from train_lm import ByteLM, Windows, standard_library  # noqa: E402
 from fx_passes import SUSBackend  # noqa: E402
 
 
-def loss(model, batch: Tensor) -> Tensor:  # noqa: ANN001 - a module or its compiled form
+def loss(model, batch: Tensor) -> Tensor:
     return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
 
@@ -51,7 +51,7 @@ def kind(name: str) -> str:
     return "rest"
 
 
-def gradients(function, model: ByteLM, x: Tensor) -> dict[str, Tensor]:  # noqa: ANN001
+def gradients(function, model: ByteLM, x: Tensor) -> dict[str, Tensor]:
     """Gradient per kind of parameter, flattened, for one sequence."""
     model.zero_grad()
     loss(function, x[None]).backward()

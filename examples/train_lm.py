@@ -89,7 +89,7 @@ class Training(L.LightningModule):
     def validation_step(self, batch: Tensor, _: int) -> None:
         self.log("val_loss", self.loss(batch), prog_bar=True)
 
-    def configure_optimizers(self):  # noqa: ANN201 - Lightning's own type is a union of a dozen
+    def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), self.lr, betas=(0.9, 0.95), weight_decay=0.1)
         warmup = max(1, self.steps // 20)
         schedule = torch.optim.lr_scheduler.LambdaLR(
