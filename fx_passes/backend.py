@@ -74,6 +74,10 @@ class SUSBackend:
             rewrite_graph(gm, Options(self.state, self.sampler, self.forward), self.report)
         return _compile(self.compiler, gm, example_inputs, kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SUSBackend:
+        """Itself: it is the handle of the graphs that it compiled. Lightning copies torch.compile's arguments."""
+        return self
+
     def __repr__(self) -> str:
         return f"SUSBackend(c={self.c:g}, sampler={self.sampler!r}, compiler={self.compiler!r})"
 

@@ -81,6 +81,10 @@ class State:
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, check_c(value) if name == "c" else value)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it is another state with the same c, seed and counter."""
+        return State, (self.c, self.seed, self.counter)
+
     def next_seed(self) -> int:
         """A fresh seed. It differs by rank, and it starts anew when `torch.manual_seed` sets another seed."""
         base = torch.initial_seed() if self.seed is None else self.seed

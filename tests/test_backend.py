@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -212,6 +214,16 @@ def test_import_is_light() -> None:
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         SUSBackend(**arguments)
+
+
+def test_copies_and_pickles() -> None:
+    """Lightning deep-copies the arguments of torch.compile; spawned processes get a pickle."""
+    backend = SUSBackend(c=5, seed=3)
+    backend.state.next_seed()
+    assert copy.deepcopy({"backend": backend})["backend"] is backend
+    other = pickle.loads(pickle.dumps(backend))
+    assert (other.c, other.state.seed, other.state.counter) == (5, 3, 1)
+    assert other.state.id != backend.state.id
 
 
 def test_bad_c_later_keeps_the_old_one() -> None:
