@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -72,12 +73,5 @@ class sus_backward(TorchFunctionMode):
 
     def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
         self.calls += 1
-        seed, state = self.state.next_seed(), self.state.id
-        options: dict[str, Any] = {
-            "c": self.c,
-            "sampler": self.sampler,
-            "forward": self.forward,
-            "seed": seed,
-            "state": state,
-        }
-        return sus_attention(*args, **kwargs, **options)
+        attention = partial(sus_attention, c=self.c, sampler=self.sampler, forward=self.forward)
+        return attention(*args, **kwargs, seed=self.state.next_seed(), state=self.state.id)
