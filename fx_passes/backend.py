@@ -74,20 +74,27 @@ class SUSBackend:
             rewrite_graph(gm, Options(self.state, self.sampler, self.forward), self.report)
         return _compile(self.compiler, gm, example_inputs, kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SUSBackend:
+        """Itself: it is the handle of the graphs that it compiled. Lightning copies torch.compile's arguments."""
+        return self
+
     def __repr__(self) -> str:
         return f"SUSBackend(c={self.c:g}, sampler={self.sampler!r}, compiler={self.compiler!r})"
 
 
-def _compile(compiler: str, gm: GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
+def _compile(
+    compiler: str, gm: GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]
+) -> Callable[..., Any]:
     if compiler == "inductor":
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
         mode = kwargs.get("mode")
         patches = {**(list_mode_options(mode) if mode else {}), **(kwargs.get("options") or {})}
-        return compile_fx(gm, list(example_inputs), config_patches=patches or None)  # type: ignore[no-any-return]
-    found: Callable[..., Any] = torch._dynamo.lookup_backend(compiler)
-    return found(gm, list(example_inputs))
+        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches or None)
+    else:
+        compiled = torch._dynamo.lookup_backend(compiler)(gm, list(example_inputs))
+    return compiled  # type: ignore[no-any-return]
 
 
 _by_options: dict[tuple[tuple[str, Any], ...], SUSBackend] = {}

@@ -50,7 +50,7 @@ def _rank() -> int:
 
 @dataclass
 class Kept:
-    """Counts of entries since the last `State.pop_kept`: kept, rows, and the entries that a dense backward would use."""
+    """Counts since the last `State.pop_kept`: entries kept, rows, and entries that a dense backward would use."""
 
     entries: float = 0.0
     rows: float = 0.0
@@ -80,6 +80,10 @@ class State:
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, check_c(value) if name == "c" else value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it is another state with the same c, seed and counter."""
+        return State, (self.c, self.seed, self.counter)
 
     def next_seed(self) -> int:
         """A fresh seed. It differs by rank, and it starts anew when `torch.manual_seed` sets another seed."""

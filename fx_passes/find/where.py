@@ -10,7 +10,7 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def locate(node: Node) -> tuple[str, str]:
-    """Module path (as in `named_modules`, "" for none) and "file.py:line" of the innermost user frame ("" if unknown)."""
+    """Module path as in `named_modules`, and "file.py:line" of the innermost user frame; "" for what is unknown."""
     stack = node.meta.get("nn_module_stack") or {}
     path = ""
     for value in stack.values():

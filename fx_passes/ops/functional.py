@@ -90,7 +90,7 @@ def attend_logits(logits: Tensor, value: Tensor, c: Tensor, seed: Tensor, **opti
     It is `attend` with an empty head_dim and the logits as bias: their gradient is dense in memory, with about c
     entries per row that are not zero.
     """
-    *lead, m, n = logits.shape
+    *lead, m, _ = logits.shape
     query = logits.new_empty((*lead, m, 0), dtype=value.dtype)
     key = value.new_empty((*value.shape[:-1], 0))
     return attend(query, key, value, c, seed, attn_bias=logits, scale=1.0, **options)
@@ -111,8 +111,12 @@ def _leading(query: Tensor, key: Tensor, value: Tensor) -> list[int]:
     rank = query.dim() - 2
     if rank == 0:
         return []
-    batch = torch.broadcast_shapes(query.shape[: rank - 1], key.shape[: key.dim() - 3], value.shape[: value.dim() - 3])
+    batch = _broadcast(query.shape[: rank - 1], key.shape[: key.dim() - 3], value.shape[: value.dim() - 3])
     return [*batch, query.shape[rank - 1]]
+
+
+def _broadcast(*shapes: torch.Size) -> torch.Size:
+    return torch.broadcast_shapes(*shapes)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _four(x: Tensor, lead: list[int]) -> Tensor:
@@ -278,7 +282,7 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
         allowed = f"a divisor of {heads}" if enable_gqa else f"{heads} (or set enable_gqa=True)"
         raise ValueError(f"the number of key heads must be {allowed}, but it is {groups}")
     try:
-        torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+        _broadcast(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     except RuntimeError:
         raise ValueError(
             f"the batch dimensions of query, key and value do not fit: {tuple(query.shape)}, {tuple(key.shape)}, "

@@ -15,7 +15,7 @@ _STATICS = 11
 
 
 def _problem(tensors: tuple[Tensor | None, ...], static: tuple[Any, ...]) -> Problem:
-    return Problem(*tensors, static=Static(*static))  # type: ignore[arg-type]
+    return Problem(*tensors, static=Static(*static))  # type: ignore[arg-type, misc]
 
 
 @torch.library.custom_op("sus::attention", mutates_args=())
@@ -113,7 +113,9 @@ def attention_backward(
 @attention_backward.register_fake
 def _(*args: Any) -> list[Tensor]:
     query, key, value, bias, sinks, bias_grad = args[5], args[6], args[7], args[9], args[10], args[17]
-    wanted = [query, key, value] + ([bias] if bias is not None and bias_grad else []) + ([] if sinks is None else [sinks])
+    wanted = (
+        [query, key, value] + ([bias] if bias is not None and bias_grad else []) + ([] if sinks is None else [sinks])
+    )
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted]
 
 

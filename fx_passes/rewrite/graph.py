@@ -69,6 +69,3 @@ def _insert_draw(before: Node, like: Node, state: State) -> tuple[Node, Node]:
     with graph.inserting_before(before):
         both = graph.call_function(torch.ops.sus.draw.default, (like, state.id))
         return graph.call_function(operator.getitem, (both, 0)), graph.call_function(operator.getitem, (both, 1))
-
-
-

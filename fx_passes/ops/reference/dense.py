@@ -76,9 +76,7 @@ def dense_attention(problem: Dense, dropout: Tensor | None = None) -> Tensor:
     return (weights if dropout is None else weights * dropout.double()) @ value
 
 
-def sus_gradients(
-    problem: Dense, grad: Tensor, multiplier: Tensor, dropout: Tensor | None = None
-) -> dict[str, Tensor]:
+def sus_gradients(problem: Dense, grad: Tensor, multiplier: Tensor, dropout: Tensor | None = None) -> dict[str, Tensor]:
     """Gradients of the float tensors of a problem, with every explicit W_ij replaced by ``W_ij * multiplier_ij``.
 
     Args:
@@ -103,7 +101,7 @@ def sus_gradients(
     grad_logits = kept * (factor * (grad @ value.mT) - delta)
     gradients = dict(zip(inputs, torch.autograd.grad(logits, list(inputs.values()), grad_logits), strict=True))
     per_head = (kept * factor).mT @ grad
-    gradients["value"] = per_head.unflatten(1, (groups, -1)).sum(2)
+    gradients["value"] = per_head.reshape(per_head.shape[0], groups, -1, *per_head.shape[2:]).sum(2)
     if problem.sinks is not None:
         gradients["sinks"] = -((1 - weights.sum(-1, keepdim=True)) * delta).sum((0, 2, 3))
     return gradients

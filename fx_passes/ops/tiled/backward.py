@@ -40,10 +40,12 @@ def backward(
 ) -> tuple[Gradients, int]:
     """Gradients, and the number of entries used. Arguments as in `schema.attention_backward`."""
     dtype = problem.accumulate_dtype
-    zeros = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (problem.query, problem.key, problem.value)]
+    query, key, value = (
+        torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (problem.query, problem.key, problem.value)
+    )
     wants_bias = bias_grad and problem.attn_bias is not None
     bias = torch.zeros(problem.attn_bias.shape, dtype=dtype, device=grad.device) if wants_bias else None  # type: ignore[union-attr]
-    sums = _Sums(*zeros, bias)
+    sums = _Sums(query, key, value, bias)
     delta = (grad.to(dtype) * out.to(dtype)).sum(-1)
     limit = float(c)
     if not math.isinf(limit):

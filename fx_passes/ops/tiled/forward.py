@@ -10,6 +10,7 @@ from fx_passes.ops.tiled.dropout import dropout_factor
 from fx_passes.ops.tiled.library import library_applies, library_forward
 from fx_passes.ops.tiled.tiles import grouped, row_blocks, row_softmax, tiles
 
+
 def forward(problem: Problem, dropout_seed: Tensor) -> tuple[Tensor, Softmax]:
     """Out [B, H, M, E] in the query's dtype, and the softmax of every row."""
     if library_applies(problem):
