@@ -1,0 +1,25 @@
+"""SUS backprop for PyTorch Lightning: a callback, schedules of c, and gradient-variance metrics."""
+
+from sus_lightning.callback import SUSBackprop
+from sus_lightning.metrics import GradientVariance
+from sus_lightning.schedules import (
+    ConstantSchedule,
+    CosineSchedule,
+    ExponentialSchedule,
+    LinearSchedule,
+    Schedule,
+    StepSchedule,
+)
+from sus_lightning.variance_target import VarianceTarget
+
+__all__ = [
+    "ConstantSchedule",
+    "CosineSchedule",
+    "ExponentialSchedule",
+    "GradientVariance",
+    "LinearSchedule",
+    "SUSBackprop",
+    "Schedule",
+    "StepSchedule",
+    "VarianceTarget",
+]

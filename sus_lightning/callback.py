@@ -1,0 +1,298 @@
+"""SUSBackprop: trains a LightningModule with a SUS backward."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks.callback import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+from fx_passes import SUSBackend
+from fx_passes.state import Kept
+from sus_lightning.compilation import Compilation, plan
+from sus_lightning.probe import Probe, copied
+from sus_lightning.schedules import ConstantSchedule, Schedule, as_schedule, check_count, schedule_name, value_at
+from sus_lightning.strategies import check_strategy
+
+
+class SUSBackprop(Callback):
+    """Gives softmax attention the sparse, unbiased backward of SUS backprop (arXiv 2505.15080) while a model trains.
+
+    When ``fit`` starts, the submodules of the LightningModule are compiled in place by a
+    :class:`~fx_passes.SUSBackend`, which finds attention in their graphs and exchanges its backward; the forward stays
+    as it is. Validation, test and prediction run the module as it was given, and so does everything after ``fit``.
+    A module that was already compiled (``torch.compile(lightning_module)``, ``self.model = torch.compile(...)``,
+    ``self.model.compile()``) is compiled with the same mode, and given back as it was.
+
+    Every ``variance_every_n_steps`` optimizer steps a probe measures how much variance SUS adds to the gradient,
+    relative to the variance that it has from the choice of the batch. It never changes training: weights are bitwise
+    equal with and without probes.
+
+    Logged for all loggers, and for callbacks such as ``ModelCheckpoint(monitor=...)``:
+
+    - ``sus/c``, ``sus/attention_rewritten`` (attention sites in the compiled graphs);
+    - ``sus/kept_per_row``, ``sus/kept_fraction``: entries kept per query row, and of all that a dense backward uses,
+      over the steps since they were last logged, over all ranks;
+    - ``sus/relative_variance`` (0.01 is an increase by 1%), also per kind of parameter (``sus/relative_variance/q``,
+      ``k``, ``v``, ``o``, ``qkv``, ``rest``) and per layer, ``sus/worst_relative_variance`` (of the attention projections),
+      ``sus/sus_variance``, ``sus/batch_variance``, ``sus/gradient_noise_scale``: see
+      :class:`~sus_lightning.GradientVariance`.
+
+    Note:
+        c and the number of draws so far are saved in checkpoints: a run that was resumed draws what the run without
+        interruption would have drawn. With a schedule that has state (:class:`~sus_lightning.VarianceTarget`) so is
+        the schedule.
+
+    Note:
+        If no attention was rewritten after the first training step, ``fit`` stops with an error that shows what was
+        found and why it was left.
+
+    Example::
+
+        from lightning.pytorch import Trainer
+        from sus_lightning import LinearSchedule, SUSBackprop, VarianceTarget
+
+        trainer = Trainer(callbacks=[SUSBackprop(c=30)])
+        trainer = Trainer(callbacks=[SUSBackprop(c=LinearSchedule(256, 30, steps=2000))])
+        trainer = Trainer(callbacks=[SUSBackprop(c=VarianceTarget(0.01))])
+        trainer = Trainer(callbacks=[SUSBackprop(c=lambda step: 256 / (1 + step / 100))])
+
+    Args:
+        c: expected number of kept entries per query row and head, above 0; ``float("inf")`` is the exact backward.
+            A schedule, a dict ``{step: c}`` or any callable of the global step sets it before each training step,
+            without recompilation.
+        sampler: "systematic" (one draw per row) or "independent" (one per entry, as in the paper).
+        compiler: what runs the rewritten graphs: "inductor", "aot_eager" or "eager".
+        variance_every_n_steps: optimizer steps between two probes; 0 turns them off. The first probe is at step 1.
+        variance_draws: SUS gradients per probe, at least 1. A probe costs ``2 + variance_draws`` forward and backward
+            passes, two of them with the exact backward.
+        seed: fixes the draws; ``None`` follows ``seed_everything``.
+        mode: of ``torch.compile``, for modules that the user did not compile; ``compiler="inductor"`` only.
+        modules: names of the submodules to compile; ``None`` is all children.
+
+    Raises:
+        TypeError, ValueError: an argument is not allowed; the message names it.
+        MisconfigurationException: no attention was rewritten, or the strategy is DeepSpeed.
+
+    """
+
+    def __init__(
+        self,
+        c: float | Schedule | dict[int, float] | Callable[[int], float] = 30.0,
+        sampler: str = "systematic",
+        compiler: str = "inductor",
+        variance_every_n_steps: int = 200,
+        variance_draws: int = 1,
+        seed: int | None = None,
+        mode: str | None = None,
+        modules: list[str] | None = None,
+    ) -> None:
+        self.schedule = as_schedule(c)
+        self.variance_every_n_steps = check_count("variance_every_n_steps", variance_every_n_steps)
+        self.variance_draws = check_count("variance_draws", variance_draws, at_least=1)
+        self._mode, self._modules = _check_mode(mode, compiler), _check_modules(modules)
+        start = self.schedule.c if isinstance(self.schedule, ConstantSchedule) else math.inf
+        self.backend = SUSBackend(c=start, sampler=sampler, compiler=compiler, seed=seed)
+        self._module: weakref.ref[pl.LightningModule] | None = None
+        self._compilation: Compilation | None = None
+        self._probe: Probe | None = None
+        self._previous: tuple[Any, int] | None = None
+        self._probed_step = 0
+        self._variance: dict[str, float] = {}
+        self._checked = False
+        if _observes(self.schedule) and not self.variance_every_n_steps:
+            raise ValueError(
+                f"variance_every_n_steps must be above 0 for c={schedule_name(self.schedule)}, which adapts c from the "
+                f"probes, but it is 0"
+            )
+
+    @property
+    def c(self) -> float:
+        """The c in use."""
+        return self.backend.c
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        check_strategy(trainer)
+        self._forget()
+        self._probed_step, self._variance = 0, {}
+        known = self._module() if self._module is not None else None
+        if known is not None and known is not pl_module:
+            # The report of another module would hide that nothing is found in this one.
+            old = self.backend
+            self.backend = SUSBackend(old.c, old.sampler, old.compiler, old.state.seed)
+            self.backend.state.counter = old.state.counter
+        self._module = weakref.ref(pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not in `setup`: `configure_model` and the strategy, which may create and wrap modules, run after it.
+        options = {} if self._mode is None else {"mode": self._mode}
+        self._compilation = plan(pl_module, self.backend, self._modules, options)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._enable()
+        if not self.variance_every_n_steps:
+            return
+        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            rank_zero_warn("SUSBackprop measures no variance: training_step takes a dataloader_iter instead of a batch.")
+            return
+        self._probe = Probe(trainer, pl_module, self.backend, self.variance_draws)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._disable()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._enable()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # The last batch of an epoch may be a small one. Decided by what is the same on all ranks.
+        if trainer.num_training_batches > 2:
+            self._previous = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        self.backend.c = value_at(self.schedule, step)
+        if self._probe is not None:
+            if self._is_due(step) and self._previous is not None and not self._is_odd(trainer):
+                self._variance = self._probe(batch, self._previous, batch_idx)
+                self._probed_step = step
+                if isinstance(self.schedule, Schedule):
+                    self.schedule.observe(self._variance)
+                    self.backend.c = value_at(self.schedule, step)
+                self._publish(trainer, pl_module, self._variance, shown=("relative_variance",))
+            soon = self._is_due(step) or self._is_due(step + 1)
+            self._previous = (copied(batch), batch_idx) if soon else None
+        if not trainer.barebones:
+            pl_module.log("sus/c", self.backend.c, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._checked and (outputs is not None or not pl_module.automatic_optimization):
+            self._checked = True
+            self._check_rewritten(pl_module)
+        if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
+            self._log_now(trainer, {"c": self.backend.c})
+            values = _kept(trainer, self.backend.state.pop_kept())
+            values["attention_rewritten"] = float(self.backend.report.rewritten)
+            self._publish(trainer, pl_module, values)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._disable()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._disable()
+        self._forget()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._disable()
+        self._forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "c": self.backend.c,
+            "counter": self.backend.state.counter,
+            "probed_step": self._probed_step,
+            "variance": dict(self._variance),
+        }
+        if isinstance(self.schedule, Schedule):
+            state["schedule"] = self.schedule.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.backend.c = state_dict["c"]
+        self.backend.state.counter = state_dict["counter"]
+        self._probed_step = state_dict["probed_step"]
+        self._variance = dict(state_dict["variance"])
+        if isinstance(self.schedule, Schedule) and state_dict.get("schedule"):
+            self.schedule.load_state_dict(state_dict["schedule"])
+
+    def _enable(self) -> None:
+        if self._compilation is not None:
+            self._compilation.enable()
+
+    def _disable(self) -> None:
+        if self._compilation is not None:
+            self._compilation.disable()
+
+    def _forget(self) -> None:
+        self._compilation = self._probe = self._previous = None
+        self._checked = False
+
+    def _is_due(self, step: int) -> bool:
+        """Whether a probe belongs to this step, or to an earlier one at which it was not possible."""
+        every = self.variance_every_n_steps
+        return step >= 1 and (step - 1) // every > (self._probed_step - 1) // every
+
+    def _is_odd(self, trainer: pl.Trainer) -> bool:
+        return trainer.is_last_batch and trainer.num_training_batches > 2
+
+    def _check_rewritten(self, pl_module: pl.LightningModule) -> None:
+        report, modules = self.backend.report, self._compilation.modules if self._compilation else []
+        if report.rewritten:
+            rank_zero_info(f"SUSBackprop: {report}")
+            return
+        raise MisconfigurationException(
+            f"SUSBackprop rewrote no attention of {type(pl_module).__name__}: it would train without SUS. Compiled were "
+            f"the submodules {modules}; attention that is computed in the LightningModule's own methods, or in a method "
+            f"other than forward of a submodule, is not seen: move it into a submodule, or name that in `modules`.\n"
+            f"{report}"
+        )
+
+    def _publish(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, values: dict[str, float], shown: tuple[str, ...] = ()
+    ) -> None:
+        """To the loggers at this very step, and to `trainer.callback_metrics` and the progress bar."""
+        self._log_now(trainer, values)
+        if trainer.barebones:
+            return
+        for name, value in values.items():
+            pl_module.log(f"sus/{name}", value, prog_bar=name in shown, logger=False, on_step=True, on_epoch=False)
+
+    def _log_now(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
+        # Not by `self.log`, which writes at the next step of `log_every_n_steps`: a probe is seldom at one.
+        for logger in trainer.loggers:
+            named = {f"sus/{name}": value for name, value in values.items()}
+            logger.log_metrics(named, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _kept(trainer: pl.Trainer, kept: Kept) -> dict[str, float]:
+    counts = torch.tensor([kept.entries, kept.rows, kept.dense], device=trainer.strategy.root_device)
+    entries, rows, dense = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+    return {"kept_per_row": entries / rows, "kept_fraction": entries / dense} if rows else {}
+
+
+def _observes(schedule: Callable[[int], float]) -> bool:
+    return isinstance(schedule, Schedule) and type(schedule).observe is not Schedule.observe
+
+
+def _check_mode(mode: Any, compiler: str) -> str | None:
+    if mode is None:
+        return None
+    allowed = list(torch._inductor.list_mode_options())
+    if mode not in allowed:
+        raise ValueError(f"mode must be None or one of {', '.join(map(repr, allowed))}, but it is {mode!r}")
+    if compiler != "inductor":
+        raise ValueError(f"mode is for compiler='inductor' only, but mode is {mode!r} and compiler is {compiler!r}")
+    return str(mode)
+
+
+def _check_modules(modules: Any) -> list[str] | None:
+    if modules is None:
+        return None
+    if isinstance(modules, str) or not isinstance(modules, Sequence) or not all(isinstance(m, str) for m in modules):
+        raise TypeError(f"modules must be a list of names of submodules or None, but it is {modules!r}")
+    if not modules:
+        raise ValueError("modules must name at least one submodule, but it is empty")
+    return list(modules)

@@ -1,0 +1,119 @@
+"""The probe: measures gradient variance on training batches without any effect on training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+from fx_passes import SUSBackend
+from sus_lightning.gradients import Gradients, StepGradient, muted
+from sus_lightning.metrics import GradientVariance
+from sus_lightning.parameter_kinds import clean_name
+from sus_lightning.snapshot import Snapshot
+from sus_lightning.strategies import copies, is_sharded, local
+
+# Draws of a probe come from a part of the counter's range that training never reaches: had they been those of the
+# training step that follows, a c adapted from them would depend on that step's own noise.
+_APART = 1 << 40
+
+
+class Probe:
+    """Measures the variance that SUS adds to the gradient of ``training_step``.
+
+    On the training batch it takes the exact gradient (c = infinity) and `draws` SUS gradients with the same dropout
+    masks, and on the batch before it another exact gradient. The pair gives the batch gradient's own variance with the
+    shapes that training uses, so nothing is compiled anew: a graph of half the batch would be, and the next training
+    step might then run in that graph, with other rounding.
+
+    Args:
+        trainer: in fit, with optimizers.
+        root: its LightningModule.
+        backend: whose c and random state is used.
+        draws: SUS gradients per probe, at least 1.
+    """
+
+    def __init__(self, trainer: pl.Trainer, root: pl.LightningModule, backend: SUSBackend, draws: int) -> None:
+        named = [(clean_name(name), p) for name, p in root.named_parameters() if p.requires_grad]
+        self.trainer, self.root, self.backend, self.draws = trainer, root, backend, draws
+        self.parameters = [p for _, p in named]
+        self._gradient = StepGradient(trainer, root, self.parameters)
+        self._sharded = is_sharded(trainer)
+        ranks = 1 if self._sharded else trainer.world_size
+        accumulated = trainer.accumulate_grad_batches if root.automatic_optimization else 1
+        self.metric = GradientVariance(
+            ((name, local(p).shape) for name, p in named), batches_per_step=ranks * accumulated
+        )
+        device = root.device
+        self.metric.to(device if device.type != "mps" else "cpu")  # mps has no float64
+
+    def __call__(self, batch: Any, previous: tuple[Any, int], batch_idx: int) -> dict[str, float]:
+        """The values of `GradientVariance`, reduced over ranks. All ranks must call it at the same step.
+
+        Args:
+            batch: of the training step to come, on the device.
+            previous: the batch of another step and its index.
+            batch_idx: index of `batch`.
+        """
+        self.metric.reset()
+        snapshot = Snapshot(self.root, self.backend.state)
+        try:
+            with muted(self.trainer, self.root):
+                self._measure(snapshot, self._arguments(batch, batch_idx), self._arguments(*previous))
+        finally:
+            snapshot.restore()
+        return {name: float(value) for name, value in self.metric.compute().items()}
+
+    def _measure(self, snapshot: Snapshot, this: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+        state = self.backend.state
+        c, counter = state.c, state.counter + _APART
+        state.c = math.inf
+        exact = self._gradient(copied(this))
+        if exact is None or not _finite(exact):
+            return
+        for draw in range(self.draws):
+            snapshot.restore()  # the same dropout masks, and the same module as the exact gradient saw
+            state.c, state.counter = c, counter + draw * len(self.backend.report.sites)
+            self._update(exact, sus=self._gradient(copied(this)))
+        # Other dropout masks than those of the exact gradient: they are part of the batch gradient's variance.
+        snapshot.restore(random=False)
+        state.c = math.inf
+        self._update(exact, other=self._gradient(copied(other)))
+
+    def _update(self, exact: Gradients, **second: Gradients | None) -> None:
+        (name, gradients), *_ = second.items()
+        if gradients is None or not _finite(gradients):
+            return
+        weights = None
+        if self._sharded:
+            weights = [1.0 if g is None else 1.0 / copies(g) for g in exact]
+        self.metric.update(
+            _local(exact),
+            **{name: _local(gradients)},
+            weights=weights,
+            counts=not self._sharded or self.trainer.is_global_zero,
+        )
+
+    def _arguments(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        takes_index = is_param_in_hook_signature(self.root.training_step, "batch_idx", min_args=2)
+        return {"batch": batch, **({"batch_idx": batch_idx} if takes_index else {})}
+
+
+def copied(batch: Any) -> Any:
+    """A batch with tensors and containers of its own: a training step may write into it, or take things out."""
+    return apply_to_collection(batch, Tensor, torch.clone)
+
+
+def _local(gradients: Gradients) -> Gradients:
+    return [None if g is None else local(g) for g in gradients]
+
+
+def _finite(gradients: Gradients) -> bool:
+    sums = [local(g).sum(dtype=torch.float64) for g in gradients if g is not None]
+    return bool(torch.stack(sums).isfinite().all()) if sums else False
