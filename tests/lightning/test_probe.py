@@ -1,0 +1,246 @@
+"""A probe leaves no trace: runs with and without probes end in bitwise equal weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from models import LM, Nasty, Plain, Tokens, equal, loader, loss_of, trainer, weights
+from torch.utils.data import DataLoader
+
+from fx_passes.state import State
+from sus_lightning import SUSBackprop
+from sus_lightning.snapshot import Snapshot
+
+
+class Manual(Plain):
+    """Two optimizers, toggled, each stepping every other batch, with clipping and a scheduler."""
+
+    def __init__(self) -> None:
+        super().__init__(LM(dropout=0.1))
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer, scheduler in zip(self.optimizers(), self.lr_schedulers(), strict=True):
+            with optimizer.toggle_model():
+                loss = loss_of(self.model(batch), batch)
+                self.manual_backward(loss)
+                self.clip_gradients(optimizer, 0.5, "norm")
+                if batch_idx % 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    scheduler.step()
+
+    def configure_optimizers(self) -> Any:
+        layers = torch.optim.Adam(self.model.layers.parameters(), lr=1e-2)
+        others = [p for name, p in self.model.named_parameters() if not name.startswith("layers")]
+        optimizers = [layers, torch.optim.SGD(others, lr=1e-2, momentum=0.9)]
+        return optimizers, [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in optimizers]
+
+
+class Reentrant(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        hidden = self.model.embedding(batch)
+        for layer in self.model.layers:
+            hidden = torch.utils.checkpoint.checkpoint(layer, hidden, use_reentrant=True)
+        return loss_of(self.model.head(hidden), batch)
+
+
+class DictTokens(Tokens):
+    def __getitem__(self, i: int) -> Any:
+        return {"tokens": super().__getitem__(i)}
+
+
+def run(make: type, every: int, dicts: bool = False, compiler: str = "aot_eager", **options: Any) -> Any:
+    torch._dynamo.reset()
+    seed_everything(3, verbose=False)
+    module = make()
+    callback = SUSBackprop(c=4, compiler=compiler, variance_every_n_steps=every, variance_draws=2)
+    if make is Reentrant:
+        callback = SUSBackprop(c=4, compiler=compiler, variance_every_n_steps=every, modules=["model.layers.0", "model.layers.1"])
+    data = DataLoader(DictTokens(30), batch_size=4) if dicts else loader(30)
+    fit = trainer(callbacks=[callback], max_steps=7, **options)
+    fit.fit(module, data)
+    return module, callback, fit
+
+
+CASES: dict[str, tuple[type, dict[str, Any]]] = {
+    "plain": (Plain, {}),
+    "dropout, batch norm, metrics, logging, attributes": (Nasty, {}),
+    "a training step that takes things out of its batch": (Nasty, {"dicts": True}),
+    "gradient accumulation and clipping": (Nasty, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}),
+    "manual optimization": (Manual, {}),
+    "reentrant checkpoints": (Reentrant, {}),
+    "bf16-mixed": (Nasty, {"precision": "bf16-mixed"}),
+    "bf16-true": (Plain, {"precision": "bf16-true"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_bitwise_equal_with_and_without_probes(case: str) -> None:
+    make, options = CASES[case]
+    probed, callback, fit = run(make, 2, **options)
+    plain, other, _ = run(make, 0, **options)
+    assert fit.callback_metrics["sus/relative_variance"] > 0
+    assert "sus/relative_variance" not in _.callback_metrics
+    assert equal(weights(probed), weights(plain))
+    assert callback.backend.state.counter == other.backend.state.counter
+    if make is Nasty:
+        assert probed.calls == plain.calls == len(probed.losses)
+        assert probed.by_name.keys() == plain.by_name.keys()
+        assert torch.equal(probed.by_name["sum"], plain.by_name["sum"])
+        assert torch.equal(fit.callback_metrics["mean_epoch"], _.callback_metrics["mean_epoch"])
+
+
+def test_weights_are_bitwise_equal_with_inductor() -> None:
+    probed, *_ = run(Nasty, 2, compiler="inductor")
+    plain, *_ = run(Nasty, 0, compiler="inductor")
+    assert equal(weights(probed), weights(plain))
+
+
+def test_grads_keep_their_identity_and_an_exception_in_a_probe_restores() -> None:
+    class Fails(Nasty):
+        fail = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            output = super().training_step(batch, batch_idx)
+            if self.fail:
+                raise ArithmeticError("planted")
+            return output
+
+    seed_everything(0, verbose=False)
+    module = Fails()
+    callback = SUSBackprop(c=4, compiler="eager", variance_every_n_steps=3)
+    seen = {}
+
+    class Watch(SUSBackprop):
+        pass
+
+    fit = trainer(callbacks=[callback], max_steps=4)
+
+    def before(*_: Any) -> None:
+        if fit.global_step == 1:
+            module.fail = True
+            seen.update(grads=[p.grad for p in module.parameters()], weights=weights(module), calls=module.calls)
+            seen.update(rng=torch.get_rng_state(), counter=callback.backend.state.counter, log=vars(module).get("log"))
+
+    original = callback.on_train_batch_start
+    callback.on_train_batch_start = lambda *a: (before(), original(*a))  # type: ignore[method-assign]
+    with pytest.raises(ArithmeticError, match="planted"):
+        fit.fit(module, loader())
+    assert [p.grad for p in module.parameters()] == seen["grads"] or all(
+        a is b for a, b in zip((p.grad for p in module.parameters()), seen["grads"], strict=True)
+    )
+    assert equal(weights(module), seen["weights"])
+    assert module.calls == seen["calls"]
+    assert torch.equal(torch.get_rng_state(), seen["rng"])
+    assert callback.backend.state.counter == seen["counter"]
+    assert vars(module).get("log") is seen["log"]
+    assert callback.backend.c == 4
+    assert module.model._compiled_call_impl is None
+
+
+def test_a_probe_measures_what_a_direct_computation_measures() -> None:
+    """The values of one probe against gradients that are computed here, by hand."""
+    seed_everything(1, verbose=False)
+    module = Plain()
+    callback = SUSBackprop(c=4, compiler="eager", variance_every_n_steps=1, variance_draws=300)
+    batches = list(loader())
+    expected = {}
+
+    class Direct(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        pass
+
+    original = callback.on_train_batch_start
+
+    def direct(fit: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        original(fit, pl_module, batch, batch_idx)
+        if fit.global_step != 1:
+            return
+        callback._disable()  # the untouched module
+        gradients = []
+        for tokens in batches[:2]:
+            loss = loss_of(module.model(tokens), tokens)
+            gradients.append(torch.autograd.grad(loss, list(module.parameters())))
+        callback._enable()
+        g1, g2 = (torch.cat([g.flatten() for g in gs]).double() for gs in gradients)
+        expected["batch_variance"] = float((g1 - g2).square().sum() / 2)
+        expected["gradient_noise_scale"] = expected["batch_variance"] / float(g1 @ g2)
+        state = callback.backend.state.counter
+        noise = []
+        for _ in range(300):
+            loss = loss_of(module.model(batches[1]), batches[1])
+            g = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))]).double()
+            noise.append(float((g - g2).square().sum()))
+        callback.backend.state.counter = state
+        expected["sus_variance"] = sum(noise) / len(noise)
+        expected["error"] = float(torch.tensor(noise).std()) / len(noise) ** 0.5
+
+    callback.on_train_batch_start = direct  # type: ignore[method-assign]
+    fit = trainer(callbacks=[callback], max_steps=2)
+    fit.fit(module, batches)
+    values = callback._variance
+    assert values["batch_variance"] == pytest.approx(expected["batch_variance"], rel=1e-4)
+    # The scale is NaN where the product of the two gradients is negative.
+    if expected["gradient_noise_scale"] > 0:
+        assert values["gradient_noise_scale"] == pytest.approx(expected["gradient_noise_scale"], rel=1e-3)
+    assert abs(values["sus_variance"] - expected["sus_variance"]) < 5 * 2**0.5 * expected["error"]
+    assert values["relative_variance"] == pytest.approx(values["sus_variance"] / values["batch_variance"])
+
+
+def test_probe_compiles_nothing() -> None:
+    torch._dynamo.reset()
+    seed_everything(0, verbose=False)
+    frames = []
+
+    class Count(SUSBackprop):
+        def on_train_batch_end(self, *args: Any) -> None:
+            super().on_train_batch_end(*args)
+            frames.append(sum(torch._dynamo.utils.counters["frames"].values()))
+
+    torch._dynamo.utils.counters.clear()
+    trainer(callbacks=[Count(c=4, compiler="aot_eager", variance_every_n_steps=1)]).fit(Plain(), loader())
+    assert frames[0] > 0
+    assert len(set(frames)) == 1
+
+
+def test_probe_at_the_default_interval_is_at_step_1_and_then_every_n() -> None:
+    steps = []
+
+    class Steps(SUSBackprop):
+        def _publish(self, fit: Any, module: Any, values: Any, shown: Any = ()) -> None:
+            if "relative_variance" in values:
+                steps.append(fit.global_step)
+
+    trainer(callbacks=[Steps(c=4, compiler="eager", variance_every_n_steps=5)], max_steps=14).fit(Plain(), loader(20))
+    # 20 / 4 = 5 batches per epoch: step 1 is the second batch; step 6 is the second of the next epoch.
+    assert steps == [1, 6, 11]
+
+
+def test_snapshot_restores_tensors_in_place() -> None:
+    module = Nasty()
+    state = State(3.0)
+    snapshot = Snapshot(module, state)
+    average, total, losses = module.average, module.by_name["sum"], module.losses
+    with torch.no_grad():
+        average.add_(1)
+        total.add_(1)
+    losses.append(total)
+    module.average = torch.ones(())
+    module.added = 1  # type: ignore[assignment]
+    module.mean.update(3.0)
+    module.model.layers[0].batch_norm.eval()
+    state.counter, state.c = 7, 9.0
+    snapshot.restore()
+    assert module.average is average
+    assert average == 0
+    assert module.by_name["sum"] is total
+    assert total == 0
+    assert module.losses is losses
+    assert losses == []
+    assert not hasattr(module, "added")
+    assert module.mean.update_count == 0
+    assert module.model.layers[0].batch_norm.training
+    assert (state.counter, state.c) == (0, 3.0)
