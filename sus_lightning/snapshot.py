@@ -18,6 +18,7 @@ Restore = Callable[[], None]
 
 # What nn.Module and LightningModule keep for themselves; a training step changes none of it.
 _NOT_SAVED = frozenset(vars(nn.Module())) - {"training"} | {"_trainer", "_fabric", "_compiler_ctx", "_compiled_call_impl"}
+_NOT_SAVED |= {"log", "log_dict"}  # `gradients.muted` has put them there
 
 
 class Snapshot:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--n=200", "--steps=12", "--layers=2", "--width=32", "--heads=2", "--variance-every=5", "--compiler=aot_eager"]
+SMALL = ["--n=200", "--steps=32", "--layers=2", "--width=32", "--heads=2", "--variance-every=5", "--compiler=aot_eager"]
 
 
 def _run(out: Path, *more: str) -> str:
@@ -37,6 +37,8 @@ def test_sus_run(tmp_path: Path) -> None:
     c = _column(folder / "metrics.csv", "sus/c")
     assert 5 <= c[-1] < 20
     assert all(0 < kept <= 21 for kept in _column(folder / "metrics.csv", "sus/kept_per_row"))
+    train = _column(folder / "metrics.csv", "train_loss")
+    assert len(set(train)) == len(train)
     losses = _column(folder / "metrics.csv", "val_loss")
     assert losses[-1] < losses[0]
     assert (folder / "training.png").stat().st_size > 10_000
