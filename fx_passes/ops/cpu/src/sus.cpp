@@ -1,4 +1,6 @@
 // The C interface. build.py compiles this one file, once per instruction set that a machine offers.
+#include <algorithm>
+
 #include "backward.inc"
 #include "sample.inc"
 
@@ -82,8 +84,8 @@ void sus_lists_export(const SusLists* lists, int64_t* offsets, int32_t* keys, fl
   int64_t place = 0;
   *offsets = 0;
   for (const Block& b : lists->blocks) {
-    memcpy(keys + place, b.keys.data(), b.keys.size() * sizeof(int32_t));
-    memcpy(weights + place, b.weights.data(), b.weights.size() * sizeof(float));
+    std::copy(b.keys.begin(), b.keys.end(), keys + place);
+    std::copy(b.weights.begin(), b.weights.end(), weights + place);
     for (int32_t count : b.counts) {
       place += count;
       *++offsets = place;
