@@ -119,13 +119,13 @@ def _put_back(current: dict[Any, Any], before: dict[Any, Any], keep: frozenset[s
 def _tensor(value: Tensor) -> Restore | None:
     if value.is_inference() or value.device.type == "meta":
         return None
-    saved, version = value.detach().clone(), value._version
+    saved = value.detach().clone()
 
     def restore() -> None:
-        nonlocal version
-        if value._version != version:
+        # Compared by value: torch.batch_norm writes its running statistics without a new version. Not written
+        # where nothing changed: a graph that was kept may have saved this tensor.
+        if not torch.equal(value, saved):
             value.detach().copy_(saved)
-            version = value._version
 
     return restore
 

@@ -38,7 +38,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm(x))
         x = x + self.mlp(x)
-        return self.batch_norm(x.transpose(1, 2)).transpose(1, 2) if self.batch_norm is not None else x
+        return self.batch_norm(x.flatten(0, 1)).view_as(x) if self.batch_norm is not None else x
 
 
 class LM(nn.Module):

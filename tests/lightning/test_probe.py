@@ -53,7 +53,7 @@ class DictTokens(Tokens):
         return {"tokens": super().__getitem__(i)}
 
 
-def run(make: type, every: int, dicts: bool = False, compiler: str = "aot_eager", **options: Any) -> Any:
+def run(make: type, every: int, dicts: bool = False, compiler: str = "eager", **options: Any) -> Any:
     torch._dynamo.reset()
     seed_everything(3, verbose=False)
     module = make()
@@ -180,7 +180,7 @@ def test_a_probe_measures_what_a_direct_computation_measures() -> None:
 
     callback.on_train_batch_start = direct  # type: ignore[method-assign]
     fit = trainer(callbacks=[callback], max_steps=2)
-    fit.fit(module, batches)
+    fit.fit(module, loader())
     values = callback._variance
     assert values["batch_variance"] == pytest.approx(expected["batch_variance"], rel=1e-4)
     # The scale is NaN where the product of the two gradients is negative.
