@@ -132,12 +132,17 @@ class Trace:
 
     def users(self, value: Value) -> list[Value]:
         """All operations that read a value, those of Dynamo nodes not yet recorded included."""
-        if value.node is not None and value.node in self.context.position:
-            for user in list(value.node.users):
-                if user in self.context.position:
-                    self.record(user)
-                    if user.target is operator.getitem:
-                        self.own(user)
+        todo = [value.node] if value.node is not None else []
+        while todo:
+            node = todo.pop()
+            for user in list(node.users) if node in self.context.position else []:
+                if user not in self.context.position:
+                    continue
+                record = self.record(user)
+                if user.target is operator.getitem:
+                    self.own(user)
+                if record is not None and record.out is value and user is not value.node:
+                    todo.append(user)  # an operation that gives its input back, such as `.to` the same dtype
         return value.users
 
     def _record(self, node: Node) -> Record:

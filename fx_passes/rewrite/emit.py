@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from fx_passes.canonicalise.axes import Dim, NotUnderstood, all_axes, leaves
 from fx_passes.canonicalise.contraction import Operand
-from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Scores, Term, Walk, level
+from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Scores, Sink, Term, Walk, level
 from fx_passes.canonicalise.masks import Places, Plan, plan
 from fx_passes.canonicalise.roles import Roles, peeled, roles
 from fx_passes.find.context import Level
@@ -68,6 +68,8 @@ def _prepare(walk: Walk, attention: Attention, term: Term, scores: Scores) -> Re
     query = None if scores.query is None else peeled(scores.query)
     key = None if scores.key is None else peeled(scores.key)
     scores = replace(scores, biases=[_peeled_bias(b) for b in scores.biases])
+    if scores.sink is not None and scores.sink.operand is not None:
+        scores = replace(scores, sink=Sink(peeled(scores.sink.operand)))
     role = roles(attention, term, scores, value, query, key)
     found = plan(walk, scores, term.masks, role.rows, role.keys)
     if found is None:
