@@ -161,8 +161,8 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, float]:
     """Medians of the seconds of every part and of the ratios."""
     timer, x = TIMERS[device], make(case, device)
     rounds: list[dict[str, float]] = []
+    outs: list[Tensor] = []
     for _ in range(repeats + 1):
-        outs: list[Tensor] = []
         seconds = {"library forward": timer(lambda: outs.append(library(case, x)))}
         seconds["library backward"] = timer(lambda: gradients(outs.pop(), x))
         seconds["forward"] = timer(lambda: outs.append(sparse(case, x)))
@@ -181,7 +181,8 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, float]:
 
 
 def environment(device: str) -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=False)
+    command = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     model = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -216,7 +217,7 @@ def main() -> None:
         print("\n".join(x.name for x in cases))
         return
     rows = []
-    print(f"{'case':<32} {'checked':>7} {'speed-up':>8} {'bwd/fwd':>8} {'fwd/lib':>8} {'no smp':>7}   ms: library, ours")
+    print(f"{'case':<32} {'checked':>7} {'speed-up':>8} {'bwd/fwd':>8} {'fwd/lib':>8} {'no smp':>7}   ms lib, ours")
     for case in cases:
         ratio = check(case, args.device)
         r = measure(case, args.device, args.repeats)
