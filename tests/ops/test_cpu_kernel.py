@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.ops.cpu_cases import CASES, Case, dense, kept_weights, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from fx_passes.ops.cpu import bind
 from fx_passes.ops.draws import row_words
 from fx_passes.ops.reference import dense_attention, sus_gradients
 from fx_passes.ops.tiled.sample import systematic
+from tests.ops.cpu_cases import CASES, Case, dense, kept_weights, run
 
 pytestmark = pytest.mark.skipif(bind.library() is None, reason="no C++ compiler")
 
@@ -93,7 +93,7 @@ def test_keeps_what_the_definition_keeps(name: str, c: float) -> None:
     theirs = tiled_weights(problem, found.softmax, c, seed)
     both = ~ours.isnan() & ~theirs.isnan()
     differ = ours.isnan() != theirs.isnan()
-    # A point on a rounding boundary may fall to the neighbour: rounding moves the row's cumulative c * W by about c * 1e-6.
+    # A point on a rounding boundary may fall to the neighbour: rounding moves cumulative c * W by c * 1e-6.
     assert int(differ.sum()) <= max(2, (5e-4 + 2e-6 * c) * int(both.sum()))
     torch.testing.assert_close(ours[both], theirs[both], rtol=3e-4, atol=1e-9)
     assert not (~ours.isnan() & ~dense(problem).visible()).any()

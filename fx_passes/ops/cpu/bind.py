@@ -100,7 +100,9 @@ def call(problem: Problem) -> _Call:
     q, k, v, mask, s = problem.query, problem.key, problem.value, problem.attn_mask, problem.static
     sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
     right = _NO_BOUND if s.right is None else s.right + problem.diagonal
-    where = (None, 0, 0) if mask is None else (mask.data_ptr(), 0 if mask.shape[0] == 1 else mask.stride(0), mask.stride(3))
+    where: tuple[int | None, int, int] = (None, 0, 0)
+    if mask is not None:
+        where = (mask.data_ptr(), 0 if mask.shape[0] == 1 else mask.stride(0), mask.stride(3))
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), _strides(q), _strides(k), _strides(v))
     return _Call(*pointers, *where, *sizes, right, s.scale, DTYPES[q.dtype], _threads(), 0)
 

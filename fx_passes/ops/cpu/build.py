@@ -96,8 +96,9 @@ def _compile(command: list[str]) -> None:
 
 def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
     """Hash of everything that decides what the library contains."""
+    command = [compiler, "--version"]
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+        version = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"the compiler did not run: {error}") from error
     digest = hashlib.sha256("\0".join((version, *flags)).encode())

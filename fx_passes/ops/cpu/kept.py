@@ -6,6 +6,8 @@ tensor copies one byte and loses them; the backward then draws the same entries 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def _parts(buffer: Tensor, rows: int, count: int) -> tuple[Tensor, Tensor, Tenso
     """Offsets int64 [rows + 1], keys int32 [count] and weights float32 [count] in a buffer."""
     ends = [_HEADER, _HEADER + 8 * (rows + 1), _HEADER + 8 * (rows + 1) + 4 * count]
     ends.append(ends[-1] + 4 * count)
-    parts = [buffer[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    parts = [buffer[a:b] for a, b in pairwise(ends)]
     return parts[0].view(torch.int64), parts[1].view(torch.int32), parts[2].view(torch.float32)
 
 
@@ -48,7 +50,7 @@ def unpack(kept: Tensor, problem: Problem, c: float, seed: int) -> tuple[Tensor,
     size = kept.untyped_storage().nbytes()
     if size < _HEADER or kept.storage_offset() != 0:
         return None
-    buffer = torch.empty(0, dtype=torch.uint8).set_(kept.untyped_storage())  # type: ignore[call-overload]
+    buffer = torch.empty(0, dtype=torch.uint8).set_(kept.untyped_storage())
     found = buffer[:_HEADER].view(torch.int64)
     rows, count = int(found[1]), int(found[2])
     if not torch.equal(found, _header(problem, count, c, seed)) or size < _HEADER + 8 * (rows + 1) + 8 * count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import torch
@@ -26,7 +27,7 @@ def supports(problem: Problem) -> bool:
     plain = all(x is None for x in others) and s.left is None and s.softcap == 0 and s.dropout_p == 0
     widths = all(x.shape[-1] % 16 == 0 and 0 < x.shape[-1] <= _LARGEST_WIDTH for x in (q, v))
     sizes = q.numel() > 0 and k.numel() > 0 and k.shape[2] < 1 << 31 and s.scale > 0
-    per_key = mask is None or mask.shape[1:3] == (1, 1) and mask.shape[3] == k.shape[2]
+    per_key = mask is None or (mask.shape[1:3] == (1, 1) and mask.shape[3] == k.shape[2])
     types = q.device.type == "cpu" and q.dtype in bind.DTYPES
     return types and plain and widths and sizes and per_key and bind.library() is not None
 
@@ -49,7 +50,7 @@ def _with_unit_strides(problem: Problem) -> Problem:
     return Problem(_unit(q), _unit(k), _unit(v), problem.attn_mask, None, None, None, None, None, static)
 
 
-def _native() -> bind.ctypes.CDLL:
+def _native() -> ctypes.CDLL:
     native = bind.library()
     if native is None:
         raise RuntimeError("there is no native kernel; ask `supports` first")
@@ -92,8 +93,7 @@ def backward(
     lists = kept.unpack(cache, problem, min(float(c), _LARGEST_C), int(seed))
     if lists is None:
         return None
-    gradients = tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (problem.query, problem.key, problem.value)
-    )
-    bind.backward(_native(), _with_unit_strides(problem), _unit(grad), _unit(out), lists, gradients)  # type: ignore[arg-type]
-    return Gradients(*gradients, None, None), len(lists[1])
+    inputs = (problem.query, problem.key, problem.value)
+    query, key, value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+    bind.backward(_native(), _with_unit_strides(problem), _unit(grad), _unit(out), lists, (query, key, value))
+    return Gradients(query, key, value, None, None), len(lists[1])

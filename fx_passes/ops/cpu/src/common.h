@@ -1,6 +1,7 @@
-// What every variant of the kernels shares and what does not depend on the instruction set.
+// Memory, threads and random numbers.
 #pragma once
 
+#include <sched.h>
 #include <sys/mman.h>
 
 #include <atomic>
@@ -61,7 +62,9 @@ void parallel(int threads, int64_t tasks, const F& f) {
 #pragma omp parallel num_threads(threads)
     {
       const int thread = omp_get_thread_num();
-      for (int64_t t = next++; t < tasks && !failed; t = next++) {
+      while (!failed) {
+        const int64_t t = next++;  // whoever takes a task runs it: later ones may wait for it
+        if (t >= tasks) break;
         try {
           f(t, thread);
         } catch (const std::bad_alloc&) {
@@ -75,6 +78,18 @@ void parallel(int threads, int64_t tasks, const F& f) {
 #endif
   for (int64_t t = 0; t < tasks; t++) f(t, 0);
 }
+
+// A number of finished tasks that later tasks wait for.
+class Progress {
+ public:
+  void add() { count_.fetch_add(1, std::memory_order_release); }
+  void wait(int64_t count) const {
+    while (count_.load(std::memory_order_acquire) < count) sched_yield();
+  }
+
+ private:
+  std::atomic<int64_t> count_{0};
+};
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
