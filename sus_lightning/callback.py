@@ -106,7 +106,7 @@ class SUSBackprop(Callback):
         self._previous: tuple[Any, int] | None = None
         self._probed_step = 0
         self._variance: dict[str, float] = {}
-        self._checked = False
+        self._checked = self._warned = False
         if _observes(self.schedule) and not self.variance_every_n_steps:
             raise ValueError(
                 f"variance_every_n_steps must be above 0 for c={schedule_name(self.schedule)}, which adapts c from the "
@@ -185,6 +185,12 @@ class SUSBackprop(Callback):
         if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
             self._log_now(trainer, {"c": self.backend.c})
             values = _kept(trainer, self.backend.state.pop_kept())
+            if not values and not self._warned:
+                self._warned = True
+                rank_zero_warn(
+                    "SUSBackprop: no attention has run with SUS since c was last logged. If the training step calls the "
+                    "module, Dynamo has reached its recompile limit; TORCH_LOGS=recompiles says why it recompiles."
+                )
             values["attention_rewritten"] = float(self.backend.report.rewritten)
             self._publish(trainer, pl_module, values)
 
@@ -228,7 +234,7 @@ class SUSBackprop(Callback):
 
     def _forget(self) -> None:
         self._compilation = self._probe = self._previous = None
-        self._checked = False
+        self._checked = self._warned = False
 
     def _is_due(self, step: int) -> bool:
         """Whether a probe belongs to this step, or to an earlier one at which it was not possible."""
@@ -246,7 +252,8 @@ class SUSBackprop(Callback):
         raise MisconfigurationException(
             f"SUSBackprop rewrote no attention of {type(pl_module).__name__}: it would train without SUS. Compiled were "
             f"the submodules {modules}; attention that is computed in the LightningModule's own methods, or in a method "
-            f"other than forward of a submodule, is not seen: move it into a submodule, or name that in `modules`.\n"
+            f"other than forward of a submodule, is not seen: move it into a submodule, or name that in `modules`. "
+            f"After many fits in one process, torch._dynamo.reset() makes room for new compilations.\n"
             f"{report}"
         )
 

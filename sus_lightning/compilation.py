@@ -18,6 +18,10 @@ from torchmetrics import Metric
 
 _MISSING = object()
 
+# Dynamo counts compilations per code object, over all backends, and past its limit (8) it runs the code uncompiled
+# without an error: attention would lose SUS. Layers that differ in an attribute, and earlier fits, use it up.
+_RECOMPILE_LIMIT = 64
+
 
 @dataclass
 class _Attribute:
@@ -46,9 +50,12 @@ class Compilation:
     attributes: list[_Attribute]
     modules: list[str]
     enabled: bool = False
+    _limit: int = 0
 
     def enable(self) -> None:
         if not self.enabled:
+            self._limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(self._limit, _RECOMPILE_LIMIT)
             for attribute in self.attributes:
                 attribute.put(attribute.ours)
             self.enabled = True
@@ -57,6 +64,7 @@ class Compilation:
         if self.enabled:
             for attribute in reversed(self.attributes):
                 attribute.put(attribute.theirs)
+            torch._dynamo.config.recompile_limit = self._limit
             self.enabled = False
 
 

@@ -79,7 +79,7 @@ class Probe:
             return
         for draw in range(self.draws):
             snapshot.restore()  # the same dropout masks, and the same module as the exact gradient saw
-            state.c, state.counter = c, counter + draw * len(self.backend.report.sites)
+            state.c, state.counter = c, counter + (draw << 20)
             self._update(exact, sus=self._gradient(copied(this)))
         # Other dropout masks than those of the exact gradient: they are part of the batch gradient's variance.
         snapshot.restore(random=False)

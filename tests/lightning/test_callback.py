@@ -1,0 +1,419 @@
+"""SUSBackprop: enabling and restoring, what the user compiled, schedules, checkpoints, logging."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from models import LM, Plain, equal, loader, trainer, weights
+from torch import nn
+
+from sus_lightning import ConstantSchedule, LinearSchedule, SUSBackprop, VarianceTarget
+from sus_lightning.compilation import plan
+
+
+def sus(c: Any = 4, **options: Any) -> SUSBackprop:
+    return SUSBackprop(c, **{"compiler": "eager", "variance_every_n_steps": 0, **options})
+
+
+def compiled_attributes(module: nn.Module) -> dict[str, Any]:
+    found = {}
+    for name, m in module.named_modules():
+        found[name] = [vars(m).get(key) for key in ("_compiled_call_impl", "forward", "training_step")]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch._dynamo.reset()  # the tests share the models' code, and each has a backend of its own
+    seed_everything(0, verbose=False)
+
+
+def test_sus_trains_and_the_module_is_given_back() -> None:
+    module, callback = Plain(), sus()
+    keys, before = list(module.state_dict()), compiled_attributes(module)
+    inside = {}
+
+    class Look(Callback):
+        def on_train_batch_end(self, fit: Any, pl_module: Any, *_: Any) -> None:
+            inside["compiled"] = pl_module.model._compiled_call_impl is not None
+            inside["keys"] = list(pl_module.state_dict())
+
+    fit = trainer(callbacks=[callback, Look()])
+    fit.fit(module, loader())
+    assert inside == {"compiled": True, "keys": keys}
+    assert callback.backend.report.rewritten == 2
+    assert compiled_attributes(module) == before
+    assert list(module.state_dict()) == keys
+    assert fit.callback_metrics["sus/attention_rewritten"] == 2
+    assert 0 < fit.callback_metrics["sus/kept_per_row"] <= 4
+    assert 0 < fit.callback_metrics["sus/kept_fraction"] < 1
+
+
+def test_c_changes_the_gradient_and_infinity_is_exact() -> None:
+    def trained(callbacks: list[Callback]) -> dict[str, torch.Tensor]:
+        seed_everything(0, verbose=False)
+        module = Plain()
+        trainer(callbacks=callbacks, max_steps=4).fit(module, loader())
+        return weights(module)
+
+    exact = trained([])
+    sparse, infinite = trained([sus(2)]), trained([sus(float("inf"))])
+    difference = max(float((sparse[k] - exact[k]).abs().max()) for k in exact)
+    rounding = max(float((infinite[k] - exact[k]).abs().max()) for k in exact)
+    assert difference > 1e-3
+    assert rounding < 1e-4
+
+
+ROWS_PER_LAYER = 4 * 2 * 48  # batch, heads, length
+
+
+def compile_outer(module: Plain) -> Any:
+    return torch.compile(module, backend="eager")
+
+
+def compile_child(module: Plain) -> Any:
+    module.model = torch.compile(module.model, backend="eager")
+    return module
+
+
+def compile_in_place(module: Plain) -> Any:
+    module.model.compile(backend="eager")
+    return module
+
+
+def compile_outer_in_place(module: Plain) -> Any:
+    module.compile(backend="eager")
+    return module
+
+
+def compile_layers(module: Plain) -> Any:
+    for layer in module.model.layers:
+        layer.compile(backend="eager")
+    return module
+
+
+def compile_layers_as_modules(module: Plain) -> Any:
+    module.model.layers = nn.ModuleList(torch.compile(layer, backend="eager") for layer in module.model.layers)
+    return module
+
+
+class NoLog(Plain):
+    """Dynamo cannot trace `self.log` in a training step that the user compiled."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self.model(batch)
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+
+@pytest.mark.parametrize(
+    "how",
+    [compile_outer, compile_child, compile_in_place, compile_outer_in_place, compile_layers, compile_layers_as_modules],
+)
+def test_what_the_user_compiled_trains_with_sus_and_is_given_back(how: Any) -> None:
+    module = NoLog()
+    given = how(module)
+    keys = list(module.state_dict())
+    callback = sus()
+    seen: dict[str, Any] = {}
+
+    class Look(Callback):
+        def on_fit_start(self, fit: Any, pl_module: Any) -> None:
+            seen["before"] = compiled_attributes(pl_module)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen["rows"] = callback.backend.state.kept.rows
+
+    # Before SUSBackprop's hooks run, so as to see what from_compiled leaves.
+    fit = trainer(callbacks=[Look(), callback], max_steps=2, log_every_n_steps=100)
+    fit.fit(given, loader())
+    # Layers that are compiled one by one share a graph, hence a site; each call of it draws anew.
+    assert callback.backend.report.rewritten in (1, 2)
+    assert seen["rows"] == 2 * 2 * ROWS_PER_LAYER
+    assert compiled_attributes(module) == seen["before"]
+    assert list(module.state_dict()) == keys
+
+
+def test_the_users_mode_is_kept() -> None:
+    module = Plain()
+    module.model = torch.compile(module.model, options={"epilogue_fusion": False}, dynamic=True, fullgraph=True)
+    recorded: list[Any] = []
+
+    def backend(gm: Any, inputs: Any, **kwargs: Any) -> Any:
+        recorded.append(kwargs)
+        return gm
+
+    compilation = plan(module, backend)
+    compilation.enable()
+    module.model(next(iter(loader())))
+    compilation.disable()
+    assert recorded == [{"options": {"epilogue_fusion": False}}]
+
+
+def test_validation_runs_the_untouched_forward() -> None:
+    outputs: list[torch.Tensor] = []
+
+    class Validates(Plain):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            assert self.model._compiled_call_impl is None
+            outputs.append(self.model(batch))
+            with torch.no_grad():
+                assert torch.equal(outputs[-1], self.model.forward(batch))
+
+    module = Validates()
+    trainer(callbacks=[sus(compiler="aot_eager")], max_steps=4, val_check_interval=2).fit(module, loader(), loader(4))
+    assert len(outputs) == 2
+    # and training goes on with SUS between and after validations
+    assert outputs[0].shape == outputs[1].shape
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+def test_training_after_a_validation_has_sus_again() -> None:
+    callback = sus()
+    rows: list[float] = []
+
+    class Rows(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            rows.append(callback.backend.state.kept.rows)
+
+    trainer(callbacks=[Rows(), callback], max_steps=4, val_check_interval=2, log_every_n_steps=1000).fit(
+        Plain(), loader(), loader(4)
+    )
+    assert all(b > a for a, b in zip(rows, rows[1:], strict=False))
+
+
+def test_a_schedule_never_recompiles() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, cs = [], []
+
+    class Count(Callback):
+        def on_train_batch_end(self, fit: Any, *_: Any) -> None:
+            counters = torch._dynamo.utils.counters
+            compiled.append((sum(counters["frames"].values()), counters["stats"]["unique_graphs"]))
+            cs.append(callback.c)
+
+    callback = sus(LinearSchedule(40, 4, steps=6), compiler="aot_eager")
+    trainer(callbacks=[callback, Count()]).fit(Plain(), loader())
+    assert compiled[0][1] > 0
+    assert len(set(compiled)) == 1
+    assert cs == [40, 34, 28, 22, 16, 10, 4, 4]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("c", [4, VarianceTarget(0.05, start=6)], ids=["constant", "target"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, c: Any, accumulate: int) -> None:
+    def run(steps: int, resume: Path | None = None, save: Path | None = None) -> tuple[Plain, SUSBackprop]:
+        seed_everything(5, verbose=False)
+        module = Plain()
+        schedule = VarianceTarget(0.05, start=6) if isinstance(c, VarianceTarget) else c
+        callback = sus(schedule, variance_every_n_steps=2)
+        fit = trainer(callbacks=[callback], max_steps=steps, max_epochs=9, accumulate_grad_batches=accumulate)
+        fit.fit(module, loader(32), ckpt_path=resume, weights_only=False if resume else None)
+        if save:
+            fit.save_checkpoint(save)
+        return module, callback
+
+    per_epoch = 8 // accumulate
+    checkpoint = tmp_path / "half.ckpt"
+    run(per_epoch, save=checkpoint)
+    resumed, a = run(2 * per_epoch, resume=checkpoint)
+    whole, b = run(2 * per_epoch)
+    assert a.backend.state.counter == b.backend.state.counter
+    assert a.c == b.c
+    assert equal(weights(resumed), weights(whole))
+    if isinstance(c, VarianceTarget):
+        assert a.c != 6
+
+
+def test_a_checkpoint_keeps_c_and_counter(tmp_path: Path) -> None:
+    callback = sus(VarianceTarget(0.05, start=6), variance_every_n_steps=2)
+    fit = trainer(callbacks=[callback])
+    fit.fit(Plain(), loader())
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["SUSBackprop"]
+    assert saved["c"] == callback.c
+    assert saved["counter"] == callback.backend.state.counter > 0
+    assert saved["schedule"] == {"c": callback.c, "probes": callback.schedule._probes}
+
+
+def test_fit_twice_and_with_another_module() -> None:
+    callback, module = sus(), Plain()
+    trainer(callbacks=[callback], max_steps=2).fit(module, loader())
+    first, counter = callback.backend, callback.backend.state.counter
+    trainer(callbacks=[callback], max_steps=2).fit(module, loader())
+    assert callback.backend is first
+    assert callback.backend.state.counter > counter  # other draws than in the first fit
+    without = Plain(nn.Sequential(nn.Embedding(32, 8), nn.Sequential(nn.Linear(8, 32))))
+    with pytest.raises(MisconfigurationException, match="rewrote no attention of Plain"):
+        trainer(callbacks=[callback], max_steps=2).fit(without, loader())
+
+
+@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
+def test_an_exception_in_fit_gives_the_module_back(error: type[BaseException]) -> None:
+    class Fails(Callback):
+        def on_train_batch_end(self, fit: Any, *_: Any) -> None:
+            if fit.global_step == 2:
+                raise error("planted")
+
+    module = Plain()
+    before = compiled_attributes(module)
+    with pytest.raises((error, SystemExit)):
+        trainer(callbacks=[sus(), Fails()]).fit(module, loader())
+    assert compiled_attributes(module) == before
+
+
+def test_modules_created_in_configure_model() -> None:
+    class Late(Plain):
+        def __init__(self) -> None:
+            super().__init__(nn.Identity())
+
+        def configure_model(self) -> None:
+            if isinstance(self.model, nn.Identity):
+                self.model = LM()
+
+    callback = sus()
+    trainer(callbacks=[callback], max_steps=2).fit(Late(), loader())
+    assert callback.backend.report.rewritten == 2
+
+
+def test_attention_in_items_of_a_module_list_of_the_lightning_module() -> None:
+    class Flat(Plain):
+        def __init__(self) -> None:
+            super().__init__(nn.Identity())
+            inner = LM()
+            self.embedding, self.layers, self.head = inner.embedding, inner.layers, inner.head
+            self.criterion = nn.CrossEntropyLoss()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x = self.embedding(batch)
+            for layer in self.layers:
+                x = layer(x)
+            return self.criterion(self.head(x)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+    callback = sus()
+    trainer(callbacks=[callback], max_steps=2).fit(Flat(), loader())
+    assert callback.backend.report.rewritten > 0
+    assert callback.backend.state.counter == 4  # two layers, two steps
+
+
+def test_many_fits_in_one_process() -> None:
+    for _ in range(10):  # Dynamo's own limit is 8 compilations per code object
+        callback = sus()
+        trainer(callbacks=[callback], max_steps=1).fit(Plain(), loader())
+        assert callback.backend.report.rewritten == 2
+    assert torch._dynamo.config.recompile_limit == 8
+
+
+def test_no_attention_is_an_error_with_the_report() -> None:
+    module = Plain(nn.Sequential(nn.Embedding(32, 8), nn.Linear(8, 32)))
+    with pytest.raises(MisconfigurationException, match=r"(?s)rewrote no attention of Plain.*No softmax attention"):
+        trainer(callbacks=[sus()]).fit(module, loader())
+    assert module.model._compiled_call_impl is None
+
+
+def test_all_loggers_get_the_same_keys_and_the_bar_shows_them(tmp_path: Path) -> None:
+    csv, board = CSVLogger(tmp_path), TensorBoardLogger(tmp_path)
+    bar, shown = RichProgressBar(refresh_rate=1), {}
+
+    class Look(Callback):
+        def on_train_batch_end(self, fit: Any, pl_module: Any, *_: Any) -> None:
+            shown.update(bar.get_metrics(fit, pl_module))
+
+    callback = sus(variance_every_n_steps=3)
+    checkpoint = ModelCheckpoint(tmp_path / "best", monitor="sus/relative_variance")
+    fit = trainer(
+        callbacks=[callback, bar, Look(), checkpoint],
+        logger=[csv, board],
+        log_every_n_steps=2,
+        enable_checkpointing=True,
+        enable_progress_bar=True,
+    )
+    fit.fit(Plain(), loader(40))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(board.log_dir)
+    events.Reload()
+    in_board = {tag for tag in events.Tags()["scalars"] if tag.startswith("sus/")}
+    header = (Path(csv.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
+    in_csv = {name for name in header if name.startswith("sus/")}
+    assert in_csv == in_board
+    expected = {"c", "kept_per_row", "kept_fraction", "attention_rewritten", "relative_variance", "batch_variance"}
+    expected |= {"gradient_noise_scale", "worst_relative_variance", "relative_variance/model.layers.1"}
+    expected |= {f"relative_variance/{kind}" for kind in ("q", "k", "v", "o", "rest")}
+    assert {f"sus/{name}" for name in expected} <= in_csv
+    assert [e.step for e in events.Scalars("sus/relative_variance")] == [1, 4, 7]
+    assert {"sus/c", "sus/relative_variance"} <= shown.keys()
+    assert "sus/batch_variance" not in shown
+    assert checkpoint.best_model_path
+    assert in_csv <= fit.callback_metrics.keys()
+
+
+def test_a_schedule_that_returns_nonsense_is_named() -> None:
+    def halves(step: int) -> Any:
+        return {0: 30, 1: -1}[step]
+
+    with pytest.raises(ValueError, match=r"schedule .*halves returned for step 1 must be above 0.*-1"):
+        trainer(callbacks=[sus(halves)]).fit(Plain(), loader())
+    with pytest.raises(TypeError, match=r"schedule .*lambda.* returned for step 0 must be a number.*None"):
+        trainer(callbacks=[sus(lambda step: None)]).fit(Plain(), loader())
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "negative c": ({"c": -1}, "c must be above 0.*-1"),
+    "zero c": ({"c": 0}, "c must be above 0.*0"),
+    "nan": ({"c": float("nan")}, "c must be above 0.*nan"),
+    "text": ({"c": "30"}, "c must be a number above 0.*'30'"),
+    "bool": ({"c": True}, "c must be a number above 0.*True"),
+    "class": ({"c": ConstantSchedule}, "c must be a number above 0"),
+    "empty dict": ({"c": {}}, "milestones must be a dict"),
+    "dict without 0": ({"c": {5: 3}}, "milestones must say what c is at step 0"),
+    "sampler": ({"sampler": "dense"}, "sampler must be one of 'systematic'.*'dense'"),
+    "compiler": ({"compiler": "nvcc"}, "compiler must be one of 'inductor'.*'nvcc'"),
+    "interval": ({"variance_every_n_steps": -1}, "variance_every_n_steps must be at least 0.*-1"),
+    "interval type": ({"variance_every_n_steps": 2.5}, "variance_every_n_steps must be an int.*2.5"),
+    "draws": ({"variance_draws": 0}, "variance_draws must be at least 1.*0"),
+    "seed": ({"seed": "a"}, "seed must be an int or None.*'a'"),
+    "mode": ({"mode": "fast"}, "mode must be None or one of.*'fast'"),
+    "mode without inductor": ({"mode": "default", "compiler": "eager"}, "mode is for compiler='inductor'"),
+    "modules": ({"modules": "model"}, "modules must be a list.*'model'"),
+    "no modules": ({"modules": []}, "modules must name at least one"),
+    "target without probes": ({"c": VarianceTarget(), "variance_every_n_steps": 0}, "variance_every_n_steps must be"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_named(case: str) -> None:
+    arguments, message = BAD[case]
+    with pytest.raises((TypeError, ValueError), match=message):
+        SUSBackprop(**arguments)
+
+
+def test_a_module_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match="modules must name submodules of Plain.*'modle'"):
+        trainer(callbacks=[sus(modules=["modle"])]).fit(Plain(), loader())
+
+
+def test_deepspeed_is_refused() -> None:
+    class Pretends:
+        strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+
+    with pytest.raises(MisconfigurationException, match="does not support the strategy DeepSpeedStrategy"):
+        sus().setup(Pretends(), Plain(), "fit")  # type: ignore[arg-type]
+
+
+def test_import_compiles_nothing_and_the_pass_needs_no_lightning() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, fx_passes; assert 'lightning' not in sys.modules and 'torchmetrics' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import torch, sus_lightning; assert not torch._dynamo.utils.counters['frames']"
+    subprocess.run([sys.executable, "-c", code], check=True)
