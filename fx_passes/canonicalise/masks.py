@@ -241,9 +241,9 @@ def _band(visible: Tensor, i: Tensor, j: Tensor, prefix: int) -> Places | None:
     distance = (j - i).expand(visible.shape)[beyond]
     right, left = int(distance.max()), -int(distance.min())
     m, n = visible.shape
-    expected = ((j - i <= right) & (i - j <= left)) | (j < prefix)
-    if not torch.equal(visible, expected):
-        return None
-    return Places(None if left >= m - 1 else left, None if right >= n - 1 else right, prefix)
-
-
+    bounds = (None if left >= m - 1 else left, None if right >= n - 1 else right)
+    for places in (Places(None, bounds[1], prefix), Places(bounds[0], None, prefix), Places(*bounds, prefix)):
+        seen = (j - i <= (n if places.right is None else places.right)) & (i - j <= (m if places.left is None else places.left))
+        if torch.equal(visible, (seen | (j < prefix)).expand(visible.shape)):
+            return places
+    return None
