@@ -2,7 +2,8 @@
 
 from fx_passes.backend import SUSBackend
 from fx_passes.eager import sus_backward
+from fx_passes.explain import explain
 from fx_passes.ops.functional import sus_attention
 from fx_passes.report import Report, Site
 
-__all__ = ["Report", "SUSBackend", "Site", "sus_attention", "sus_backward"]
+__all__ = ["Report", "SUSBackend", "Site", "explain", "sus_attention", "sus_backward"]

@@ -86,12 +86,15 @@ def reshape(layout: Layout, shape: Sequence[Size]) -> Layout:
             axis = stack.pop()
             have = product(dim)
             total = have * axis.size
-            if known(total == size) or (known(total < size) and _divides(total, size)):
+            if known(total == size) or _divides(total, size):
                 dim.append(axis)
                 continue
             if not (_divides(have, size) and _divides_exactly(axis.size, size, have)):
                 raise NotUnderstood("a view mixes dimensions")
             need = size // have
+            if known(axis.size // need == 1):  # equal, though the two expressions did not show it
+                dim.append(axis)
+                break
             outer, inner = split(axis, axis.size // need)
             dim.append(outer)
             stack.append(inner)

@@ -46,13 +46,13 @@ class Bias:
 
 @dataclass
 class Mask:
-    """Entries where `value` differs from `keep` are set to `fill` (or get `fill` added, if `added`)."""
+    """Entries where `value` differs from `keep` are set to `fill`, or get it added: then `origin` is the tensor added."""
 
     value: Value
     layout: Layout
     keep: bool
     fill: float
-    added: bool = False
+    origin: Bias | None = None
 
 
 @dataclass

@@ -101,8 +101,8 @@ def _decide(walk: Walk, result: Plan, hard: list[Mask], soft: list[Mask], rows: 
             hard_parts += [p for parts in soft_parts for p in parts]
             soft = []
     for mask in soft:
-        if mask.added:
-            result.biases.append(Bias(mask.value, mask.layout))
+        if mask.origin is not None:
+            result.biases.append(mask.origin)
         else:
             result.fills.append(mask)
     places = _places(_all([p for p in hard_parts if p.matrix is not None])) if hard_parts else None
@@ -126,15 +126,16 @@ def _as_mask(walk: Walk, bias: Bias) -> Mask | None:
         visible, masked = values == 0, values <= BIG
         if bool((visible | masked).all()):
             fill = -math.inf if bool(torch.isinf(values[masked]).all()) else float(values[masked].max())
-            return Mask(bias.value, bias.layout, True, fill, added=True)
+            return Mask(bias.value, bias.layout, True, fill, origin=bias)
         return None
     if bias.scale != 1.0:
         return None
-    return _filled_zeros(walk, bias.value, bias.layout)
+    return _filled_zeros(walk, bias)
 
 
-def _filled_zeros(walk: Walk, value: Value, layout: Layout) -> Mask | None:
+def _filled_zeros(walk: Walk, bias: Bias) -> Mask | None:
     """``where(condition, 0, fill)`` in one of its forms."""
+    value, layout = bias.value, bias.layout
     while is_view(value) or is_cast(value):
         layout = before(value, layout) if is_view(value) else layout
         value = value.args[0]
@@ -144,12 +145,12 @@ def _filled_zeros(walk: Walk, value: Value, layout: Layout) -> Mask | None:
         zero = walk.constant(kept)
         if fill <= BIG and zero is not None and not bool(zero.any()):
             where = broadcast(layout, condition.shape)
-            return Mask(condition, where, keep, fill, added=not math.isinf(fill))
+            return Mask(condition, where, keep, fill, origin=bias)
     return None
 
 
 def _parts(walk: Walk, mask: Mask, rows: Dim, keys: Dim) -> list[_Part]:
-    if mask.added and mask.value.dtype.is_floating_point:
+    if mask.value.dtype.is_floating_point and mask.origin is not None:
         constant = walk.constant(mask.value)
         matrix = None if constant is None else _matrix(constant > BIG, mask.layout, rows, keys)
         return [_Part(Operand(mask.value, mask.layout), True, matrix)]
@@ -182,17 +183,19 @@ def conjunction(walk: Walk, value: Value, layout: Layout, want: bool) -> list[tu
 
 
 def _matrix(visible: Tensor, layout: Layout, rows: Dim, keys: Dim) -> Tensor | None:
-    """A mask as bool [M, N], or None if it depends on other axes than rows and keys."""
+    """A mask as bool [M, N], or None if it differs along other axes than rows and keys."""
     axes = [*leaves(rows), *leaves(keys)]
     mine = list(all_axes(layout))
-    if not set(mine) <= set(axes) or any(not isinstance(axis.size, int) for axis in axes):
+    if any(not isinstance(axis.size, int) for axis in (*axes, *mine)):
         return None
-    flat = visible.reshape([axis.size for axis in mine])
-    order = sorted(range(len(mine)), key=lambda i: axes.index(mine[i]))
-    flat = flat.permute(order)
+    others = [axis for axis in mine if axis not in axes]
+    wanted = [*others, *(axis for axis in axes if axis in mine)]
+    flat = visible.reshape([axis.size for axis in mine]).permute([mine.index(axis) for axis in wanted])
+    flat = flat.reshape([math.prod(axis.size for axis in others), *flat.shape[len(others) :]])
+    if bool((flat != flat[:1]).any()):
+        return None
     shape = [axis.size if axis in mine else 1 for axis in axes]
-    full = flat.reshape(shape).expand([axis.size for axis in axes])
-    return full.reshape(_length(rows), _length(keys))
+    return flat[0].reshape(shape).expand([axis.size for axis in axes]).reshape(_length(rows), _length(keys))
 
 
 def _length(axes: Dim) -> int:
@@ -238,9 +241,9 @@ def _band(visible: Tensor, i: Tensor, j: Tensor, prefix: int) -> Places | None:
     distance = (j - i).expand(visible.shape)[beyond]
     right, left = int(distance.max()), -int(distance.min())
     m, n = visible.shape
-    expected = ((j - i <= right) & (i - j <= left)) | (j < prefix)
-    if not torch.equal(visible, expected):
-        return None
-    return Places(None if left >= m - 1 else left, None if right >= n - 1 else right, prefix)
-
-
+    bounds = (None if left >= m - 1 else left, None if right >= n - 1 else right)
+    for places in (Places(None, bounds[1], prefix), Places(bounds[0], None, prefix), Places(*bounds, prefix)):
+        seen = (j - i <= (n if places.right is None else places.right)) & (i - j <= (m if places.left is None else places.left))
+        if torch.equal(visible, (seen | (j < prefix)).expand(visible.shape)):
+            return places
+    return None

@@ -111,6 +111,9 @@ def _product(walk: Walk, value: Value, layout: Layout, keys: Dim) -> Scores:
     if left and right:
         raise NotUnderstood("both operands of the scores' product run over the keys")
     query, key = (c.right, c.left) if left else (c.left, c.right)
+    extra = set(all_axes(key.layout)) - set(all_axes(query.layout)) - mine
+    if extra and carries(walk.context, key.value, key.layout, keys):
+        raise NotUnderstood("the scores are mixed across heads")
     return Scores(Operand(value, layout), product=c, query=query, key=key)
 
 
