@@ -1,0 +1,46 @@
+"""Sizes of tiles: a function of dtype and head sizes alone, so that forward and backward agree on the lists' layout.
+
+They were chosen by ahead-of-time compilation for sm_90 (no spills, wgmma, shared memory); no speed has been measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """
+    Attributes:
+        sub: neighbouring keys in one mass of the sampler; also the keys of one program of `columns`.
+        bm, bn: query rows and keys of the forward's tiles; bn is a multiple of sub.
+        tc: tiles of keys that the selection treats at a time.
+        bi: points that `columns` treats at a time.
+        forward: (num_warps, num_stages); columns: the same.
+    """
+
+    sub: int
+    bm: int
+    bn: int
+    tc: int
+    bi: int
+    forward: tuple[int, int]
+    columns: tuple[int, int]
+
+
+def padded(width: int) -> int:
+    """A head size as the kernels see it: a power of two, at least 16 (the smallest that `tl.dot` takes)."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def config(dtype: torch.dtype, d: int, e: int) -> Config:
+    width = max(padded(d), padded(e))
+    if dtype == torch.float32:
+        return Config(sub=64, bm=64, bn=64, tc=16, bi=32, forward=(8, 2), columns=(8, 1))
+    if width <= 64:
+        return Config(sub=64, bm=128, bn=64, tc=32, bi=64, forward=(8, 3), columns=(4, 2))
+    if width <= 128:
+        return Config(sub=64, bm=128, bn=64, tc=32, bi=64, forward=(8, 3), columns=(4, 2))
+    return Config(sub=64, bm=64, bn=64, tc=16, bi=64, forward=(4, 2), columns=(8, 1))
