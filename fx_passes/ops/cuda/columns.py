@@ -22,16 +22,16 @@ def _point(place, index, units, weights):
     Weights become integer steps on [0, 2^29); b maps to ``g(b) = floor(b * units / 2^29)`` on the tile's line. A key
     owns the places [g(b_begin), g(b_end)) and the point is at ``index * 2^32 + place``.
 
-    Returns the hit [R, S], q [R] and whether this is the first point of its row in that key [R].
+    Returns the key's lane, q, and whether this is the first point of its row in that key, all [R].
     """
     sums = tl.sum(weights, 1)
     # A little too small, so that the steps never sum to more than the whole; the last key gets what is left.
     factor = tl.where(sums > 0, RESOLUTION * (1.0 - 3.814697265625e-06) / sums, 0.0)
     steps = (weights * factor[:, None]).to(tl.int32)
     ends = tl.cumsum(steps, 1)
-    begins = ends - steps
-    last = tl.arange(0, weights.shape[1]) == weights.shape[1] - 1
-    ends = tl.where(last[None, :], RESOLUTION, ends)
+    lanes = tl.arange(0, weights.shape[1])[None, :]
+    steps = tl.where(lanes == weights.shape[1] - 1, RESOLUTION - ends + steps, steps)
+    ends = tl.where(lanes == weights.shape[1] - 1, RESOLUTION, ends)
 
     length = units.to(tl.float64)
     x = (place.to(tl.uint32).to(tl.int64) + (index.to(tl.int64) << 32)).to(tl.float64)
@@ -41,11 +41,15 @@ def _point(place, index, units, weights):
     b = tl.where(b * length >= bound, b - 1.0, b)
     b = tl.where((b + 1.0) * length < bound, b + 1.0, b)
     y = tl.minimum(tl.maximum(b, 0.0), RESOLUTION - 1.0).to(tl.int32)
+    begins = ends - steps
     hit = (begins <= y[:, None]) & (y[:, None] < ends)
-    low = tl.floor(tl.sum(tl.where(hit, begins, 0), 1).to(tl.float64) * length / RESOLUTION)
-    high = tl.floor(tl.sum(tl.where(hit, ends, 0), 1).to(tl.float64) * length / RESOLUTION)
+    lane = tl.sum(tl.where(hit, lanes, 0), 1)
+    low = tl.sum(tl.where(hit, begins, 0), 1)
+    high = tl.sum(tl.where(hit, ends, 0), 1)
+    low = tl.floor(low.to(tl.float64) * length / RESOLUTION)
+    high = tl.floor(high.to(tl.float64) * length / RESOLUTION)
     q = tl.minimum((high - low) / 4294967296.0, 1.0)
-    return hit, q.to(tl.float32), (index == 0) | (x - 4294967296.0 < low)
+    return lane, q.to(tl.float32), (index == 0) | (x - 4294967296.0 < low)
 
 
 @triton.jit
@@ -87,13 +91,13 @@ def attention_columns(
     d = tl.arange(0, BD)
     e = tl.arange(0, BE)
     lane = tl.arange(0, SUB)
-    keys = tile * SUB + lane
+    keys = (tile * SUB + lane).to(tl.int32)
     has_key = keys < n
     key_mask = has_key[:, None] & (d < D)[None, :]
     value_mask = has_key[:, None] & (e < E)[None, :]
-    key = tl.load(key_ptr + batch * k_b + key_head * k_h + keys[:, None] * k_n + d[None, :], mask=key_mask, other=0.0)
+    key = tl.load(key_ptr + batch * k_b + key_head * k_h + keys.to(tl.int64)[:, None] * k_n + d[None, :], mask=key_mask, other=0.0)
     value = tl.load(
-        value_ptr + batch * v_b + key_head * v_h + keys[:, None] * v_n + e[None, :], mask=value_mask, other=0.0
+        value_ptr + batch * v_b + key_head * v_h + keys.to(tl.int64)[:, None] * v_n + e[None, :], mask=value_mask, other=0.0
     )
     dkey = tl.zeros((SUB, BD), tl.float32)
     dvalue = tl.zeros((SUB, BE), tl.float32)
@@ -111,17 +115,19 @@ def attention_columns(
     for begin in range(first, stop, BI):
         at = begin + tl.arange(0, BI)
         valid = at < stop
-        item = tl.load(order_ptr + at, mask=valid, other=0).to(tl.int64)
+        # In the order's own type, int32 if it can be: a division of int64 takes a hundred instructions.
+        item = tl.load(order_ptr + at, mask=valid, other=0)
         row_number = item // capacity
-        rows = row_number % m
-        head = row_number // m % heads
+        plane_of_row = row_number // m
+        rows = (row_number - plane_of_row * m).to(tl.int32)
+        head = (plane_of_row - batch * heads).to(tl.int64)
         query = tl.load(
-            query_ptr + (batch * q_b + head * q_h + rows * q_m)[:, None] + d[None, :],
+            query_ptr + (batch * q_b + head * q_h + rows.to(tl.int64) * q_m)[:, None] + d[None, :],
             mask=valid[:, None] & (d < D)[None, :],
             other=0.0,
         )
         grad = tl.load(
-            grad_ptr + (batch * o_b + head * o_h + rows * o_m)[:, None] + e[None, :],
+            grad_ptr + (batch * o_b + head * o_h + rows.to(tl.int64) * o_m)[:, None] + e[None, :],
             mask=valid[:, None] & (e < E)[None, :],
             other=0.0,
         )
@@ -141,16 +147,16 @@ def attention_columns(
             SOFTCAP, BIAS, MASK, IDS, PREFIX, LEFT, RIGHT, True,
         )  # fmt: skip
         shown = top if NATURAL else top * LOG2E
-        weights = power(x - shown[:, None], NATURAL) / total[:, None]
-        hit, q, is_first = _point(place, index, units, weights)
+        weights = power(x - shown[:, None], NATURAL)  # times total; only ratios matter until one is chosen
+        at_lane, q, is_first = _point(place, index, units, weights)
+        hit = lane[None, :] == at_lane[:, None]
         weight = tl.sum(tl.where(hit, weights, 0.0), 1)
         kept = valid & is_first & (weight > 0)
-        weight = tl.where(kept, weight / q, 0.0)
-        chosen = tl.sum(tl.where(hit, lane[None, :], 0), 1) + tile * SUB
+        weight = tl.where(kept, weight / total / q, 0.0)
+        chosen = at_lane + (tile * SUB).to(tl.int32)
         dweight = tl.sum(tl.where(hit, tl.dot(grad, tl.trans(value), input_precision=PRECISION), 0.0), 1)
         used = weight
         if DROPOUT:
-            plane_of_row = head + batch * heads
             drop = dropout_entries(
                 dropout_seed, dropout_stream, plane_of_row, rows, chosen, dropout_threshold, dropout_inverse
             )
@@ -160,7 +166,7 @@ def attention_columns(
         if SOFTCAP:
             ratio = capped(tl.sum(tl.where(hit, product, 0.0), 1) * scale, softcap) / softcap
             dlogit *= 1.0 - ratio * ratio
-        tl.store(found_ptr + item, tl.where(kept, chosen, -1).to(tl.int32), mask=valid)
+        tl.store(found_ptr + item, tl.where(kept, chosen, -1), mask=valid)
         tl.store(dlogit_ptr + item, dlogit, mask=valid)
         spread = tl.where(hit, used[:, None], 0.0).to(grad.dtype)
         dvalue = tl.dot(tl.trans(spread), grad, dvalue, input_precision=PRECISION)

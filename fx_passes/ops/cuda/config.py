@@ -40,7 +40,7 @@ def config(dtype: torch.dtype, d: int, e: int) -> Config:
     if dtype == torch.float32:
         return Config(sub=64, bm=64, bn=64, tc=16, bi=32, forward=(8, 2), columns=(8, 1))
     if width <= 64:
-        return Config(sub=64, bm=128, bn=64, tc=32, bi=64, forward=(8, 3), columns=(4, 2))
+        return Config(sub=64, bm=128, bn=64, tc=16, bi=128, forward=(8, 2), columns=(8, 1))
     if width <= 128:
-        return Config(sub=64, bm=128, bn=64, tc=32, bi=64, forward=(8, 3), columns=(4, 2))
-    return Config(sub=64, bm=64, bn=64, tc=16, bi=64, forward=(4, 2), columns=(8, 1))
+        return Config(sub=64, bm=128, bn=64, tc=16, bi=128, forward=(8, 2), columns=(8, 1))
+    return Config(sub=64, bm=128, bn=64, tc=16, bi=64, forward=(8, 2), columns=(8, 1))

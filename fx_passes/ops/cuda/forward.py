@@ -83,8 +83,9 @@ def _sweep(
     d = tl.arange(0, BD)
     e = tl.arange(0, BE)
     for start in range(low, high, BN):
-        keys = (start + tl.arange(0, BN)).to(tl.int64)
-        key_at = key_ptr + keys[:, None] * k_n + d[None, :]
+        keys = start + tl.arange(0, BN)
+        wide = keys.to(tl.int64)
+        key_at = key_ptr + wide[:, None] * k_n + d[None, :]
         if MASKED:
             key = tl.load(key_at, mask=(keys < n)[:, None] & (d < D)[None, :], other=0.0)
         elif BD == D:
@@ -120,7 +121,7 @@ def _sweep(
         else:
             total = total * alpha + tl.sum(p, 1)
         if OUT:
-            value_at = value_ptr + keys[:, None] * v_n + e[None, :]
+            value_at = value_ptr + wide[:, None] * v_n + e[None, :]
             if MASKED:
                 value = tl.load(value_at, mask=(keys < n)[:, None] & (e < E)[None, :], other=0.0)
             elif BE == E:
@@ -197,10 +198,11 @@ def attention_forward(
         batch = plane // heads
         head = plane % heads
         first = block * BM
-        rows = first.to(tl.int64) + tl.arange(0, BM)
+        rows = first + tl.arange(0, BM)
+        far = rows.to(tl.int64)
         inside = rows < m
         query = tl.load(
-            query_ptr + batch * q_b + head * q_h + rows[:, None] * q_m + d[None, :],
+            query_ptr + batch * q_b + head * q_h + far[:, None] * q_m + d[None, :],
             mask=inside[:, None] & (d < D)[None, :],
             other=0.0,
         )
@@ -244,14 +246,14 @@ def attention_forward(
         shown = kept if NATURAL else kept * LOG2E
         scale_up = power(tl.where(empty, 0.0, top - shown), NATURAL)
         stored = tl.where(empty, 1.0, total * scale_up)
-        at = plane * m + rows
+        at = plane * m + far
         tl.store(maximum_ptr + at, kept, mask=inside)
         tl.store(total_ptr + at, stored, mask=inside)
         total = tl.where(empty, 1.0, total)
         if OUT:
             acc = acc / total[:, None]
             tl.store(
-                out_ptr + batch * o_b + head * o_h + rows[:, None] * o_m + e[None, :],
+                out_ptr + batch * o_b + head * o_h + far[:, None] * o_m + e[None, :],
                 acc.to(out_ptr.dtype.element_ty),
                 mask=inside[:, None] & (e < E)[None, :],
             )

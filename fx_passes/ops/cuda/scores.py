@@ -29,8 +29,8 @@ def capped(x, softcap):
 def scores(
     product,  # query @ key^T, float32 [R, S]
     heads,  # int64, scalar or [R]
-    rows,  # int64 [R]
-    keys,  # int64 [S]
+    rows,  # int32 [R]
+    keys,  # int32 [S]
     batch,  # int64
     m,
     n,
@@ -70,7 +70,7 @@ def scores(
         x = capped(x, softcap)
     inside = (rows < m)[:, None] & (keys < n)[None, :]
     if BIAS:
-        at = (batch * bias_b + heads * bias_h + rows * bias_m)[:, None] + (keys * bias_n)[None, :]
+        at = (batch * bias_b + heads * bias_h + rows.to(tl.int64) * bias_m)[:, None] + (keys.to(tl.int64) * bias_n)[None, :]
         x += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if MASKED:
         seen = (keys < n)[None, :] & (rows >= 0)[:, None]
@@ -85,10 +85,10 @@ def scores(
             key_id = tl.load(kid_ptr + batch * kid_b + keys, mask=keys < n, other=0)
             seen = seen & (query_id[:, None] == key_id[None, :])
         if MASK == 1:
-            open_ = tl.load(mask_ptr + batch * mask_b + keys * mask_n, mask=keys < n, other=0)
+            open_ = tl.load(mask_ptr + batch * mask_b + keys.to(tl.int64) * mask_n, mask=keys < n, other=0)
             seen = seen & (open_ != 0)[None, :]
         if MASK == 2:
-            at = (batch * mask_b + heads * mask_h + rows * mask_m)[:, None] + (keys * mask_n)[None, :]
+            at = (batch * mask_b + heads * mask_h + rows.to(tl.int64) * mask_m)[:, None] + (keys.to(tl.int64) * mask_n)[None, :]
             seen = seen & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
         x = tl.where(seen, x, float("-inf"))
     return x
