@@ -1,6 +1,6 @@
 """Sizes of tiles: a function of dtype and head sizes alone, so that forward and backward agree on the lists' layout.
 
-They were chosen by ahead-of-time compilation for sm_90 (no spills, wgmma, shared memory); no speed has been measured.
+They were chosen by ahead-of-time compilation for sm_90 (spills, wgmma, shared memory); no speed has been measured.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ def padded(width: int) -> int:
 def config(dtype: torch.dtype, d: int, e: int) -> Config:
     width = max(padded(d), padded(e))
     if dtype == torch.float32:
-        return Config(sub=64, bm=64, bn=64, tc=16, bi=32, forward=(8, 2), columns=(8, 1))
-    if width <= 64:
-        return Config(sub=64, bm=128, bn=64, tc=16, bi=128, forward=(8, 2), columns=(8, 1))
+        # Products in float32 run on no tensor core and hold their operands in registers: small tiles.
+        if width <= 64:
+            return Config(sub=64, bm=32, bn=64, tc=16, bi=16, forward=(8, 1), columns=(8, 1))
+        return Config(sub=16, bm=32 if width <= 128 else 16, bn=32, tc=16, bi=16, forward=(8, 1), columns=(8, 1))
     if width <= 128:
         return Config(sub=64, bm=128, bn=64, tc=16, bi=128, forward=(8, 2), columns=(8, 1))
-    return Config(sub=64, bm=128, bn=64, tc=16, bi=64, forward=(8, 2), columns=(8, 1))
+    return Config(sub=32, bm=128, bn=64, tc=8, bi=64, forward=(8, 2), columns=(8, 1))
