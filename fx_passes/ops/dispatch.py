@@ -47,6 +47,7 @@ def backward(
 ) -> Gradients:
     """Gradients; it also adds to the state's count of kept entries. See `schema.attention_backward`."""
     if (cuda := _cuda(problem)) is not None:
+        gradients: Gradients
         gradients, count = cuda.backward(problem, grad, out, softmax, kept, c, seed, dropout_seed, bias_grad)
     elif bool(torch.isinf(c)) and not bias_grad and tiled.library_backward_applies(problem, softmax):
         gradients, count = tiled.library_backward(problem, grad, out, softmax)

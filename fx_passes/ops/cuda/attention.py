@@ -1,4 +1,4 @@
-"""Forward and backward of a call that `support` accepts: which kernels, and what is kept in between. docs/cuda-kernels.md."""
+"""Forward and backward of a call that `support` accepts: which kernels, and what is kept. docs/cuda-kernels.md."""
 
 from __future__ import annotations
 

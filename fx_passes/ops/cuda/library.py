@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -40,7 +42,7 @@ def backward(problem: Problem, grad: Tensor) -> Gradients:
     """Exact gradients of query, key and value; it runs the library's forward again, for what its backward needs."""
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (problem.query, problem.key, problem.value)]
-        masks = (problem.attn_mask, problem.attn_bias, None, None, None, None)
-        out = forward(Problem(*inputs, *masks, static=problem.static))
-    query, key, value = (g.contiguous() for g in torch.autograd.grad(out, inputs, grad))
-    return Gradients(query, key, value, None, None)
+        query, key, value = inputs
+        out = forward(replace(problem, query=query, key=key, value=value))
+    grads = [g.contiguous() for g in torch.autograd.grad(out, inputs, grad)]
+    return Gradients(grads[0], grads[1], grads[2], None, None)

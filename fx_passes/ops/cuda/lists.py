@@ -60,10 +60,9 @@ def _shape(problem: Problem, sizes: Config) -> tuple[int, int, int, int]:
 def _views(buffer: Tensor, problem: Problem, sizes: Config, capacity: int) -> Lists:
     slots = problem.query.shape[:3].numel() * capacity
     words = buffer[_HEADER:].view(torch.int32)
-    tile, rank, place, units, counts = words.split([slots] * 4 + [math.prod(_shape(problem, sizes))])
-    return Lists(
-        buffer, tile, rank, place, units.view(torch.float32), counts.view(_shape(problem, sizes)), capacity
-    )
+    tile, rank, place, units = words[: 4 * slots].view(4, slots)
+    counts = words[4 * slots :]
+    return Lists(buffer, tile, rank, place, units.view(torch.float32), counts.view(_shape(problem, sizes)), capacity)
 
 
 def new_lists(problem: Problem, sizes: Config, capacity: int) -> Lists:
@@ -82,5 +81,5 @@ def find_lists(kept: Tensor, problem: Problem, sizes: Config) -> Lists | None:
     slots, rest = divmod((storage.nbytes() - _HEADER) // 4 - math.prod(_shape(problem, sizes)), 4 * rows)
     if kept.storage_offset() or rest or slots <= 0:
         return None
-    buffer = torch.empty(0, dtype=torch.uint8, device=kept.device).set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload]
+    buffer = torch.empty(0, dtype=torch.uint8, device=kept.device).set_(storage, 0, (storage.nbytes(),), (1,))
     return _views(buffer, problem, sizes, slots)

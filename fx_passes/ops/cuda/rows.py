@@ -1,5 +1,8 @@
 """Kernels over the rows' lists: the order of points by tile of keys, and the gradient of the queries."""
 
+# Triton's language, not Python's types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+
 from __future__ import annotations
 
 import triton
@@ -49,7 +52,9 @@ def attention_rows(
         live = found >= 0
         dlogit = tl.load(dlogit_ptr + item, mask=live, other=0.0)
         key = tl.load(
-            key_ptr + (base + found.to(tl.int64) * k_n)[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0
+            key_ptr + (base + found.to(tl.int64) * k_n)[:, None] + d[None, :],
+            mask=live[:, None] & (d < D)[None, :],
+            other=0.0,
         )
         acc += dlogit[:, None] * key.to(tl.float32)
         count += live.to(tl.int32)

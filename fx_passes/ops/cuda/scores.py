@@ -4,6 +4,9 @@ A logit is kept in units of log2(e) (exp is then one exp2 and one multiplication
 bias or a softcap may make it huge, in natural units (`NATURAL`): a row of -1e9 must stay a row of equal logits.
 """
 
+# Triton's language, not Python's types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+
 from __future__ import annotations
 
 import triton
@@ -70,7 +73,8 @@ def scores(
         x = capped(x, softcap)
     inside = (rows < m)[:, None] & (keys < n)[None, :]
     if BIAS:
-        at = (batch * bias_b + heads * bias_h + rows.to(tl.int64) * bias_m)[:, None] + (keys.to(tl.int64) * bias_n)[None, :]
+        row_at = batch * bias_b + heads * bias_h + rows.to(tl.int64) * bias_m
+        at = row_at[:, None] + (keys.to(tl.int64) * bias_n)[None, :]
         x += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if MASKED:
         seen = (keys < n)[None, :] & (rows >= 0)[:, None]
@@ -88,7 +92,8 @@ def scores(
             open_ = tl.load(mask_ptr + batch * mask_b + keys.to(tl.int64) * mask_n, mask=keys < n, other=0)
             seen = seen & (open_ != 0)[None, :]
         if MASK == 2:
-            at = (batch * mask_b + heads * mask_h + rows.to(tl.int64) * mask_m)[:, None] + (keys.to(tl.int64) * mask_n)[None, :]
+            row_at = batch * mask_b + heads * mask_h + rows.to(tl.int64) * mask_m
+            at = row_at[:, None] + (keys.to(tl.int64) * mask_n)[None, :]
             seen = seen & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
         x = tl.where(seen, x, float("-inf"))
     return x

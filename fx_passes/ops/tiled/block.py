@@ -39,7 +39,7 @@ def _blocks(x: Tensor) -> Tensor:
     short = -x.shape[2] % ROWS
     if short:
         x = torch.cat([x, x.new_zeros(*x.shape[:2], short, *x.shape[3:])], 2)
-    return x.unflatten(2, (-1, ROWS))
+    return x.reshape(*x.shape[:2], x.shape[2] // ROWS, ROWS, *x.shape[3:])
 
 
 def _mean_squares(problem: Problem, rows: slice, softmax: Softmax) -> Tensor:
@@ -138,8 +138,8 @@ def _add_tile(
     if sums.bias is not None:
         row = torch.arange(w.shape[2] * ROWS, device=w.device).view(1, 1, -1, ROWS, 1) + tile.row
         at = (batch[..., None], head[..., None], row.clamp(max=problem.query.shape[2] - 1), place[2][:, :, :, None])
-        at = tuple(torch.zeros_like(i) if n == 1 else i for i, n in zip(at, sums.bias.shape, strict=True))
-        sums.bias.index_put_(at, grad_logits, accumulate=True)
+        place_of = [torch.zeros_like(i) if n == 1 else i for i, n in zip(at, sums.bias.shape, strict=True)]
+        sums.bias.index_put_(tuple(place_of), grad_logits, accumulate=True)
     if tile.cap_slope is not None:
         grad_logits = grad_logits * _columns(tile.cap_slope, lane)
     rows = tile.rows.stop - tile.rows.start

@@ -1,7 +1,7 @@
 """Compiles every kernel of a call ahead of time, for GPUs that are not here, and says what ptxas made of it.
 
-Run as a script, in a process of its own: ``python -m tests.ops.cuda.ahead 90 '{"d": 128, "dtype": "bfloat16"}'`` prints
-one JSON object per kernel. The launches are the real ones, on meta tensors; a recorder stands where the launch would be.
+As a script, in a process of its own: ``python -m tests.ops.cuda.ahead 90 '{"d": 128, "dtype": "bfloat16"}'`` prints
+one JSON object per kernel. The launches are the real ones, on meta tensors; a recorder takes the launches.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ class Recorder:
         self.kernel, self.calls = kernel, []  # type: ignore[var-annotated]
 
     def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: self.calls.append(
-            dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-        )
+        return lambda *args, **kwargs: self.calls.append(dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs)
 
 
 def _source(kernel: Any, call: dict[str, Any]) -> ASTSource:
@@ -102,12 +100,11 @@ def record(
     recorders = [Recorder(getattr(launch, name)) for name in names]
     originals = [r.kernel for r in recorders]
     with torch.device("meta"):
+
         def new(*shape: int) -> torch.Tensor:
             return torch.empty(*shape, dtype=getattr(torch, dtype))
 
-        tensors: dict[str, Any] = dict.fromkeys(
-            ("attn_mask", "attn_bias", "sinks", "query_ids", "key_ids", "prefix")
-        )
+        tensors: dict[str, Any] = dict.fromkeys(("attn_mask", "attn_bias", "sinks", "query_ids", "key_ids", "prefix"))
         if "padding" in features:
             tensors["attn_mask"] = torch.empty(1, 1, 1, n, dtype=torch.bool)
         if "mask" in features:

@@ -87,7 +87,16 @@ def run(p: Problem, c: float, grad: Tensor | None = None) -> dict[str, Any]:
         gradients, count = attention.backward(p, grad, out, softmax, kept, c_tensor, SEED, SEED, bias_grad)
     found = lists.find_lists(kept, p, launch.sizes_of(p))
     key = results[0][1].view(*p.query.shape[:3], -1).long() if results else None
-    return dict(out=out, softmax=softmax, kept=kept, grad=grad, gradients=gradients, count=count, key=key, lists=found)
+    return {
+        "out": out,
+        "softmax": softmax,
+        "kept": kept,
+        "grad": grad,
+        "gradients": gradients,
+        "count": count,
+        "key": key,
+        "lists": found,
+    }
 
 
 def kept_matrix(p: Problem, key: Tensor) -> Tensor:
@@ -121,7 +130,7 @@ def test_no_patch_of_the_interpreter_is_outdated() -> None:
     assert all(NEEDED.values()), f"remove the patches that are no longer needed: {NEEDED}"
 
 
-BAND = {"causal": dict(right=0), "window": dict(left=40, right=0), "end": dict(right=0, bottom_right=True)}
+BAND = {"causal": {"right": 0}, "window": {"left": 40, "right": 0}, "end": {"right": 0, "bottom_right": True}}
 
 
 @pytest.mark.parametrize("c", [0.5, 6.0, 60.0])
@@ -136,7 +145,7 @@ def test_bands(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision(dtype: torch.dtype) -> None:
-    check(problem(dtype=dtype, static=dict(right=0)), 8.0)
+    check(problem(dtype=dtype, static={"right": 0}), 8.0)
 
 
 @pytest.mark.parametrize(("d", "e"), [(16, 32), (40, 24), (256, 16)])
@@ -145,7 +154,7 @@ def test_head_sizes(d: int, e: int) -> None:
 
 
 def test_groups_of_query_heads_in_a_batch() -> None:
-    check(problem(b=2, h=4, g=2, m=40, n=70, static=dict(right=0)), 8.0)
+    check(problem(b=2, h=4, g=2, m=40, n=70, static={"right": 0}), 8.0)
 
 
 def test_peaked_rows_keep_each_entry_once() -> None:
@@ -175,16 +184,16 @@ def test_sinks() -> None:
 
 
 def test_softcap() -> None:
-    check(problem(spread=4.0, static=dict(softcap=2.0)), 8.0)
+    check(problem(spread=4.0, static={"softcap": 2.0}), 8.0)
 
 
 def test_documents_and_prefix() -> None:
     ids = torch.arange(160)[None] // 50
-    check(problem(m=160, query_ids=ids, key_ids=ids, prefix=torch.tensor([30]), static=dict(right=0)), 8.0)
+    check(problem(m=160, query_ids=ids, key_ids=ids, prefix=torch.tensor([30]), static={"right": 0}), 8.0)
 
 
 def test_dropout() -> None:
-    check(problem(static=dict(dropout_p=0.3, site=3)), 8.0)
+    check(problem(static={"dropout_p": 0.3, "site": 3}), 8.0)
 
 
 def test_strides() -> None:
@@ -207,7 +216,7 @@ def test_rows_that_are_masked_at_a_finite_value_are_uniform() -> None:
 
 
 def test_the_set_is_the_one_of_the_reference_path() -> None:
-    p, c = problem(h=4, g=2, static=dict(right=0), m=130, n=130), 10.0
+    p, c = problem(h=4, g=2, static={"right": 0}, m=130, n=130), 10.0
     r = run(p, c)
     weights = dense(p).weights(dense(p).logits()).flatten(0, 1)
     entries, _ = systematic(weights.float(), c, row_offsets(SEED, 0, 4, slice(0, 130)), (launch.sizes_of(p).sub, 1))
@@ -235,7 +244,7 @@ def test_expected_gradient_is_exact() -> None:
 
 
 def test_lost_lists_are_drawn_again() -> None:
-    p = problem(static=dict(right=0))
+    p = problem(static={"right": 0})
     r = run(p, 8.0)
     c = torch.tensor(8.0, dtype=torch.float64)
     again, count = attention.backward(p, r["grad"], r["out"], r["softmax"], r["kept"].clone(), c, SEED, SEED, False)
@@ -245,7 +254,7 @@ def test_lost_lists_are_drawn_again() -> None:
 
 
 def test_infinite_c_is_exact() -> None:
-    for p in (problem(static=dict(right=0)), problem(sinks=torch.zeros(2))):
+    for p in (problem(static={"right": 0}), problem(sinks=torch.zeros(2))):
         r = run(p, torch.inf)
         right = sus_gradients(dense(p), r["grad"], torch.ones(1, 2, 96, 160))
         for name in ("query", "key", "value"):
@@ -253,7 +262,7 @@ def test_infinite_c_is_exact() -> None:
 
 
 def test_library_forward_keeps_its_bits() -> None:
-    p = problem(static=dict(right=0, forward="library"), g=2, m=96, n=96)
+    p = problem(static={"right": 0, "forward": "library"}, g=2, m=96, n=96)
     r = check(p, 8.0)
     library = torch.nn.functional.scaled_dot_product_attention(p.query, p.key, p.value, is_causal=True)
     assert torch.equal(r["out"], library)
@@ -290,7 +299,7 @@ def test_long_columns_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_softmax_is_what_the_tiled_path_has() -> None:
-    p = problem(sinks=torch.zeros(2), static=dict(left=30, right=5))
+    p = problem(sinks=torch.zeros(2), static={"left": 30, "right": 5})
     r = run(p, 8.0)
     _, other = tiled.forward(p, SEED)
     lse = [s.maximum + s.total.log() for s in (r["softmax"], other)]

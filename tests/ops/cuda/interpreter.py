@@ -1,6 +1,6 @@
 """Triton's interpreter with its defects patched, and one check per patch that says whether it is still needed.
 
-Import it before anything that imports Triton, in a process of its own: `install` needs TRITON_INTERPRET=1 from the start.
+Import it before anything that imports Triton, in a process of its own: TRITON_INTERPRET=1 counts from the start.
 """
 
 from __future__ import annotations
