@@ -133,9 +133,6 @@ def understand_sdpa(trace: Trace, constants: Constants, call: Value) -> tuple[At
     q = Operand(query, (*broadcast(lead, query.shape[:-2]), rows, feature))
     k = Operand(key, (*broadcast(groups, key.shape[:-2]), columns, feature))
     v = Operand(value, (*broadcast(groups, value.shape[:-2]), columns, out))
-    for operand in (q, k, v):
-        if level(walk.context, operand.value) < Level.COMPUTED:
-            raise NotUnderstood("an operand is a parameter, not an activation")
     scale = given.get("scale")
     found = Scores(Operand(call, logits), query=q, key=k, scale=query.shape[-1] ** -0.5 if scale is None else float(scale))
     if isinstance(mask, Value):

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from fx_passes.canonicalise.axes import NotUnderstood
 from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.forms import Attention, Walk
 from fx_passes.canonicalise.understand import is_attention_softmax, understand, understand_sdpa
 from fx_passes.find.anchors import SDPA, is_anchor, products, softmaxes
-from fx_passes.find.context import Context
+from fx_passes.find.context import Context, fake_of
 from fx_passes.find.trace import Trace, Value
 from fx_passes.find.where import locate
 from fx_passes.report import LEFT, REWRITTEN, Report, Site
@@ -86,7 +87,7 @@ def rewrite_graph(
     """Rewrites the attentions of a graph in place; `report` gets a site for each one found.
 
     Args:
-        gm: a Dynamo graph, a graph of torch.export, or a plain one whose nodes have fake values in their meta.
+        gm: a Dynamo graph, a graph of torch.export, or a plain one; the last needs `example_inputs`.
         options: what the calls are given.
         report: gets the sites.
         example_inputs: real inputs; buffers among them may be proven to be masks, see `Result.buffers`.
@@ -94,6 +95,8 @@ def rewrite_graph(
     """
     job = _Job(options, report, dry=dry)
     places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    if not any(fake_of(n) is not None for n in gm.graph.nodes):
+        FakeTensorProp(gm).propagate(*(example_inputs or ()))
     examples = dict(zip(places, example_inputs or (), strict=False))
     _rewrite(Context(gm, examples), job)
     return job.result

@@ -174,4 +174,6 @@ def _add_entries(
 def _add_rows(target: Tensor, batch: Tensor, head: Tensor, place: Tensor, rows: Tensor) -> None:
     """``target[batch, head, place] += rows`` with repeated places added up; target is contiguous."""
     _, heads, places, width = target.shape
+    if width == 0:  # logits as a whole: query and key are empty
+        return
     target.view(-1, width).index_add_(0, (batch * heads + head) * places + place, rows)
