@@ -207,29 +207,55 @@ def test_a_schedule_never_recompiles() -> None:
     assert cs == [40, 34, 28, 22, 16, 10, 4, 4]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("c", [4, VarianceTarget(0.05, start=6)], ids=["constant", "target"])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, c: Any, accumulate: int) -> None:
-    def run(steps: int, resume: Path | None = None, save: Path | None = None) -> tuple[Plain, SUSBackprop]:
-        seed_everything(5, verbose=False)
-        module = Plain()
-        schedule = VarianceTarget(0.05, start=6) if isinstance(c, VarianceTarget) else c
-        callback = sus(schedule, variance_every_n_steps=2)
-        fit = trainer(callbacks=[callback], max_steps=steps, max_epochs=9, accumulate_grad_batches=accumulate)
-        fit.fit(module, loader(32), ckpt_path=resume, weights_only=False if resume else None)
-        if save:
-            fit.save_checkpoint(save)
-        return module, callback
+class Resumable:
+    """A loader that says where it is, as mid-epoch checkpoints need it."""
 
-    per_epoch = 8 // accumulate
-    checkpoint = tmp_path / "half.ckpt"
-    run(per_epoch, save=checkpoint)
-    resumed, a = run(2 * per_epoch, resume=checkpoint)
-    whole, b = run(2 * per_epoch)
+    def __init__(self) -> None:
+        self.batches, self.at = list(loader(32)), 0
+
+    def __iter__(self) -> Any:
+        while self.at < len(self.batches):
+            self.at += 1
+            yield self.batches[self.at - 1]
+        self.at = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+def saved_run(folder: Path, schedule: Any, data: Any, resume: str | None = None, **options: Any) -> Any:
+    """A run of three epochs that saves after step 6 or each epoch: module, callback, path of the first checkpoint."""
+    seed_everything(5, verbose=False)
+    module, callback = Plain(), sus(schedule, variance_every_n_steps=2)
+    every = {"every_n_train_steps": 5} if isinstance(data, Resumable) else {"save_on_train_epoch_end": True}
+    checkpoint = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **every)
+    fit = trainer(
+        callbacks=[callback, checkpoint], max_steps=-1, max_epochs=2, enable_checkpointing=True, **options
+    )
+    fit.fit(module, data, ckpt_path=resume, weights_only=False if resume else None)
+    return module, callback, str(min(folder.glob("*.ckpt"), key=lambda p: int(p.stem.split("=")[1])))
+
+
+@pytest.mark.parametrize("case", ["constant", "target", "target accumulated", "mid-epoch"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, case: str) -> None:
+    def run(folder: str, resume: str | None = None) -> Any:
+        schedule = VarianceTarget(0.05, start=6) if "target" in case else 4
+        data = Resumable() if case == "mid-epoch" else loader(32)
+        accumulate = 2 if "accumulated" in case else 1
+        return saved_run(tmp_path / folder, schedule, data, resume, accumulate_grad_batches=accumulate)
+
+    whole, a, checkpoint = run("whole")
+    resumed, b, _ = run("resumed", checkpoint)
     assert a.backend.state.counter == b.backend.state.counter
     assert a.c == b.c
     assert equal(weights(resumed), weights(whole))
-    if isinstance(c, VarianceTarget):
+    if "target" in case:
         assert a.c != 6
 
 

@@ -1,0 +1,56 @@
+"""Two processes on gloo: ranks draw differently, agree on c, and end with the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("ddp_script.py")
+ROOT = SCRIPT.parents[2]
+
+
+def two_ranks(folder: Path, strategy: str, every: int, mode: str) -> list[dict[str, Any]]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), str(folder), strategy, str(every), mode]
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "model_parallel"])
+def test_ranks_draw_differently_and_agree(tmp_path: Path, strategy: str) -> None:
+    first, second = two_ranks(tmp_path / "adapt", strategy, 2, "adapt")
+    assert (first["rank"], second["rank"]) == (0, 1)
+    assert first["rewritten"] >= 1
+    assert first["draws"]
+    assert not set(first["draws"]) & set(second["draws"])
+    assert first["c"] == second["c"] != 6
+    assert first["counter"] == second["counter"] == 6 * (1 if strategy == "ddp" else 2)
+    assert first["variance"] == second["variance"]
+    assert first["variance"]["relative_variance"] > 0
+    assert first["weights"] == second["weights"]
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "model_parallel", "ddp_find_unused", "ddp_bucket_view", "ddp_static"]
+)
+@pytest.mark.slow
+def test_probes_change_no_weight(tmp_path: Path, strategy: str) -> None:
+    probed, _ = two_ranks(tmp_path / "probed", strategy, 2, "constant")
+    plain, _ = two_ranks(tmp_path / "plain", strategy, 0, "constant")
+    assert probed["variance"]
+    assert not plain["variance"]
+    assert probed["weights"] == plain["weights"]
+    assert probed["counter"] == plain["counter"]
