@@ -270,7 +270,7 @@ def attention_forward(
                 scratch, shift, total, reset, row_word(tl.load(seed_ptr), row_stream, head + batch * heads, rows),
                 inside, (c * 4294967296.0).to(tl.float32),
                 low // SUB, tl.minimum(tiles, tl.cdiv(high, BN) * (BN // SUB)),
-                at * capacity, counts_ptr + (plane * blocks + block) * tiles,
+                capacity, at * capacity, counts_ptr + (plane * blocks + block) * tiles,
                 tile_ptr, rank_ptr, place_ptr, units_ptr, BM, TC,
             )  # fmt: skip
             tl.debug_barrier()  # the next block overwrites them

@@ -26,6 +26,7 @@ def select(
     scaled_c,  # c * 2^32
     first_tile,
     last_tile,
+    capacity,
     items,  # int64 [BM]: index of slot 0 of every row
     counts,  # of this block of rows, [tiles]
     tile_ptr,
@@ -43,12 +44,16 @@ def select(
         there = (tiles < last_tile)[None, :] & inside[:, None]
         log = tl.load(scratch + tiles[None, :] * BM + lane[:, None], mask=there, other=float("-inf"))
         mass = tl.exp2(log - shift[:, None]) / total[:, None]
-        live = there & (tiles[None, :] >= reset[:, None])
+        # Not-a-number fails the comparison: broken inputs must not become places outside the lists.
+        live = there & (tiles[None, :] >= reset[:, None]) & (mass <= 1.01)
         # A float32 that is an integer: its int64 twin is exact, and 4 bytes store it.
         units = tl.floor(tl.where(live, mass, 0.0) * scaled_c)
         length = units.to(tl.int64)
         ends = tl.cumsum(length, 1) + carry[:, None]
-        begins = ends - length
+        # Never reached while a row's masses sum to 1 (`Lists.c_limit`); it guards memory, not the estimate.
+        last = (capacity.to(tl.int64) << 32) - 1
+        begins = tl.minimum(ends - length, last)
+        ends = tl.minimum(ends, last)
         slot = (begins >> 32).to(tl.int32)
         points = (ends >> 32).to(tl.int32) - slot
         rank = tl.cumsum(points, 0) - points
