@@ -9,9 +9,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks.callback import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from fx_passes import SUSBackend
@@ -41,8 +41,8 @@ class SUSBackprop(Callback):
     - ``sus/kept_per_row``, ``sus/kept_fraction``: entries kept per query row, and of all that a dense backward uses,
       over the steps since they were last logged, over all ranks;
     - ``sus/relative_variance`` (0.01 is an increase by 1%), also per kind of parameter (``sus/relative_variance/q``,
-      ``k``, ``v``, ``o``, ``qkv``, ``rest``) and per layer, ``sus/worst_relative_variance`` (of the attention projections),
-      ``sus/sus_variance``, ``sus/batch_variance``, ``sus/gradient_noise_scale``: see
+      ``k``, ``v``, ``o``, ``qkv``, ``rest``) and per layer, ``sus/worst_relative_variance`` (largest of the attention
+      projections),      ``sus/sus_variance``, ``sus/batch_variance``, ``sus/gradient_noise_scale``: see
       :class:`~sus_lightning.GradientVariance`.
 
     Note:
@@ -142,7 +142,9 @@ class SUSBackprop(Callback):
         if not self.variance_every_n_steps:
             return
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-            rank_zero_warn("SUSBackprop measures no variance: training_step takes a dataloader_iter instead of a batch.")
+            rank_zero_warn(
+                "SUSBackprop measures no variance: training_step takes a dataloader_iter instead of a batch."
+            )
             return
         self._probe = Probe(trainer, pl_module, self.backend, self.variance_draws)
 
@@ -188,8 +190,8 @@ class SUSBackprop(Callback):
             if not values and not self._warned:
                 self._warned = True
                 rank_zero_warn(
-                    "SUSBackprop: no attention has run with SUS since c was last logged. If the training step calls the "
-                    "module, Dynamo has reached its recompile limit; TORCH_LOGS=recompiles says why it recompiles."
+                    "SUSBackprop: no attention has run with SUS since c was last logged. If the training step calls "
+                    "the module, Dynamo has reached its recompile limit; TORCH_LOGS=recompiles says why it recompiles."
                 )
             values["attention_rewritten"] = float(self.backend.report.rewritten)
             self._publish(trainer, pl_module, values)
@@ -250,9 +252,10 @@ class SUSBackprop(Callback):
             rank_zero_info(f"SUSBackprop: {report}")
             return
         raise MisconfigurationException(
-            f"SUSBackprop rewrote no attention of {type(pl_module).__name__}: it would train without SUS. Compiled were "
-            f"the submodules {modules}; attention that is computed in the LightningModule's own methods, or in a method "
-            f"other than forward of a submodule, is not seen: move it into a submodule, or name that in `modules`. "
+            f"SUSBackprop rewrote no attention of {type(pl_module).__name__}: it would train without SUS. Compiled "
+            f"were the submodules {modules}; attention that is computed in the LightningModule's own methods, or in a "
+            f"method other than forward of a submodule, is not seen: move it into a submodule, or name that in "
+            f"`modules`. "
             f"After many fits in one process, torch._dynamo.reset() makes room for new compilations.\n"
             f"{report}"
         )

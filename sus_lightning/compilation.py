@@ -193,7 +193,7 @@ def _options_of(compiled: Any) -> dict[str, Any]:
     if callback is None:
         return {}
     options: dict[str, Any] = {}
-    wrapper = innermost_backend(callback)
+    wrapper: Any = innermost_backend(callback)
     patches = getattr(wrapper, "config", None)
     if isinstance(patches, dict) and patches:
         options["options"] = dict(patches)

@@ -69,7 +69,7 @@ class StepGradient:
             return self.root.training_step(*arguments.values())
 
     def _loss(self, output: Any) -> Tensor | None:
-        return output.get("loss") if isinstance(output, Mapping) else output  # type: ignore[no-any-return]
+        return output.get("loss") if isinstance(output, Mapping) else output
 
     def _scale(self) -> float:
         """The factor that keeps float16 gradients from underflow, as the training step would use it."""
@@ -89,7 +89,8 @@ class StepGradient:
             return self._unscaled([p.grad for p in self.parameters])
 
     def _by_optimizers(self, arguments: Mapping[str, Any]) -> Gradients:
-        scale, stepped = self._scale(), {}
+        scale = self._scale()
+        stepped: dict[nn.Parameter, Tensor] = {}
 
         def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             (loss * scale).backward(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -126,7 +127,7 @@ def exchanged_grads(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     try:
         for p in parameters:
             p.grad = None
-            p._post_accumulate_grad_hooks = None  # an optimizer that steps within backward would train here
+            p._post_accumulate_grad_hooks = None  # type: ignore[assignment]  # an optimizer that steps within backward would train here
         yield
     finally:
         for p, grad, hook in zip(parameters, before, hooks, strict=True):

@@ -168,7 +168,9 @@ class GradientVariance(Metric):
     def _check(self, exact: Gradients, second: Gradients) -> None:
         if len(exact) != len(second) or (self.pieces and len(exact) != self.parameters_given):
             expected = self.parameters_given or len(exact)
-            raise ValueError(f"expected {expected} gradients per argument, but there are {len(exact)} and {len(second)}")
+            raise ValueError(
+                f"expected {expected} gradients per argument, but there are {len(exact)} and {len(second)}"
+            )
         for i, (a, b) in enumerate(zip(exact, second, strict=True)):
             if a is not None and b is not None and a.shape != b.shape:
                 raise ValueError(f"gradient {i} has the shapes {tuple(a.shape)} and {tuple(b.shape)}")
@@ -176,21 +178,26 @@ class GradientVariance(Metric):
     def _reduce(self, first: Gradients, second: Gradients, weights: Sequence[float] | None, of: Any) -> Tensor:
         """[pieces] float64 sums of `of(first, second)` over the entries of each piece."""
         whole = [Piece(i, "rest", "") for i in range(len(first))]
-        sums = []
+        sums: list[Tensor | None] = []
         for piece in self.pieces or whole:
             a, b = first[piece.index], second[piece.index]
             if a is None and b is None:
                 sums.append(None)
                 continue
-            a, b = (torch.zeros_like(b if x is None else x) if x is None else x for x in (a, b)) if a is None or (
-                b is None
-            ) else (a, b)
+            a, b = _zeros_if_none(a, b), _zeros_if_none(b, a)
             weight = 1.0 if weights is None else weights[piece.index]
             sums.append(of(piece.of(a), piece.of(b)) * weight)
         device = next((s.device for s in sums if s is not None), self.noise.device)
         zero = torch.zeros((), dtype=torch.float64, device=device)
         stacked = torch.stack([zero if s is None else s for s in sums]).to(self.noise.device)
         return stacked if self.pieces else stacked.sum().reshape(1)
+
+
+def _zeros_if_none(x: Tensor | None, like: Tensor | None) -> Tensor:
+    if x is not None:
+        return x
+    assert like is not None
+    return torch.zeros_like(like)
 
 
 def _squared_distance(a: Tensor, b: Tensor) -> Tensor:

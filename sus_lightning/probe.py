@@ -8,8 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from fx_passes import SUSBackend
@@ -86,16 +86,17 @@ class Probe:
         state.c = math.inf
         self._update(exact, other=self._gradient(copied(other)))
 
-    def _update(self, exact: Gradients, **second: Gradients | None) -> None:
-        (name, gradients), *_ = second.items()
+    def _update(self, exact: Gradients, sus: Gradients | None = None, other: Gradients | None = None) -> None:
+        gradients = sus if sus is not None else other
         if gradients is None or not _finite(gradients):
-            return
+            return  # a step that was skipped, or whose float16 gradients overflowed
         weights = None
         if self._sharded:
             weights = [1.0 if g is None else 1.0 / copies(g) for g in exact]
         self.metric.update(
             _local(exact),
-            **{name: _local(gradients)},
+            sus=None if sus is None else _local(sus),
+            other=None if other is None else _local(other),
             weights=weights,
             counts=not self._sharded or self.trainer.is_global_zero,
         )

@@ -32,13 +32,13 @@ class Schedule(ABC):
     def __call__(self, step: int) -> float:
         """c for the optimizer step number ``step`` (from 0): above 0, infinity allowed."""
 
-    def observe(self, variance: Mapping[str, float]) -> None:
+    def observe(self, variance: Mapping[str, float]) -> None:  # noqa: B027 (nothing to do for most schedules)
         """Called after each variance probe, with the values that it logs (their names without ``sus/``)."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         pass
 
     def __repr__(self) -> str:
@@ -123,7 +123,7 @@ class ExponentialSchedule(_Interpolation):
     """
 
     def _at(self, fraction: float) -> float:
-        return self.start * (self.end / self.start) ** fraction
+        return float(self.start * (self.end / self.start) ** fraction)
 
 
 class StepSchedule(Schedule):

@@ -17,8 +17,14 @@ from fx_passes.state import Kept, State
 Restore = Callable[[], None]
 
 # What nn.Module and LightningModule keep for themselves; a training step changes none of it.
-_NOT_SAVED = frozenset(vars(nn.Module())) - {"training"} | {"_trainer", "_fabric", "_compiler_ctx", "_compiled_call_impl"}
-_NOT_SAVED |= {"log", "log_dict"}  # `gradients.muted` has put them there
+_NOT_SAVED = frozenset(vars(nn.Module())) - {"training"} | {
+    "_trainer",
+    "_fabric",
+    "_compiler_ctx",
+    "_compiled_call_impl",
+    "log",  # these two: `gradients.muted` has put them there
+    "log_dict",
+}
 
 
 class Snapshot:
@@ -144,7 +150,7 @@ def _random_states(device: torch.device) -> list[Restore]:
     if "numpy" in sys.modules:
         import numpy as np
 
-        legacy = np.random.get_state()  # noqa: NPY002: the legacy generator is the one that is global
+        legacy = np.random.get_state()  # noqa: NPY002 (the legacy generator is the one that is global)
         states.append(lambda: np.random.set_state(legacy))  # noqa: NPY002
     if device.type not in ("cpu", "meta"):
         library = torch.get_device_module(device)

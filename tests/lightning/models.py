@@ -32,7 +32,9 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(width, dropout=dropout)
         self.norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.Dropout(dropout)
+        )
         self.batch_norm = nn.BatchNorm1d(width) if batch_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ class Nasty(Plain):
 
         tokens = batch.pop("tokens") if isinstance(batch, dict) else batch
         self.calls += 1
-        noise = random.random() + float(np.random.rand()) + float(torch.rand(()))
+        noise = random.random() + float(np.random.rand()) + float(torch.rand(()))  # noqa: NPY002
         loss = loss_of(self.model(tokens), tokens) * (1 + 0.1 * noise + 0.01 * self.calls + 0.1 * self.average)
         self.average = 0.9 * self.average + 0.1 * loss.detach()
         self.losses.append(loss.detach())

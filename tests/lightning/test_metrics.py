@@ -1,4 +1,4 @@
-"""GradientVariance: estimators without bias, sums over updates and ranks, kinds of parameters; VarianceTarget's loop."""
+"""GradientVariance: no bias, sums over updates and ranks, kinds of parameters; the loop of VarianceTarget."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sus_lightning.parameter_kinds import classify
 from sus_lightning.schedules import as_schedule, value_at
 
 SIZE, BATCH = 40, 8
-TRUE_G = torch.linspace(-1, 2, SIZE, dtype=torch.float64) / 4
+TRUE_G = torch.linspace(-1, 2, SIZE, dtype=torch.float64) * 2  # large enough for its square to be known to 0.3%
 SCALES = torch.linspace(0.5, 2, SIZE, dtype=torch.float64)  # per-example standard deviations
 NOISE = 0.3  # standard deviation that SUS adds to an entry
 

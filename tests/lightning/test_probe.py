@@ -59,7 +59,9 @@ def run(make: type, every: int, dicts: bool = False, compiler: str = "eager", **
     module = make()
     callback = SUSBackprop(c=4, compiler=compiler, variance_every_n_steps=every, variance_draws=2)
     if make is Reentrant:
-        callback = SUSBackprop(c=4, compiler=compiler, variance_every_n_steps=every, modules=["model.layers.0", "model.layers.1"])
+        callback = SUSBackprop(
+            c=4, compiler=compiler, variance_every_n_steps=every, modules=["model.layers.0", "model.layers.1"]
+        )
     data = DataLoader(DictTokens(30), batch_size=4) if dicts else loader(30)
     fit = trainer(callbacks=[callback], max_steps=7, **options)
     fit.fit(module, data)

@@ -43,9 +43,7 @@ def test_ranks_draw_differently_and_agree(tmp_path: Path, strategy: str) -> None
     assert first["weights"] == second["weights"]
 
 
-@pytest.mark.parametrize(
-    "strategy", ["ddp", "model_parallel", "ddp_find_unused", "ddp_bucket_view", "ddp_static"]
-)
+@pytest.mark.parametrize("strategy", ["ddp", "model_parallel", "ddp_find_unused", "ddp_bucket_view", "ddp_static"])
 @pytest.mark.slow
 def test_probes_change_no_weight(tmp_path: Path, strategy: str) -> None:
     probed, _ = two_ranks(tmp_path / "probed", strategy, 2, "constant")
