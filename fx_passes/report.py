@@ -70,7 +70,7 @@ class Report:
     def __str__(self) -> str:
         if not self._sites:
             return "No softmax attention was found."
-        rows = [("module", "source", "form", "tier", "mask", "status")]
+        rows: list[tuple[str, ...]] = [("module", "source", "form", "tier", "mask", "status")]
         rows += [_row(site) for site in self._sites.values()]
         head = f"{self.rewritten} of {len(self._sites)} attentions {self.verb}"
         return "\n".join([head, *_table(rows)])
