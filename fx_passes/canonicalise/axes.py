@@ -71,7 +71,7 @@ def split(axis: Axis, inner: Size) -> tuple[Axis, Axis]:
         raise NotUnderstood("a view splits a dimension in a way that does not divide it")
     outer = axis.size // inner
     axis.parts = (Axis(outer), Axis(inner))
-    return axis.parts  # type: ignore[return-value]
+    return axis.parts
 
 
 def reshape(layout: Layout, shape: Sequence[Size]) -> Layout:

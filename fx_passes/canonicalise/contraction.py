@@ -66,7 +66,7 @@ def _product_under_sum(value: Value) -> Value | None:
     while isinstance(inner, Value) and (is_same(inner) or is_cast(inner)) and inner.op is not None:
         inner = inner.args[0]
     if inner.op in MULTIPLY and isinstance(inner.args[0], Value) and isinstance(inner.args[1], Value):
-        return inner
+        return inner  # type: ignore[no-any-return]
     return None
 
 

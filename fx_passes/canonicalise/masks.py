@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-
 import torch
 from torch import Tensor
 
@@ -78,7 +77,8 @@ def plan(walk: Walk, scores: Scores, weight_masks: list[Mask], rows: Dim, keys: 
             result.biases.append(bias)
         else:
             masks.append(mask)
-    hard, soft = [], []
+    hard: list[Mask] = []
+    soft: list[Mask] = []
     for mask in masks:
         zeroed = any(_same_condition(mask, other) for other in weight_masks)
         (hard if zeroed or math.isinf(mask.fill) else soft).append(mask)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-
 import torch
 
 from fx_passes.canonicalise.axes import Dim, Layout, NotUnderstood, all_axes, broadcast, known, leaves

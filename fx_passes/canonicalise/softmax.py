@@ -45,7 +45,7 @@ def _minus_logsumexp(value: Value) -> tuple[Value, int] | None:
     return None if squeezed and dim != over else (value.args[0], over)
 
 
-def sum_of(value: Value, layout: Layout) -> tuple[Value, Layout, Dim] | None:
+def sum_of(value: Value, layout: Layout) -> tuple[Value, Layout, tuple[int, ...]] | None:
     """For a row sum, seen through views: the summed value, the layout of what is left, and the positions summed.
 
     The third is a tuple of dimensions of the summed value, not of axes.
@@ -53,9 +53,7 @@ def sum_of(value: Value, layout: Layout) -> tuple[Value, Layout, Dim] | None:
     while value.op is not None and value.op is not aten.sum.dim_IntList:
         if is_view(value):
             layout = before(value, layout)
-        elif not is_cast(value) and value.op is not aten.clamp_min.default:
-            return None
-        elif value.op is aten.clamp_min.default:
+        elif (not is_cast(value) and value.op is not aten.clamp_min.default) or value.op is aten.clamp_min.default:
             return None
         value = value.args[0]
     if value.op is None or not value.args[1]:
@@ -64,7 +62,7 @@ def sum_of(value: Value, layout: Layout) -> tuple[Value, Layout, Dim] | None:
     dims = tuple(sorted(d % rank for d in value.args[1]))
     keepdim = len(value.args) > 2 and bool(value.args[2])
     rest = tuple(dim for i, dim in enumerate(layout) if i not in dims) if keepdim else layout
-    return value.args[0], rest, dims  # type: ignore[return-value]
+    return value.args[0], rest, dims
 
 
 def is_row_sum(denominator: Value, layout: Layout, numerator: Value, numerator_layout: Layout, keys: Dim | None) -> Dim | None:

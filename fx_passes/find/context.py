@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-_INPLACE = {getattr(operator, f"i{name}") for name in "add sub mul truediv floordiv mod pow and or xor matmul".split()}
+_INPLACE = {getattr(operator, f"i{name}") for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul"]}
 _CONTRACTIONS = ("linear", "matmul", "bmm", "mm", "einsum", "conv", "addmm", "baddbmm", "bilinear", "attention")
 
 

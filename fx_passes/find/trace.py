@@ -176,7 +176,7 @@ class _Recorder(TorchDispatchMode):
     """Records functional ATen operations on fake tensors."""
 
     def __init__(self, home: Node) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.home = home
         self.known: dict[int, Any] = {}
         self.keep: list[Any] = []
@@ -268,20 +268,20 @@ def _baddbmm(input: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any =
     product = aten.bmm.default(a, b) if a.dim() == 3 else aten.mm.default(a, b)
     product = product if alpha == 1 else aten.mul.Tensor(product, alpha)
     if beta == 0:
-        return product
-    return aten.add.Tensor(product, input if beta == 1 else aten.mul.Tensor(input, beta))
+        return product  # type: ignore[no-any-return]
+    return aten.add.Tensor(product, input if beta == 1 else aten.mul.Tensor(input, beta))  # type: ignore[no-any-return]
 
 
 def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
-    return aten.softmax.int(x, dim, torch.float32 if half_to_float else None)
+    return aten.softmax.int(x, dim, torch.float32 if half_to_float else None)  # type: ignore[no-any-return]
 
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
-    return aten.log_softmax.int(x, dim, torch.float32 if half_to_float else None)
+    return aten.log_softmax.int(x, dim, torch.float32 if half_to_float else None)  # type: ignore[no-any-return]
 
 
 def _mv(a: Tensor, b: Tensor) -> Tensor:
-    return aten.squeeze.dim(aten.mm.default(a, aten.unsqueeze.default(b, -1)), -1)
+    return aten.squeeze.dim(aten.mm.default(a, aten.unsqueeze.default(b, -1)), -1)  # type: ignore[no-any-return]
 
 
 _SMALLER: dict[Any, Callable[..., Any]] = {

@@ -27,7 +27,7 @@ def body_of(gm: GraphModule, node: Node) -> GraphModule | None:
     """The body that a node calls, if it is an operator whose body is entered."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
         return None
-    if node.target.name() not in _BODIES or not node.args or not isinstance(node.args[0], Node):
+    if str(node.target.__name__) not in _BODIES or not node.args or not isinstance(node.args[0], Node):
         return None
     attr = node.args[0]
     body = attribute(gm, str(attr.target)) if attr.op == "get_attr" else None
@@ -47,7 +47,7 @@ def bodies(gm: GraphModule) -> Iterator[tuple[GraphModule, list[Node]]]:
 def operands(call: Node) -> tuple[Node, ...]:
     """What a call hands to its body's placeholders."""
     assert isinstance(call.target, torch._ops.HigherOrderOperator)
-    return call.args[_BODIES[call.target.name()] :]  # type: ignore[return-value]
+    return call.args[_BODIES[str(call.target.__name__)] :]  # type: ignore[return-value]
 
 
 @dataclass

@@ -221,11 +221,11 @@ class Emitter:
         for bias in found.biases:
             node = self._bias(bias, groups, dtype)
             total = node if total is None else build.call(operator.add, total, node)
-        for mask in found.fills:
-            node = build.arrange(Operand(mask.value, mask.layout), groups, (False,) * 4)
-            fill = build.call(torch.full, (), max(mask.fill, torch.finfo(dtype).min), dtype=dtype, device=device)
+        for filled in found.fills:
+            node = build.arrange(Operand(filled.value, filled.layout), groups, (False,) * 4)
+            fill = build.call(torch.full, (), max(filled.fill, torch.finfo(dtype).min), dtype=dtype, device=device)
             zero = build.call(torch.full, (), 0.0, dtype=dtype, device=device)
-            node = build.call(torch.where, node, *((zero, fill) if mask.keep else (fill, zero)))
+            node = build.call(torch.where, node, *((zero, fill) if filled.keep else (fill, zero)))
             total = node if total is None else build.call(operator.add, total, node)
         if total is not None:
             options["attn_bias"] = total

@@ -22,8 +22,8 @@ from fx_passes.find.context import Context, fake_of
 from fx_passes.find.trace import Trace, Value
 from fx_passes.find.where import locate
 from fx_passes.report import LEFT, REWRITTEN, Report, Site
-from fx_passes.rewrite.build import Builder
 from fx_passes.rewrite.bodies import Draws, bodies, operands
+from fx_passes.rewrite.build import Builder
 from fx_passes.rewrite.emit import Emitter, Ready, bias_is_dense, prepare
 from fx_passes.rewrite.replace import end_of_views, is_live, remove_dead, replace
 from fx_passes.state import State
@@ -142,7 +142,7 @@ def _of(trace: Trace, constants: Constants, soft: Value, before: list[Found]) ->
     reasons: list[str] = []
     found: list[Found] = []
     for product in products(trace, soft):
-        item = _checked(trace, [soft], lambda p=product: understand(trace, constants, p))  # type: ignore[misc]
+        item = _checked(trace, [soft], lambda p=product: understand(trace, constants, p))
         if item.attention is not None:
             item.softs = [t.soft for t in item.attention.terms]
             found.append(item)

@@ -92,7 +92,7 @@ def remove_dead(context: Context, graph: Graph, candidates: list[Node]) -> None:
 def _ripple(context: Context, inputs: list[Node]) -> None:
     """Views and constants that only an erased node had read go with it."""
     for node in inputs:
-        if node.users or node.op != "call_function" and node.op != "call_method" or written(node):
+        if node.users or (node.op != "call_function" and node.op != "call_method") or written(node):
             continue
         if node not in context.position or not isinstance(fake_of(node), torch.Tensor):
             continue

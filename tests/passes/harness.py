@@ -31,11 +31,11 @@ def compare(f: Callable[..., Any], *args: Any, compiler: str = "eager", dynamic:
     outs, grads = run(f, args)
     got, got_grads = run(compiled, args)
     for a, b in zip([*got, *got_grads], [*outs, *grads], strict=True):
-        torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+        torch.testing.assert_close(a, b, rtol=tol, atol=tol, equal_nan=True)
     backend.c = 2
     got, got_grads = run(compiled, args)
     for a, b in zip(got, outs, strict=True):
-        torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+        torch.testing.assert_close(a, b, rtol=tol, atol=tol, equal_nan=True)
     if backend.report.rewritten:
         moved = any(not torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(got_grads, grads, strict=True))
         assert moved, "at c = 2 the gradients are those of c = inf"

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.passes.harness import compare, tensors
 
 from fx_passes import Site
+from tests.passes.harness import compare, tensors
 
 B, H, M, N, D = 2, 4, 14, 14, 6
 INF = float("inf")

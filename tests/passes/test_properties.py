@@ -46,7 +46,7 @@ AFTER = {
 LAYOUTS = ("bhmd", "bmhd", "folded", "grouped", "keys first")
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     first=st.sampled_from(sorted(SCALES)),
     mask=st.sampled_from(sorted(MASKS)),
