@@ -76,7 +76,9 @@ class SUSBackend:
         guarded = Guarded(gm, example_inputs)
         result = rewrite_graph(gm, Options(self.state, self.sampler, self.forward), self.report, example_inputs)
         compiled = _compile(self.compiler, gm, example_inputs, kwargs)
-        return guarded.wrap(compiled, result.buffers, lambda original: _compile(self.compiler, original, example_inputs, kwargs))
+        return guarded.wrap(
+            compiled, result.buffers, lambda original: _compile(self.compiler, original, example_inputs, kwargs)
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SUSBackend:
         """Itself: it is the handle of the graphs that it compiled. Lightning copies torch.compile's arguments."""

@@ -136,9 +136,7 @@ def sus_mask(
     aligned = q_length == kv_length and isinstance(q_offset, int) and q_offset == kv_offset == 0
     if band is None or not aligned:
         more = {**more, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        mask: Tensor = sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, function, attention_mask, **more
-        )
+        mask: Tensor = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, function, attention_mask, **more)
         return mask
     if attention_mask is None:
         mask = torch.ones((1, 1, 1, kv_length), dtype=torch.bool, device=more.get("device", "cpu"))

@@ -46,7 +46,7 @@ class Bias:
 
 @dataclass
 class Mask:
-    """Entries where `value` differs from `keep` are set to `fill`, or get it added: then `origin` is the tensor added."""
+    """Entries where `value` differs from `keep` are set to `fill`, or get it added; `origin` is the tensor added."""
 
     value: Value
     layout: Layout
@@ -161,4 +161,3 @@ def arguments(value: Value) -> Iterator[Value]:
             yield x
         elif isinstance(x, (list, tuple)):
             yield from (y for y in x if isinstance(y, Value))
-

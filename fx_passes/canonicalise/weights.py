@@ -18,7 +18,13 @@ from fx_passes.find.trace import Value
 aten = torch.ops.aten
 PRODUCTS = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 SUMS = {aten.add.Tensor, aten.sub.Tensor}
-FILLS = {aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
+FILLS = {
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+}
 _LIMIT = 60
 
 
@@ -145,7 +151,7 @@ def _nan_to_num(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Ter
 
 
 def number_of(walk: Walk, x: Any, buffers: bool = True) -> float | None:
-    """A Python number, or the one that a constant tensor holds in all its elements; `buffers`: also if it is a buffer."""
+    """A Python number, or what a constant tensor holds in all its elements; `buffers`: also of a buffer."""
     if isinstance(x, (int, float)):
         return float(x)
     if not isinstance(x, Value):

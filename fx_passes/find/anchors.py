@@ -16,7 +16,8 @@ SDPA = aten.scaled_dot_product_attention.default
 _WORDS = ("softmax", "softmin", "exp", "attention", "multi_head")
 _NOT = ("expand", "expm1", "explicit", "export")
 _THROUGH = {
-    aten.dropout.default, aten.neg.default, aten.nan_to_num.default, aten.slice.Tensor, aten.mul.Tensor, aten.div.Tensor,
+    aten.dropout.default, aten.neg.default, aten.nan_to_num.default, aten.slice.Tensor,
+    aten.mul.Tensor, aten.div.Tensor,
     aten.add.Tensor, aten.sub.Tensor, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self,
     aten.where.ScalarOther, aten.where.ScalarSelf, aten.mul.Scalar, aten.div.Scalar, aten.pow.Tensor_Scalar,
 }  # fmt: skip
@@ -32,7 +33,9 @@ def is_anchor(node: Node) -> bool:
         owner = node.graph.owning_module
         name = type(owner.get_submodule(name)).__name__ if owner is not None else name
     name = name.lower()
-    return any(word in name for word in _WORDS) and not any(word in name for word in _NOT) and "sus" not in name.split(".")
+    return (
+        any(word in name for word in _WORDS) and not any(word in name for word in _NOT) and "sus" not in name.split(".")
+    )
 
 
 def softmaxes(trace: Trace, node: Node) -> list[Value]:

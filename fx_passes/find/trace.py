@@ -154,7 +154,10 @@ class Trace:
             recorder.know(fake_of(n), value)
         args = torch.fx.node.map_arg(node.args, fake_of)
         kwargs = torch.fx.node.map_arg(node.kwargs, fake_of)
-        if any(leaf is None and a is not None for leaf, a in zip(_leaves(args, kwargs), _leaves(node.args, node.kwargs), strict=False)):
+        if any(
+            leaf is None and a is not None
+            for leaf, a in zip(_leaves(args, kwargs), _leaves(node.args, node.kwargs), strict=False)
+        ):
             raise RuntimeError("an argument has no fake value")
         with _modes(self.context, node), recorder, torch._C._AutoDispatchBelowAutograd():
             result = function(*args, **kwargs)
@@ -240,7 +243,7 @@ class _Recorder(TorchDispatchMode):
         return value
 
     def _write(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """An in-place operation: its first argument has a new value; other views of the same storage have an unknown one."""
+        """An in-place operation: its first argument has a new value, other views of its storage an unknown one."""
         self.wrote = True
         target = args[0] if args and isinstance(args[0], Tensor) else None
         functional = _functional(func)
@@ -291,7 +294,9 @@ _SMALLER: dict[Any, Callable[..., Any]] = {
     aten._safe_softmax.default: lambda x, dim, dtype=None: aten.softmax.int(x, dim, dtype),
     aten._log_softmax.default: _log_softmax,
     aten.mv.default: _mv,
-    aten.rsub.Scalar: lambda x, other, alpha=1: aten.add.Tensor(aten.neg.default(x if alpha == 1 else x * alpha), other),
+    aten.rsub.Scalar: lambda x, other, alpha=1: aten.add.Tensor(
+        aten.neg.default(x if alpha == 1 else x * alpha), other
+    ),
     aten.rsub.Tensor: lambda x, other, *, alpha=1: aten.sub.Tensor(other, x, alpha=alpha),
 }
 
