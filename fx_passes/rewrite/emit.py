@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 
 def attend_as_is(query: Tensor, *args: Any, logits: bool = False, **options: Any) -> Tensor:
-    """`attend` (or `attend_logits`) with the dtypes of its operands, under autocast: the casts are in the graph already."""
+    """`attend` (or `attend_logits`) with the dtypes of its operands, also under autocast."""
     with torch.autocast(query.device.type, enabled=False):
         return attend_logits(query, *args, **options) if logits else attend(query, *args, **options)
 
