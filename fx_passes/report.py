@@ -45,6 +45,7 @@ class Report:
     """The sites of all graphs that a backend has compiled; a site that is compiled again counts once."""
 
     _sites: dict[tuple[str, str, int], Site] = field(default_factory=dict)
+    verb: str = "rewritten"
 
     def number(self, key: tuple[str, str, int]) -> int:
         """The number of the site with this key: that of an earlier compilation, or the next free one."""
@@ -71,7 +72,7 @@ class Report:
             return "No softmax attention was found."
         rows: list[tuple[str, ...]] = [("module", "source", "form", "tier", "mask", "status")]
         rows += [_row(site) for site in self._sites.values()]
-        head = f"{self.rewritten} of {len(self._sites)} attentions rewritten"
+        head = f"{self.rewritten} of {len(self._sites)} attentions {self.verb}"
         return "\n".join([head, *_table(rows)])
 
 

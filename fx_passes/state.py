@@ -95,9 +95,10 @@ class State:
             self.counter += 1
             return mix(base, _rank(), self.counter)
 
-    def count(self, entries: float, rows: float, dense: float) -> None:
+    def count(self, entries: float | Tensor, rows: float, dense: float) -> None:
+        """Adds to the counts. `entries` may be on a device: it becomes a number in `pop_kept`, so that nobody waits."""
         with self._lock:
-            self.kept.entries += entries
+            self.kept.entries += entries  # type: ignore[assignment]
             self.kept.rows += rows
             self.kept.dense += dense
 
@@ -105,7 +106,7 @@ class State:
         """The counts since the last call, which starts them anew."""
         with self._lock:
             kept, self.kept = self.kept, Kept()
-            return kept
+        return Kept(float(kept.entries), kept.rows, kept.dense)
 
 
 _ids = count(1)

@@ -22,6 +22,8 @@ _NOT_SAVED = frozenset(vars(nn.Module())) - {"training"} | {
     "_fabric",
     "_compiler_ctx",
     "_compiled_call_impl",
+    "log",  # `gradients.muted` puts these two there, while the snapshot is in use
+    "log_dict",
 }
 
 

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from fx_passes.ops import tiled
+from fx_passes.ops import cpu, tiled
+from fx_passes.ops.cuda import support
 from fx_passes.ops.problem import Gradients, Problem, Softmax
 from fx_passes.state import get_state
 
 
+def _cuda(problem: Problem) -> ModuleType | None:
+    """The Triton kernels, imported when a call first needs them, or None where they do not take it."""
+    if problem.query.device.type != "cuda" or support.unsupported(problem) or not support.available():
+        return None
+    from fx_passes.ops.cuda import attention
+
+    return attention
+
+
 def forward(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> tuple[Tensor, Softmax, Tensor]:
     """Out, softmax and the cache of kept entries. See `schema.attention`."""
+    if (cuda := _cuda(problem)) is not None:
+        result: tuple[Tensor, Softmax, Tensor] = cuda.forward(problem, c, seed, dropout_seed)
+        return result
+    native = cpu.supports(problem)
+    if native and problem.static.forward == "auto":
+        return cpu.forward(problem, c, seed)
     out, softmax = tiled.forward(problem, dropout_seed)
     if not out.transpose(1, 2).is_contiguous():  # the layout that the fake implementation promises
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    return out, softmax, torch.zeros(1, dtype=torch.uint8, device=out.device)
+    kept = cpu.sample(problem, c, seed) if native else torch.zeros(1, dtype=torch.uint8, device=out.device)
+    return out, softmax, kept
 
 
 def backward(
@@ -30,10 +49,17 @@ def backward(
     bias_grad: bool,
 ) -> Gradients:
     """Gradients; it also adds to the state's count of kept entries. See `schema.attention_backward`."""
-    if bool(torch.isinf(c)) and not bias_grad and tiled.library_backward_applies(problem, softmax):
-        gradients, count = tiled.library_backward(problem, grad, out, softmax)
-    else:
-        gradients, count = tiled.backward(problem, grad, out, softmax, c, seed, dropout_seed, bias_grad)
+    found: tuple[Gradients, int | Tensor] | None = None
+    if (cuda := _cuda(problem)) is not None:
+        found = cuda.backward(problem, grad, out, softmax, kept, c, seed, dropout_seed, bias_grad)
+    elif bool(torch.isinf(c)):
+        if not bias_grad and tiled.library_backward_applies(problem, softmax):
+            found = tiled.library_backward(problem, grad, out, softmax)
+    elif cpu.supports(problem):
+        found = cpu.backward(problem, grad, out, kept, c, seed)
+    if found is None:
+        found = tiled.backward(problem, grad, out, softmax, c, seed, dropout_seed, bias_grad)
+    gradients, count = found
     state = get_state(problem.static.state)
     if state is not None:
         state.count(count, problem.query.shape[:3].numel(), tiled.dense_entries(problem))

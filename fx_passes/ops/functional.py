@@ -158,6 +158,7 @@ def sus_attention(
     sampler: str = "systematic",
     seed: int | Tensor | None = None,
     forward: str = "auto",
+    state: int = 0,
 ) -> Tensor:
     """F.scaled_dot_product_attention with a SUS backward (arXiv 2505.15080): same forward, sparse unbiased gradients.
 
@@ -177,6 +178,7 @@ def sus_attention(
         seed: fixes the draws; None draws anew in each call, following `torch.manual_seed` without use of the global
             generator.
         forward: "auto", or "library" to keep the bits of PyTorch's own kernel where another forward would be faster.
+        state: number of the `fx_passes.state.State` that counts the kept entries; 0 is none.
 
     Returns:
         [..., H, M, E] in the query's dtype. A row that sees no key is zero and gets zero gradients.
@@ -210,6 +212,7 @@ def sus_attention(
         dropout_p=dropout_p,
         sampler=sampler,
         forward=forward,
+        state=state,
     )
 
 

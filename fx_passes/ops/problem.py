@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SAMPLERS = ("systematic", "independent")
+SAMPLERS = ("systematic", "independent", "block")
 FORWARDS = ("auto", "library")
 
 

@@ -1,18 +1,34 @@
-"""Rewrites one graph in place: every site that `find` offers and `canonicalise` understands."""
+"""Rewrites one graph in place: finds attentions, understands them, emits the operator, reports every site."""
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass, replace
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from fx_passes.find.sdpa import sdpa_arguments
+from fx_passes.canonicalise.axes import NotUnderstood
+from fx_passes.canonicalise.constants import Constants
+from fx_passes.canonicalise.forms import Attention, Walk
+from fx_passes.canonicalise.understand import is_attention_softmax, understand, understand_sdpa
+from fx_passes.find.anchors import SDPA, is_anchor, products, softmaxes
+from fx_passes.find.context import Context, fake_of
+from fx_passes.find.trace import Trace, Value
 from fx_passes.find.where import locate
-from fx_passes.ops.functional import attend
-from fx_passes.report import REWRITTEN, Report, Site
+from fx_passes.report import LEFT, REWRITTEN, Report, Site
+from fx_passes.rewrite.build import Builder
+from fx_passes.rewrite.bodies import Draws, bodies, operands
+from fx_passes.rewrite.emit import Emitter, Ready, bias_is_dense, prepare
+from fx_passes.rewrite.replace import end_of_views, is_live, remove_dead, replace
 from fx_passes.state import State
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,49 +39,206 @@ class Options:
     sampler: str = "systematic"
     forward: str = "auto"
 
+    def uuid(self) -> str:
+        """A hash of the pass's source and configuration, for compile caches."""
+        digest = hashlib.sha256(repr((self.sampler, self.forward)).encode())
+        root = Path(__file__).parent.parent
+        for file in sorted(root.rglob("*.py")):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
 
-def rewrite_graph(gm: GraphModule, options: Options, report: Report) -> int:
-    """Rewrites the attentions of a Dynamo graph in place; returns how many. `report` gets a site for each one found."""
+
+@dataclass
+class Found:
+    """One attention of a graph: what is proven, or why it is left."""
+
+    softs: list[Value]
+    attention: Attention | None = None
+    walk: Walk | None = None
+    ready: list[Ready] = field(default_factory=list)
+    reason: str = ""
+
+
+@dataclass
+class Result:
+    """What a rewrite did: how many sites, and the placeholders whose values it relies on."""
+
+    rewritten: int = 0
+    buffers: set[Node] = field(default_factory=set)
+
+
+@dataclass
+class _Job:
+    """What the graphs of one rewrite share."""
+
+    options: Options
+    report: Report
+    result: Result = field(default_factory=Result)
+    seen: dict[tuple[str, str], int] = field(default_factory=dict)
+    dry: bool = False
+
+    def __post_init__(self) -> None:
+        self.draws = Draws(self.options.state)
+
+
+def rewrite_graph(
+    gm: GraphModule, options: Options, report: Report, example_inputs: Sequence[Any] | None = None, dry: bool = False
+) -> Result:
+    """Rewrites the attentions of a graph in place; `report` gets a site for each one found.
+
+    Args:
+        gm: a Dynamo graph, a graph of torch.export, or a plain one; the last needs `example_inputs`.
+        options: what the calls are given.
+        report: gets the sites.
+        example_inputs: real inputs; buffers among them may be proven to be masks, see `Result.buffers`.
+        dry: report what would be done, and do nothing.
+    """
+    job = _Job(options, report, dry=dry)
+    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    if not any(fake_of(n) is not None for n in gm.graph.nodes):
+        FakeTensorProp(gm).propagate(*(example_inputs or ()))
+    examples = dict(zip(places, example_inputs or (), strict=False))
+    _rewrite(Context(gm, examples), job)
+    return job.result
+
+
+def _rewrite(context: Context, job: _Job) -> int:
+    gm = context.gm
+    trace, constants = Trace(context), Constants(context)
+    found: list[Found] = []
     done = 0
-    seen: dict[tuple[str, str], int] = {}
-    state: tuple[Node, Node] | None = None
+    for body, calls in bodies(gm):
+        done += _rewrite(Context(body, parent=context, calls=tuple(calls), operands=operands(calls[0])), job)
     for node in list(gm.graph.nodes):
-        arguments = sdpa_arguments(node)
-        if arguments is None:
-            continue
-        module, source = locate(node)
-        ordinal = seen.get((module, source), 0)
-        seen[module, source] = ordinal + 1
-        site = Site(module, source, ordinal, form="sdpa", tier=1)
-        site = replace(site, number=report.number(site.key), status=REWRITTEN, mask=arguments.mask_kind)
-        if state is None:
-            state = _insert_draw(node, arguments.query, options.state)
-        with gm.graph.inserting_before(node):
-            new = gm.graph.call_function(
-                attend,
-                (arguments.query, arguments.key, arguments.value, *state),
-                {
-                    **arguments.options,
-                    "sampler": options.sampler,
-                    "forward": options.forward,
-                    "site": site.number,
-                    "state": options.state.id,
-                },
-            )
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
-        report.add(site)
-        done += 1
-    if done:
+        if is_anchor(node):
+            found += _at(trace, constants, node, found)
+    dead: list[Node] = []
+    here = sum(_apply(trace, item, job, dead) for item in found)
+    if here + done and not job.dry:
+        remove_dead(context, gm.graph, dead)
         gm.graph.lint()
         gm.recompile()
-    return done
+    job.result.rewritten += here
+    return here + done
 
 
-def _insert_draw(before: Node, like: Node, state: State) -> tuple[Node, Node]:
-    """The node pair (c, seed) of one draw in front of a node."""
-    graph = before.graph
-    with graph.inserting_before(before):
-        both = graph.call_function(torch.ops.sus.draw.default, (like, state.id))
-        return graph.call_function(operator.getitem, (both, 0)), graph.call_function(operator.getitem, (both, 1))
+def _at(trace: Trace, constants: Constants, node: Node, before: list[Found]) -> list[Found]:
+    """The attentions whose softmax is at a node, but for those already found from another softmax."""
+    result: list[Found] = []
+    for soft in softmaxes(trace, node):
+        try:
+            result += _of(trace, constants, soft, before + result)
+        except Exception as error:
+            log.debug("understanding %s failed", soft, exc_info=True)
+            result.append(Found([soft], reason=f"the pass failed on it ({type(error).__name__}: {error})"))
+    return result
+
+
+def _of(trace: Trace, constants: Constants, soft: Value, before: list[Found]) -> list[Found]:
+    if any(soft is s for f in before for s in f.softs):
+        return []
+    if soft.op is SDPA:
+        return [_checked(trace, [soft], lambda: understand_sdpa(trace, constants, soft))]
+    reasons: list[str] = []
+    found: list[Found] = []
+    for product in products(trace, soft):
+        item = _checked(trace, [soft], lambda p=product: understand(trace, constants, p))  # type: ignore[misc]
+        if item.attention is not None:
+            item.softs = [t.soft for t in item.attention.terms]
+            found.append(item)
+        else:
+            reasons.append(item.reason)
+    if found:
+        return found
+    if reasons and is_attention_softmax(Walk(trace, constants), soft) and reasons[0] != _PARAMETER:
+        return [Found([soft], reason=reasons[0])]
+    return []
+
+
+_PARAMETER = "value is a parameter, not an activation"
+
+
+def _checked(trace: Trace, softs: list[Value], attempt: Any) -> Found:
+    try:
+        attention, walk = attempt()
+        ready = [prepare(walk, attention, term) for term in attention.terms]
+        apart = {id(v) for v in attention.visited}
+        for term in attention.terms:
+            if term.dropout and term.shared_dropout is not None and is_live(trace, term.shared_dropout, apart):
+                raise NotUnderstood("the weights after dropout are used elsewhere too")
+        return Found(softs, attention, walk, ready)
+    except NotUnderstood as why:
+        return Found(softs, reason=str(why))
+
+
+def _apply(trace: Trace, item: Found, job: _Job, dead: list[Node]) -> int:
+    """Emits one attention and reports its sites; returns how many softmaxes were rewritten."""
+    sites = [_site(soft, job) for soft in item.softs]
+    status, reason = LEFT, item.reason
+    attention, walk = item.attention, item.walk
+    if attention is not None and walk is not None:
+        try:
+            if not job.dry:
+                _emit(trace, attention, item.ready, [s.number for s in sites], job)
+                job.result.buffers |= walk.buffers
+                dead += [n for v in walk.visited for n in (v.node, v.home) if n in trace.context.position]
+            status = REWRITTEN
+        except NotUnderstood as why:
+            reason = str(why)
+        except Exception as error:
+            log.debug("emitting %s failed", attention, exc_info=True)
+            reason = f"the pass failed on it ({type(error).__name__}: {error})"
+    for site, ready in zip(sites, item.ready or [None] * len(sites), strict=False):  # type: ignore[list-item]
+        tier, mask, form = 0, "none", "sdpa" if item.softs[0].op is SDPA else "softmax"
+        if ready is not None and attention is not None and walk is not None:
+            tier = 2 if ready.tier == 2 or bias_is_dense(walk, ready) else 1
+            mask, form = ready.plan.kind, attention.form
+        job.report.add(Site(site.module, site.source, site.ordinal, form, tier if status == REWRITTEN else 0, mask, status, reason, site.number))
+    return len(item.softs) if status == REWRITTEN else 0
+
+
+def _site(soft: Value, job: _Job) -> Site:
+    assert soft.home is not None
+    module, source = locate(soft.home)
+    ordinal = job.seen.get((module, source), 0)
+    job.seen[module, source] = ordinal + 1
+    site = Site(module, source, ordinal)
+    site = Site(module, source, ordinal, number=job.report.number(site.key))
+    job.report.add(site)
+    return site
+
+
+def _emit(trace: Trace, attention: Attention, ready: list[Ready], numbers: list[int], job: _Job) -> None:
+    context, options = trace.context, job.options
+    target, layout = end_of_views(trace, attention.out, attention.layout)
+    before = target.node if target.node is not None else target.home
+    assert before is not None
+    attention = Attention(target, layout, attention.terms, attention.value, attention.form, attention.visited, attention.causal)
+    mark = list(context.gm.graph.nodes)
+    build = Builder(context, before)
+    device = target.fake.device
+    c, seed = job.draws.get(context, device, before, build.node(attention.value.value))
+    autocast = bool(context.state[before].autocast) or torch.is_autocast_enabled(device.type)
+    shared = {"sampler": options.sampler, "forward": options.forward, "state": options.state.id}
+    kept = [(v, v.node, v.version) for v in _values(trace)]
+    try:
+        new = Emitter(build, c, seed, shared, autocast).emit(attention, ready, numbers)
+        replace(trace, build, target, new)
+    except Exception:
+        for v, node, version in kept:
+            v.node, v.version = node, version
+        _undo(context.gm, mark)
+        raise
+
+
+def _values(trace: Trace) -> list[Value]:
+    return [v for r in trace.records.values() if r is not None for v in r.values]
+
+
+def _undo(gm: GraphModule, mark: list[Node]) -> None:
+    """Takes away the nodes that were inserted since `mark`."""
+    old = set(mark)
+    for node in reversed(list(gm.graph.nodes)):
+        if node not in old and not node.users:
+            gm.graph.erase_node(node)
+

@@ -19,10 +19,13 @@ FEATURES = [name for name in CASES if name not in ("empty batch", "several tiles
 SAMPLED = [s for s in SAMPLERS if s in ("systematic", "independent")]
 
 
-@pytest.mark.parametrize("sampler", SAMPLED)
+@pytest.mark.parametrize(
+    ("sampler", "dtype"),  # float32 goes to the native kernel where it applies, float64 to the PyTorch path
+    [("systematic", torch.float32), ("systematic", torch.float64), ("independent", torch.float64)],
+)
 @pytest.mark.parametrize("name", FEATURES)
-def test_unbiased(name: str, sampler: str) -> None:
-    tensors, static, grad = CASES[name].build()
+def test_unbiased(name: str, sampler: str, dtype: torch.dtype) -> None:
+    tensors, static, grad = CASES[name].build(dtype)
     exact = run(tensors, static, grad, INF)[1]
     draws = [run(tensors, static, grad, 6.0, seed, sampler=sampler)[1] for seed in range(150)]
     for key, true in exact.items():
@@ -43,7 +46,7 @@ def test_a_planted_bias_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         entries, after = sample.systematic(weights, c, phase)
         return sample.Entries(entries.head, entries.row, entries.key, entries.weight * 1.03), after
 
-    tensors, static, grad = CASES["causal"].build()
+    tensors, static, grad = CASES["causal"].build(torch.float64)
     exact = run(tensors, static, grad, INF)[1]["value"]
     monkeypatch.setattr(module, "systematic", biased)
     z, error = z_scores(lambda s: run(tensors, static, grad, 6.0, s)[1]["value"], exact, 600)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops.problem import Gradients, Problem, Softmax
+from fx_passes.ops.tiled.block import add_blocks
 from fx_passes.ops.tiled.dropout import dropout_factor
 from fx_passes.ops.tiled.sample import Entries, independent, row_offsets, systematic
 from fx_passes.ops.tiled.tiles import Tile, grouped, part, row_blocks, tiles, weights
@@ -51,7 +52,10 @@ def backward(
     if not math.isinf(limit):
         limit = min(limit, _LARGEST_C)
     count = 0
-    for rows in row_blocks(problem):
+    shared = problem.static.sampler == "block" and not math.isinf(limit)
+    if shared:
+        count = add_blocks(problem, grad, softmax, delta, limit, seed, dropout_seed, sums)
+    for rows in [] if shared else row_blocks(problem):
         if math.isinf(limit):
             count += _dense_rows(problem, rows, grad, softmax, delta, dropout_seed, sums)
         else:
@@ -170,4 +174,6 @@ def _add_entries(
 def _add_rows(target: Tensor, batch: Tensor, head: Tensor, place: Tensor, rows: Tensor) -> None:
     """``target[batch, head, place] += rows`` with repeated places added up; target is contiguous."""
     _, heads, places, width = target.shape
+    if width == 0:  # logits as a whole: query and key are empty
+        return
     target.view(-1, width).index_add_(0, (batch * heads + head) * places + place, rows)

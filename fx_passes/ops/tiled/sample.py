@@ -40,25 +40,30 @@ def row_offsets(seed: Tensor, site: int, heads: int, rows: slice) -> Tensor:
     return row_words(seed, site, head[:, None], torch.arange(rows.start, rows.stop, device=seed.device))
 
 
-def systematic(weights: Tensor, c: float, phase: Tensor) -> tuple[Entries, Tensor]:
+def systematic(
+    weights: Tensor, c: float, phase: Tensor, layout: tuple[int, int] = (STEPS, LANES)
+) -> tuple[Entries, Tensor]:
     """Points with distance 1 / c on the row's cumulative weights; a key is kept if its interval holds a point.
 
     Args:
         weights: W of a tile, [heads, m, n]; the tile starts at a multiple of `CHUNK` keys.
         c: above 0, finite.
         phase: int64 [heads, m] in [0, 2^32): `row_offsets`, then what the tile to the left returned.
+        layout: (steps, lanes) of the sub-tiles: `lanes` of them side by side in each steps * lanes keys, a divisor of
+            `CHUNK`. Implementations may choose their own; (64, 1) is 64 neighbouring keys.
 
     Returns:
         the entries, and the phase for the tile to the right.
     """
     heads, m, n = weights.shape
-    padded = torch.nn.functional.pad(weights, (0, -n % CHUNK)).view(heads, m, -1, STEPS, LANES)
+    length, lanes = layout
+    padded = torch.nn.functional.pad(weights, (0, -n % (length * lanes))).view(heads, m, -1, length, lanes)
     units = (padded.sum(3).double() * (c * ONE)).long().flatten(2)
     ends = units.cumsum(2) + phase[..., None]
     starts = ends - units
     chosen = (ends >> 32) > (starts >> 32)
     head, row, sub = chosen.nonzero(as_tuple=True)
-    w = padded[head, row, sub // LANES, :, sub % LANES].double()
+    w = padded[head, row, sub // lanes, :, sub % lanes].double()
     # In the sub-tile the weights are scaled to the mass that the choice was made with.
     share = w.cumsum(1)
     bounds = (units[head, row, sub][:, None] * (share / share[:, -1:])).long()
@@ -66,7 +71,7 @@ def systematic(weights: Tensor, c: float, phase: Tensor) -> tuple[Entries, Tenso
     begin = starts[head, row, sub][:, None] + bounds - steps
     hit, step = (((begin + steps) >> 32) > (begin >> 32)).nonzero(as_tuple=True)
     q = steps[hit, step].double().div_(ONE).clamp_(max=1)
-    key = sub[hit] // LANES * CHUNK + step * LANES + sub[hit] % LANES
+    key = sub[hit] // lanes * (length * lanes) + step * lanes + sub[hit] % lanes
     entries = Entries(head[hit], row[hit], key, (w[hit, step] / q).to(weights.dtype))
     return entries, ends[..., -1] % ONE
 

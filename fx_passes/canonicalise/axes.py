@@ -1,0 +1,122 @@
+"""Axes: what a dimension means, kept through views, permutations and broadcasts.
+
+A layout gives, for each dimension of a tensor, the axes that it runs over, outermost first. A dimension of size 1 runs
+over none. Where a view splits a dimension, its axis gets parts, and every layout that names the axis names the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+Size = Any  # int or torch.SymInt
+
+
+class NotUnderstood(Exception):
+    """Why an attention is left as it is, in words for the user."""
+
+
+@dataclass(eq=False)
+class Axis:
+    size: Size
+    parts: tuple[Axis, ...] | None = None
+
+    def __repr__(self) -> str:
+        return f"<{id(self) % 9973}:{self.size}>"
+
+
+Dim = tuple[Axis, ...]
+Layout = tuple[Dim, ...]
+
+
+def known(condition: Any) -> bool:
+    """Whether a condition on sizes holds for all of them; it sets no guard."""
+    return condition if isinstance(condition, bool) else statically_known_true(condition)
+
+
+def leaves(axes: Iterable[Axis]) -> Dim:
+    """Axes with every split one replaced by its parts."""
+    found: list[Axis] = []
+    for axis in axes:
+        found += [axis] if axis.parts is None else leaves(axis.parts)
+    return tuple(found)
+
+
+def resolve(layout: Layout) -> Layout:
+    return tuple(leaves(dim) for dim in layout)
+
+
+def all_axes(layout: Layout) -> Dim:
+    return tuple(axis for dim in resolve(layout) for axis in dim)
+
+
+def fresh(shape: Sequence[Size]) -> Layout:
+    """A layout with a new axis for each dimension that is not of size 1."""
+    return tuple(() if known(size == 1) else (Axis(size),) for size in shape)
+
+
+def product(axes: Iterable[Axis]) -> Size:
+    size: Size = 1
+    for axis in axes:
+        size = size * axis.size
+    return size
+
+
+def split(axis: Axis, inner: Size) -> tuple[Axis, Axis]:
+    """The two parts of an axis, the inner one of a given size."""
+    if isinstance(inner, int) and isinstance(axis.size, int) and axis.size % inner:
+        raise NotUnderstood("a view splits a dimension in a way that does not divide it")
+    outer = axis.size // inner
+    axis.parts = (Axis(outer), Axis(inner))
+    return axis.parts  # type: ignore[return-value]
+
+
+def reshape(layout: Layout, shape: Sequence[Size]) -> Layout:
+    """The layout of the same elements in the same order in another shape."""
+    stack = list(reversed(all_axes(layout)))
+    result: list[Dim] = []
+    for size in shape:
+        dim: list[Axis] = []
+        while not known(product(dim) == size):
+            if not stack:
+                raise NotUnderstood("a view was not understood")
+            axis = stack.pop()
+            have = product(dim)
+            total = have * axis.size
+            if known(total == size) or _divides(total, size):
+                dim.append(axis)
+                continue
+            if not (_divides(have, size) and _divides_exactly(axis.size, size, have)):
+                raise NotUnderstood("a view mixes dimensions")
+            need = size // have
+            if known(axis.size // need == 1):  # equal, though the two expressions did not show it
+                dim.append(axis)
+                break
+            outer, inner = split(axis, axis.size // need)
+            dim.append(outer)
+            stack.append(inner)
+        result.append(tuple(dim))
+    if stack:
+        raise NotUnderstood("a view was not understood")
+    return tuple(result)
+
+
+def _divides(small: Size, large: Size) -> bool:
+    if isinstance(small, int) and isinstance(large, int):
+        return small > 0 and large % small == 0
+    return known(large % small == 0)
+
+
+def _divides_exactly(axis: Size, size: Size, have: Size) -> bool:
+    if all(isinstance(x, int) for x in (axis, size, have)):
+        return bool(axis % (size // have) == 0)
+    return known(axis % (size // have) == 0)
+
+
+def broadcast(layout: Layout, shape: Sequence[Size]) -> Layout:
+    """The layout of an operand of that shape in an elementwise operation whose result has `layout`."""
+    tail = layout[len(layout) - len(shape) :]
+    return tuple(() if known(size == 1) else dim for dim, size in zip(tail, shape, strict=True))

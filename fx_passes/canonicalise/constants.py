@@ -1,0 +1,75 @@
+"""Values that no input can change, computed at compile time: masks made of arange and tril, and buffers under guard."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fx_passes.find.context import Context
+from fx_passes.find.trace import Value
+
+log = logging.getLogger(__name__)
+_LARGEST = 1 << 27  # elements of a mask that is worth a look
+
+
+class Constants:
+    """Computed values of one graph, and the placeholders of the buffers that each of them was computed from."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.known: dict[Value, Tensor | None] = {}
+        self.buffers: dict[Value, frozenset[Node]] = {}
+
+    def evaluate(self, value: Value) -> Tensor | None:
+        if value not in self.known:
+            self.known[value] = None
+            try:
+                self.known[value] = self._evaluate(value)
+            except Exception:
+                log.debug("cannot evaluate %s", value, exc_info=True)
+        return self.known[value]
+
+    def _evaluate(self, value: Value) -> Any:
+        if value.op is None:
+            return self._leaf(value)
+        if isinstance(value.fake, Tensor) and not _affordable(value.fake):
+            return None
+        if torch.Tag.nondeterministic_seeded in getattr(value.op, "tags", ()):
+            return None
+        inputs = [v for v in tree_leaves((value.args, value.kwargs)) if isinstance(v, Value)]
+        if any(isinstance(x, torch.SymInt) for x in tree_leaves((value.args, value.kwargs))):
+            return None
+        for v in inputs:
+            if self.evaluate(v) is None:
+                return None
+        self.buffers[value] = frozenset(n for v in inputs for n in self.buffers.get(v, ()))
+        args, kwargs = tree_map(lambda x: self.known[x] if isinstance(x, Value) else x, (value.args, value.kwargs))
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("cpu"), "pin_memory": None}
+        if value.op is operator.getitem:
+            return args[0][args[1]]
+        with torch.no_grad():
+            return value.op(*args, **{k: v for k, v in kwargs.items() if v is not None or k == "dtype"})
+
+    def _leaf(self, value: Value) -> Tensor | None:
+        constant = getattr(value.fake, "constant", None)
+        if constant is not None and value.node is None:
+            return constant.cpu()  # type: ignore[no-any-return]
+        if value.node is None or value.version is not None or not isinstance(value.fake, Tensor):
+            return None
+        real = self.context.value(value.node)
+        if real is None or real.numel() > _LARGEST:
+            return None
+        self.buffers[value] = frozenset([self.context.source(value.node)])
+        return real.detach().cpu()
+
+
+def _affordable(fake: Tensor) -> bool:
+    return all(isinstance(s, int) for s in fake.shape) and fake.numel() <= _LARGEST
+

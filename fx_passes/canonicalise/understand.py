@@ -1,0 +1,150 @@
+"""Proves that a product is an attention: which softmaxes are in it, over which axes, with which scores and masks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fx_passes.canonicalise.axes import Axis, Layout, NotUnderstood, broadcast, fresh, known, leaves
+from fx_passes.canonicalise.carries import carries
+from fx_passes.canonicalise.constants import Constants
+from fx_passes.canonicalise.contraction import Operand, contraction
+from fx_passes.canonicalise.forms import Attention, Bias, Mask, Scores, Term, Walk, level
+from fx_passes.canonicalise.scores import scores
+from fx_passes.canonicalise.softmax import is_row_sum, softmax_input
+from fx_passes.canonicalise.views import after, is_cast, is_view
+from fx_passes.canonicalise.weights import leads_to_softmax, weights
+from fx_passes.find.context import Level
+from fx_passes.find.trace import Trace, Value
+
+aten = torch.ops.aten
+
+
+def is_attention_softmax(walk: Walk, soft: Value) -> bool:
+    """Whether a softmax is taken of a product of two activations."""
+    found = softmax_input(soft)
+    if found is None:
+        return False
+    layout = fresh(found[0].shape)
+    return bool(layout[found[1]]) and carries(walk.context, found[0], layout, layout[found[1]])
+
+
+def understand(trace: Trace, constants: Constants, product: Value) -> tuple[Attention, Walk]:
+    """The attention whose product with V is `product`.
+
+    Raises:
+        NotUnderstood: the reason.
+    """
+    reason: NotUnderstood | None = None
+    for flipped in (False, True):
+        walk = Walk(trace, constants)
+        c = contraction(product, fresh(product.shape))
+        side, value = (c.right, c.left) if flipped else (c.left, c.right)
+        if not leads_to_softmax(side.value):
+            continue
+        try:
+            return _attention(walk, product, c.layout, side, value, c.summed), walk
+        except NotUnderstood as why:
+            reason = reason or why
+    raise reason or NotUnderstood("no softmax is in the product")
+
+
+def _attention(walk: Walk, out: Value, layout: Layout, side: Operand, value: Operand, summed: tuple[Axis, ...]) -> Attention:
+    walk.visit(out)
+    if not summed:
+        raise NotUnderstood("there is a single key")
+    terms = weights(walk, side.value, side.layout, summed)
+    for term in terms:
+        over = term.keys if term.extension is None else term.extension[0]
+        if set(leaves(over)) != set(leaves(summed)):
+            raise NotUnderstood("softmax is not taken over the axis that the product with value sums over")
+    if level(walk.context, value.value) < Level.COMPUTED:
+        raise NotUnderstood("value is a parameter, not an activation")
+    done = [replace(t, scores=scores(walk, t)) for t in terms]
+    if not all(t.normalised for t in done):
+        out, layout, done = _normalised_later(walk, out, layout, done, summed)
+    _check_regions(walk)
+    return Attention(out, layout, done, value, _form(done), walk.visited)
+
+
+def _normalised_later(
+    walk: Walk, out: Value, layout: Layout, terms: list[Term], summed: tuple[Axis, ...]
+) -> tuple[Value, Layout, list[Term]]:
+    """exp(scores) @ V divided by the row sums of exp(scores)."""
+    if len(terms) != 1 or terms[0].factors or terms[0].masks or terms[0].scale != 1:
+        raise NotUnderstood("exp is not normalised before the product with value")
+    term = terms[0]
+    value = out
+    for _ in range(20):
+        users = walk.trace.users(value)
+        if len(users) != 1:
+            break
+        user = users[0]
+        walk.visit(user)
+        if user.op is aten.div.Tensor and user.args[0] is value and isinstance(user.args[1], Value):
+            side = broadcast(layout, user.args[1].shape)
+            found = is_row_sum(user.args[1], side, term.soft, term.source.layout, summed)
+            if found is None or not all(known(a == b) for a, b in zip(user.shape, value.shape, strict=True)):
+                break
+            return user, layout, [replace(term, normalised=True)]
+        moved = after(user, layout) if is_view(user) and user.args[0] is value else layout if is_cast(user) else None
+        if moved is None:
+            break
+        value, layout = user, moved
+    raise NotUnderstood("exp is not divided by its row sums")
+
+
+def _check_regions(walk: Walk) -> None:
+    for value in walk.visited:
+        if value.home is not None and not walk.context.state[value.home].grad:
+            raise NotUnderstood("a part of it is computed without gradient")
+
+
+def _form(terms: list[Term]) -> str:
+    spelled = "softmax" if all(t.soft.op is aten.softmax.int for t in terms) else "exp"
+    if len(terms) > 1:
+        return f"{len(terms)} x {spelled}, one product"
+    scores = terms[0].scores
+    if scores is None or scores.product is None:
+        return f"logits-{spelled}-matmul"
+    return f"matmul-{spelled}-matmul"
+
+
+def understand_sdpa(trace: Trace, constants: Constants, call: Value) -> tuple[Attention, Walk]:
+    """A call of scaled_dot_product_attention as an attention."""
+    walk = Walk(trace, constants)
+    walk.visit(call)
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+    query, key, value, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
+    lead = fresh(call.shape[:-2])
+    groups: Layout = lead
+    if given.get("enable_gqa") and len(lead) and not known(query.shape[-3] == key.shape[-3]):
+        heads, few = query.shape[-3], key.shape[-3]
+        head = (Axis(few), Axis(heads // few)) if not known(few == 1) else (Axis(heads),)
+        lead = (*lead[:-1], head)
+        groups = (*lead[:-1], head[:1] if not known(few == 1) else ())
+    rows, columns = fresh(query.shape[-2:-1])[0], fresh(key.shape[-2:-1])[0]
+    feature, out = fresh(query.shape[-1:])[0], fresh(value.shape[-1:])[0]
+    if not columns:
+        raise NotUnderstood("there is a single key")
+    logits: Layout = (*lead, rows, columns)
+    q = Operand(query, (*broadcast(lead, query.shape[:-2]), rows, feature))
+    k = Operand(key, (*broadcast(groups, key.shape[:-2]), columns, feature))
+    v = Operand(value, (*broadcast(groups, value.shape[:-2]), columns, out))
+    scale = given.get("scale")
+    found = Scores(Operand(call, logits), query=q, key=k, scale=query.shape[-1] ** -0.5 if scale is None else float(scale))
+    if isinstance(mask, Value):
+        side = broadcast(logits, mask.shape)
+        if mask.dtype == torch.bool:
+            found.masks.append(Mask(mask, side, True, -torch.inf))
+        else:
+            found.biases.append(Bias(mask, side))
+    term = Term(call, found.whole, columns, dropout=float(given.get("dropout_p") or 0.0), scores=found)
+    _check_regions(walk)
+    attention = Attention(call, (*lead, rows, out), [term], v, "sdpa", walk.visited, causal=bool(given.get("is_causal")))
+    return attention, walk
+
+
+__all__ = ["is_attention_softmax", "understand", "understand_sdpa"]

@@ -1,0 +1,127 @@
+"""Operations that move elements and leave them as they are: how the layout of the input follows from the output's, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fx_passes.canonicalise.axes import Layout, known, reshape
+from fx_passes.find.trace import Value
+
+aten = torch.ops.aten
+
+_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default}
+_SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
+_SAME = {aten.clone.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.contiguous.default}
+_CASTS = {aten._to_copy.default}
+
+
+def is_same(value: Value) -> bool:
+    """Whether a value is its first argument, elements and shape, perhaps in another memory layout."""
+    if value.op is aten.dropout.default:
+        return not value.args[2] or value.args[1] == 0
+    if value.op is aten.slice.Tensor:
+        return all(known(a == b) for a, b in zip(value.shape, value.args[0].shape, strict=True))
+    return value.op in _SAME
+
+
+def is_cast(value: Value) -> bool:
+    """Whether a value is its first argument in another floating-point type."""
+    return (
+        value.op in _CASTS
+        and value.dtype.is_floating_point
+        and value.args[0].dtype.is_floating_point
+        and value.fake.device == value.args[0].fake.device
+    )
+
+
+def is_view(value: Value) -> bool:
+    return is_same(value) or value.op in _RESHAPES or value.op in _SQUEEZES or value.op in _MOVES
+
+
+def before(value: Value, layout: Layout) -> Layout:
+    """The layout of the first argument of a view whose result has `layout`."""
+    source = value.args[0]
+    if is_same(value):
+        return layout
+    if value.op in _RESHAPES:
+        return reshape(layout, source.shape)
+    if value.op in _SQUEEZES:
+        rest = iter(layout)
+        return tuple(() if i in _squeezed(value) else next(rest) for i in range(len(source.shape)))
+    if value.op is aten.unsqueeze.default:
+        i = value.args[1] % len(value.shape)
+        return layout[:i] + layout[i + 1 :]
+    if value.op is aten.expand.default:
+        tail = layout[len(layout) - len(source.shape) :]
+        return tuple(() if known(size == 1) else dim for dim, size in zip(tail, source.shape, strict=True))
+    order = _order(value)
+    result: list[Any] = [()] * len(order)
+    for i, j in enumerate(order):
+        result[j] = layout[i]
+    return tuple(result)
+
+
+def after(value: Value, layout: Layout) -> Layout | None:
+    """The layout of a view's result; None where the result runs over axes that the source does not have."""
+    if is_same(value):
+        return layout
+    if value.op in _RESHAPES:
+        return reshape(layout, value.shape)
+    if value.op in _SQUEEZES:
+        return tuple(dim for i, dim in enumerate(layout) if i not in _squeezed(value))
+    if value.op is aten.unsqueeze.default:
+        i = value.args[1] % len(value.shape)
+        return (*layout[:i], (), *layout[i:])
+    if value.op is aten.expand.default:
+        pad = len(value.shape) - len(layout)
+        wide = ((),) * pad + layout
+        new = [not dim and not known(size == 1) for dim, size in zip(wide, value.shape, strict=True)]
+        return None if any(new) else wide
+    return tuple(layout[j] for j in _order(value))
+
+
+def _squeezed(value: Value) -> set[int]:
+    source = value.args[0].shape
+    dims: Any = value.args[1] if len(value.args) > 1 else range(len(source))
+    dims = [dims] if isinstance(dims, int) else dims
+    return {d % len(source) for d in dims if known(source[d % len(source)] == 1)} if source else set()
+
+
+def _order(value: Value) -> list[int]:
+    rank = len(value.shape)
+    if value.op is aten.permute.default:
+        return [d % rank for d in value.args[1]]
+    order = list(range(rank))
+    i, j = (0, 1) if value.op in _FLIPS else (value.args[1] % rank, value.args[2] % rank)
+    if rank > 1:
+        order[i], order[j] = order[j], order[i]
+    return order
+
+
+_FLIPS = {aten.t.default}
+_MOVES = {aten.unsqueeze.default, aten.expand.default, aten.permute.default, aten.transpose.int, aten.t.default}
+
+
+def peel(value: Value, layout: Layout) -> tuple[Value, Layout]:
+    """The nearest value above some views that needs no copy of repeated or reordered elements, with its layout.
+
+    `repeat_interleave` and `expand` of key heads vanish here, for what broadcasts does not depend on the axis.
+    """
+    chain = [(value, layout)]
+    costly = 0
+    while is_view(value) and isinstance(value.args[0], Value):
+        copies = value.op is aten.clone.default or (
+            value.op is aten.expand.default
+            and not (len(value.shape) == len(value.args[0].shape) and all(known(a == b) for a, b in zip(value.shape, value.args[0].shape, strict=True)))
+        )
+        layout = before(value, layout)
+        value = value.args[0]
+        chain.append((value, layout))
+        if copies:
+            costly = len(chain) - 1
+    for candidate in chain[costly:]:
+        if candidate[0].node is not None:
+            return candidate
+    return chain[-1]

@@ -1,0 +1,202 @@
+"""From the weights' side of the product with V up to the softmaxes in them: a sum of terms, each with its factors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, broadcast, known, leaves
+from fx_passes.canonicalise.contraction import Operand
+from fx_passes.canonicalise.forms import Factor, Mask, Term, Walk
+from fx_passes.canonicalise.softmax import is_row_sum, softmax_input
+from fx_passes.canonicalise.views import before, is_cast, is_view
+from fx_passes.find.trace import Value
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
+SUMS = {aten.add.Tensor, aten.sub.Tensor}
+FILLS = {aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
+_LIMIT = 60
+
+
+def leads_to_softmax(value: Value, depth: int = 0) -> bool:
+    """Whether a softmax is found above a value through operations that `weights` understands."""
+    if value.op is None or depth > _LIMIT or not isinstance(value.fake, torch.Tensor):
+        return False
+    if value.op in (aten.softmax.int, aten.exp.default):
+        return True
+    if is_view(value) or is_cast(value) or value.op in _PASS:
+        return leads_to_softmax(value.args[0], depth + 1)
+    if value.op in PRODUCTS | SUMS | FILLS:
+        return any(isinstance(x, Value) and leads_to_softmax(x, depth + 1) for x in value.args[:3])
+    return False
+
+
+_PASS = {aten.dropout.default, aten.neg.default, aten.nan_to_num.default, aten.slice.Tensor}
+
+
+def weights(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
+    """The terms of a value that is multiplied with V over `keys`; NotUnderstood if it has other parts."""
+    walk.visit(value)
+    found = softmax_input(value)
+    if found is not None:
+        return [Term(value, Operand(found[0], layout), layout[found[1]])]
+    if value.op is aten.exp.default:
+        return [Term(value, Operand(value.args[0], layout), keys, normalised=False)]
+    if is_view(value):
+        return weights(walk, value.args[0], before(value, layout), keys)
+    if is_cast(value):
+        return weights(walk, value.args[0], layout, keys)
+    if value.op is aten.neg.default:
+        return [replace(t, scale=-t.scale) for t in weights(walk, value.args[0], layout, keys)]
+    if value.op is aten.nan_to_num.default:
+        return _nan_to_num(walk, value, layout, keys)
+    if value.op is aten.dropout.default:
+        return _dropout(walk, value, layout, keys)
+    if value.op in PRODUCTS:
+        return _product(walk, value, layout, keys)
+    if value.op in SUMS:
+        return _sum(walk, value, layout, keys)
+    if value.op in FILLS:
+        return _filled(walk, value, layout, keys)
+    if value.op is aten.slice.Tensor:
+        return _sliced(walk, value, layout, keys)
+    raise NotUnderstood(f"the weights go through {name(value)} before the product with value")
+
+
+def name(value: Value) -> str:
+    op = value.op
+    return str(getattr(op, "overloadpacket", op)).removeprefix("aten.") if op is not None else "an unknown operation"
+
+
+def _dropout(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
+    terms = weights(walk, value.args[0], layout, keys)
+    if len(terms) > 1:
+        raise NotUnderstood("dropout acts on a sum of softmaxes")
+    if terms[0].dropout:
+        raise NotUnderstood("the weights go through two dropouts")
+    if not terms[0].normalised:
+        raise NotUnderstood("dropout acts before the weights are normalised")
+    if value.args[1] >= 1:
+        raise NotUnderstood("dropout drops every weight")
+    return [replace(terms[0], dropout=float(value.args[1]), shared_dropout=value)]
+
+
+def _product(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
+    a, b = value.args[0], value.args[1]
+    divides = value.op in (aten.div.Tensor, aten.div.Scalar)
+    if value.kwargs.get("rounding_mode") is not None:
+        raise NotUnderstood("the weights are rounded")
+    if not divides and isinstance(b, Value) and leads_to_softmax(b):
+        if isinstance(a, Value) and leads_to_softmax(a):
+            raise NotUnderstood("two softmaxes are multiplied with one another")
+        a, b = b, a
+    if not isinstance(a, Value) or not leads_to_softmax(a):
+        raise NotUnderstood("a softmax divides")
+    inner = broadcast(layout, a.shape)
+    if not isinstance(b, Value):
+        return [replace(t, scale=t.scale / b if divides else t.scale * b) for t in weights(walk, a, inner, keys)]
+    side = broadcast(layout, b.shape)
+    terms = weights(walk, a, inner, keys)
+    if divides and is_row_sum(b, side, a, inner, keys) is not None:
+        return [_normalise(walk, terms, keys)]
+    factor = Factor(b, side, -1 if divides else 1)
+    return [replace(t, factors=[*t.factors, factor]) for t in terms]
+
+
+def _normalise(walk: Walk, terms: list[Term], keys: Dim) -> Term:
+    """A term over its own row sum: constant factors of 0 and 1 become masks, those without keys cancel."""
+    if len(terms) != 1:
+        raise NotUnderstood("a sum of softmaxes is normalised")
+    term = terms[0]
+    if term.dropout:
+        raise NotUnderstood("the weights are normalised after dropout")
+    masks = list(term.masks)
+    for factor in term.factors:
+        if not set(leaves(keys)) & set(factor.axes):
+            continue
+        constant = walk.constant(factor.value)
+        if constant is None or factor.power != 1 or not bool(((constant == 0) | (constant == 1)).all()):
+            raise NotUnderstood("the weights are multiplied by a tensor over query and key, and normalised again")
+        masks.append(Mask(factor.value, factor.layout, True, -math.inf))
+    if term.scale <= 0:
+        raise NotUnderstood("the weights are scaled by a number that is not positive, and normalised again")
+    kept = [replace(m, fill=-math.inf) for m in masks]
+    return replace(term, factors=[], masks=kept, scale=1.0, normalised=True)
+
+
+def _sum(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
+    a, b = value.args[0], value.args[1]
+    if not (isinstance(a, Value) and isinstance(b, Value) and leads_to_softmax(a) and leads_to_softmax(b)):
+        raise NotUnderstood("something else than a softmax is added to the weights")
+    sign = float(value.kwargs.get("alpha", 1)) * (-1.0 if value.op is aten.sub.Tensor else 1.0)
+    left = weights(walk, a, broadcast(layout, a.shape), keys)
+    right = weights(walk, b, broadcast(layout, b.shape), keys)
+    return [*left, *(replace(t, scale=t.scale * sign) for t in right)]
+
+
+def _nan_to_num(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
+    if any(x not in (None, 0, 0.0) for x in (*value.args[1:], *value.kwargs.values())):
+        raise NotUnderstood("NaN weights are replaced by a number that is not zero")
+    return weights(walk, value.args[0], layout, keys)  # rows that see no key have zero weights in the operator
+
+
+def number_of(walk: Walk, x: Any, buffers: bool = True) -> float | None:
+    """A Python number, or the one that a constant tensor holds in all its elements; `buffers`: also if it is a buffer."""
+    if isinstance(x, (int, float)):
+        return float(x)
+    if not isinstance(x, Value):
+        return None
+    constant = walk.constant(x, buffers)
+    if constant is None or constant.numel() == 0:
+        return None
+    first = constant.flatten()[0]
+    return float(first) if bool((constant == first).all()) else None
+
+
+def choices(walk: Walk, value: Value) -> list[tuple[Any, float, Value, bool]]:
+    """Readings of masked_fill and where as (kept, fill, condition, condition where kept)."""
+    if value.op in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        candidates = [(value.args[0], value.args[2], value.args[1], False)]
+    else:
+        condition, yes, no = value.args[:3]
+        candidates = [(yes, no, condition, True), (no, yes, condition, False)]
+    found = []
+    for kept, fill, condition, keep in candidates:
+        number = number_of(walk, fill)
+        if number is not None and isinstance(kept, Value):
+            found.append((kept, number, condition, keep))
+    return found
+
+
+def _filled(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
+    for kept, fill, condition, keep in choices(walk, value):
+        if fill != 0 or not leads_to_softmax(kept):
+            continue
+        mask = Mask(condition, broadcast(layout, condition.shape), keep, 0.0)
+        terms = weights(walk, kept, broadcast(layout, kept.shape), keys)
+        if any(t.dropout for t in terms):
+            raise NotUnderstood("the weights are masked after dropout")
+        return [replace(t, masks=[*t.masks, mask]) for t in terms]
+    raise NotUnderstood("the weights are masked in a way that was not understood")
+
+
+def _sliced(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
+    """Columns cut off behind softmax: what stays are the keys, what is cut are sinks."""
+    dim = value.args[1] % len(value.shape) if len(value.args) > 1 else 0
+    start = value.args[2] if len(value.args) > 2 and value.args[2] is not None else 0
+    source = value.args[0]
+    step = value.args[4] if len(value.args) > 4 else 1
+    if set(leaves(layout[dim])) != set(leaves(keys)) or step != 1 or not isinstance(start, int) or start < 0:
+        raise NotUnderstood("a part of the weights is cut out before the product with value")
+    for i, (a, b) in enumerate(zip(value.shape, source.shape, strict=True)):
+        if i != dim and not known(a == b):
+            raise NotUnderstood("a part of the weights is cut out before the product with value")
+    wide = (Axis(source.shape[dim]),)
+    terms = weights(walk, source, (*layout[:dim], wide, *layout[dim + 1 :]), wide)
+    if any(t.extension is not None for t in terms):
+        raise NotUnderstood("the weights are cut twice")
+    return [replace(t, extension=(layout[dim], start)) for t in terms]

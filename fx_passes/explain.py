@@ -1,0 +1,48 @@
+"""`explain`: where a model's attentions are, what the pass would rewrite, and why it would leave the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from fx_passes.report import Report
+from fx_passes.rewrite import Options, rewrite_graph
+from fx_passes.state import State
+
+
+def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Finds the attentions of a model without rewriting any.
+
+    The model runs once, forward, on the given arguments, through Dynamo; modules keep what they were compiled with.
+
+    Args:
+        model: an nn.Module or a function.
+        args, kwargs: arguments of one call.
+
+    Returns:
+        A `Report`; ``print(explain(model, *args))`` shows a table.
+
+    >>> import torch
+    >>> def attention(q, k, v):
+    ...     return torch.softmax(q @ k.mT / 4, -1) @ v
+    >>> x = torch.randn(2, 8, 16, requires_grad=True)
+    >>> explain(attention, x, x, x).rewritten
+    1
+    """
+    report = Report(verb="would be rewritten")
+    options = Options(State(float("inf")))
+
+    def look(gm: GraphModule, example_inputs: list[Any], **_: Any) -> GraphModule:
+        if torch.is_grad_enabled():
+            rewrite_graph(gm, options, report, example_inputs, dry=True)
+        return gm
+
+    torch._dynamo.reset()  # what was compiled earlier would not be seen
+    run = model.forward if isinstance(model, torch.nn.Module) else model
+    with torch.enable_grad():
+        torch.compile(run, backend=look, dynamic=False)(*args, **kwargs)
+    torch._dynamo.reset()
+    return report

@@ -1,0 +1,341 @@
+"""The ATen operations behind the nodes of a Dynamo graph, recorded node by node and only where somebody asks.
+
+A `Value` is one tensor of the recorded program. Recording is functional: `scores *= s` makes a new value, and whoever
+reads `scores` later gets the new one. F.dropout, softmax and F.scaled_dot_product_attention stay one operation each;
+matmul, einsum, F.multi_head_attention_forward and the like become views and bmm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fx_passes.find.context import Context, attribute, fake_of
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+_WHOLE = {
+    aten.dropout.default,
+    aten.softmax.int,
+    aten.log_softmax.int,
+    aten.scaled_dot_product_attention.default,
+    aten.repeat_interleave.Tensor,
+}
+
+
+@dataclass(eq=False)
+class Value:
+    """One tensor: the result of `op(*args, **kwargs)`, or a leaf that only its `node` describes (op None).
+
+    Attributes:
+        fake: the fake tensor; None for the tuple of an operation with several results.
+        node: the graph's node with this value, if there is one.
+        version: the last node that had written into the node's storage when the value was read.
+        home: the Dynamo node during which the operation was recorded.
+        users: operations recorded so far that read it.
+    """
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    fake: Any
+    node: Node | None = None
+    version: Node | None = None
+    home: Node | None = None
+    users: list[Value] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return tuple(self.fake.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.fake.dtype  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:
+        shape = list(self.fake.shape) if isinstance(self.fake, Tensor) else self.fake
+        return f"Value({self.op or self.node}, {shape})"
+
+
+@dataclass
+class Record:
+    """One Dynamo node's operations: its result as values, and the values of inputs after in-place writes."""
+
+    out: Any
+    values: list[Value]
+    after: dict[Node, Value]
+
+
+class Trace:
+    """Values of one graph, recorded on demand."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.records: dict[Node, Record | None] = {}
+        self.leaves: dict[tuple[Node, Node | None], Value] = {}
+        self.alive: list[Any] = []  # identities of fake tensors are keys only while the tensors live
+
+    def read(self, node: Node, before: int) -> Any:
+        """The value of a node as a reader at a position sees it; a tree of values where the node gives a tuple."""
+        writer = self.context.last_write(node, before)
+        if writer is not None:
+            record = self.record(writer)
+            if record is not None:
+                for target, value in record.after.items():
+                    if target is node or _same_geometry(fake_of(target), fake_of(node)):
+                        return value
+            return self.leaf(node, writer)
+        return self.own(node)
+
+    def own(self, node: Node) -> Any:
+        """What a node itself gives."""
+        if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], Node):
+            source = node.args[0]
+            if isinstance(fake_of(source), (tuple, list)):
+                record = self.record(source)
+                if record is not None:
+                    value = record.out[node.args[1]]
+                    if isinstance(value, Value) and value.node is None:
+                        value.node = node
+                    return value
+                return self.leaf(node, None)
+        record = self.record(node)
+        return self.leaf(node, None) if record is None else record.out
+
+    def leaf(self, node: Node, version: Node | None) -> Value:
+        key = (node, version)
+        if key not in self.leaves:
+            self.leaves[key] = Value(None, (), {}, fake_of(node), node, version)
+        return self.leaves[key]
+
+    def record(self, node: Node) -> Record | None:
+        """The operations of a node; None for placeholders and for what cannot be traced."""
+        if node not in self.records:
+            self.records[node] = None  # against recursion
+            if node.op in ("call_function", "call_method", "call_module") and self.context.state[node].known:
+                try:
+                    self.records[node] = self._record(node)
+                except Exception:
+                    log.debug("cannot trace %s", node.format_node(), exc_info=True)
+        return self.records[node]
+
+    def users(self, value: Value) -> list[Value]:
+        """All operations that read a value, those of Dynamo nodes not yet recorded included."""
+        todo = [value.node] if value.node is not None else []
+        while todo:
+            node = todo.pop()
+            for user in list(node.users) if node in self.context.position else []:
+                if user not in self.context.position:
+                    continue
+                record = self.record(user)
+                if user.target is operator.getitem:
+                    self.own(user)
+                if record is not None and record.out is value and user is not value.node:
+                    todo.append(user)  # an operation that gives its input back, such as `.to` the same dtype
+        return value.users
+
+    def _record(self, node: Node) -> Record:
+        context, position = self.context, self.context.position[node]
+        function = _callable(context, node)
+        recorder = _Recorder(node)
+        inputs: dict[Node, Any] = {n: self.read(n, position) for n in node.all_input_nodes}
+        for n, value in inputs.items():
+            recorder.know(fake_of(n), value)
+        args = torch.fx.node.map_arg(node.args, fake_of)
+        kwargs = torch.fx.node.map_arg(node.kwargs, fake_of)
+        if any(leaf is None and a is not None for leaf, a in zip(_leaves(args, kwargs), _leaves(node.args, node.kwargs), strict=False)):
+            raise RuntimeError("an argument has no fake value")
+        with _modes(self.context, node), recorder, torch._C._AutoDispatchBelowAutograd():
+            result = function(*args, **kwargs)
+        self.alive.append((recorder.keep, result))
+        out = tree_map(recorder.lookup, result)
+        if isinstance(out, Value) and out.node is None:
+            out.node = node
+        after = {}
+        if recorder.wrote:
+            after = {n: recorder.lookup(fake_of(n)) for n in inputs if isinstance(fake_of(n), Tensor)}
+            after = {n: v for n, v in after.items() if v is not inputs[n]}
+            for n, v in after.items():
+                if v.op is None:
+                    v.node, v.version = n, node
+        return Record(out, recorder.values, after)
+
+
+class _Recorder(TorchDispatchMode):
+    """Records functional ATen operations on fake tensors."""
+
+    def __init__(self, home: Node) -> None:
+        super().__init__()
+        self.home = home
+        self.known: dict[int, Any] = {}
+        self.keep: list[Any] = []
+        self.values: list[Value] = []
+        self.wrote = False
+
+    def know(self, fake: Any, value: Any) -> None:
+        if isinstance(fake, (tuple, list)) and isinstance(value, (tuple, list)):
+            for f, v in zip(fake, value, strict=True):
+                self.know(f, v)
+        elif isinstance(fake, Tensor):
+            self.known[id(fake)] = value
+            self.keep.append(fake)
+
+    def lookup(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if id(x) not in self.known:
+            self.know(x, Value(None, (), {}, x, home=self.home))
+        return self.known[id(x)]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        smaller = _SMALLER.get(func)
+        if smaller is not None:
+            with self:
+                return smaller(*args, **kwargs)
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        if composite and func not in _WHOLE:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            self._write(func, args, kwargs, result)
+        elif any(isinstance(x, Tensor) for x in tree_leaves(result)):
+            self._add(func, args, kwargs, result)
+        return result
+
+    def _add(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        value = self._value(func, args, kwargs, result if isinstance(result, Tensor) else None)
+        if isinstance(result, Tensor):
+            self.know(result, value)
+            return
+        for i, x in enumerate(result):
+            if isinstance(x, Tensor):
+                child = Value(operator.getitem, (value, i), {}, x, home=self.home)
+                value.users.append(child)
+                self.values.append(child)
+                self.know(x, child)
+
+    def _value(self, func: Any, args: Any, kwargs: Any, fake: Any) -> Value:
+        args, kwargs = tree_map(self.lookup, tuple(args)), tree_map(self.lookup, dict(kwargs))
+        value = Value(func, args, kwargs, fake, home=self.home)
+        for used in {id(v): v for v in tree_leaves((args, kwargs)) if isinstance(v, Value)}.values():
+            used.users.append(value)
+        self.values.append(value)
+        return value
+
+    def _write(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """An in-place operation: its first argument has a new value; other views of the same storage have an unknown one."""
+        self.wrote = True
+        target = args[0] if args and isinstance(args[0], Tensor) else None
+        functional = _functional(func)
+        value = None
+        if target is not None and functional is not None and "out" not in kwargs:
+            value = self._value(functional, args, kwargs, target)
+        written = [target] if target is not None else [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        storages = {x.untyped_storage()._cdata for x in written}
+        for fake in list(self.keep):
+            if fake.untyped_storage()._cdata in storages:
+                same = value is not None and _same_geometry(fake, target)
+                self.known[id(fake)] = value if same else Value(None, (), {}, fake, home=self.home)
+
+
+def _functional(func: Any) -> Any:
+    """``aten.mul.Tensor`` for ``aten.mul_.Tensor``; None where there is none."""
+    if func is aten.copy_.default:
+        return aten.copy.default
+    packet = getattr(aten, func._schema.name.split("::")[1].removesuffix("_"), None)
+    found = getattr(packet, func._overloadname, None) if packet is not None and func.namespace == "aten" else None
+    return found if found is not None and not found._schema.is_mutable else None
+
+
+def _baddbmm(input: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    product = aten.bmm.default(a, b) if a.dim() == 3 else aten.mm.default(a, b)
+    product = product if alpha == 1 else aten.mul.Tensor(product, alpha)
+    if beta == 0:
+        return product
+    return aten.add.Tensor(product, input if beta == 1 else aten.mul.Tensor(input, beta))
+
+
+def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+    return aten.softmax.int(x, dim, torch.float32 if half_to_float else None)
+
+
+def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+    return aten.log_softmax.int(x, dim, torch.float32 if half_to_float else None)
+
+
+def _mv(a: Tensor, b: Tensor) -> Tensor:
+    return aten.squeeze.dim(aten.mm.default(a, aten.unsqueeze.default(b, -1)), -1)
+
+
+_SMALLER: dict[Any, Callable[..., Any]] = {
+    aten.baddbmm.default: _baddbmm,
+    aten.addmm.default: _baddbmm,
+    aten._softmax.default: _softmax,
+    aten._safe_softmax.default: lambda x, dim, dtype=None: aten.softmax.int(x, dim, dtype),
+    aten._log_softmax.default: _log_softmax,
+    aten.mv.default: _mv,
+    aten.rsub.Scalar: lambda x, other, alpha=1: aten.add.Tensor(aten.neg.default(x if alpha == 1 else x * alpha), other),
+    aten.rsub.Tensor: lambda x, other, *, alpha=1: aten.sub.Tensor(other, x, alpha=alpha),
+}
+
+
+def _same_geometry(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return False
+    return a is b or (
+        a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.dtype == b.dtype
+        and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and a.storage_offset() == b.storage_offset()
+    )
+
+
+def _leaves(args: Any, kwargs: Any) -> list[Any]:
+    return tree_leaves((args, kwargs))
+
+
+def _callable(context: Context, node: Node) -> Callable[..., Any]:
+    if node.op == "call_function":
+        target: Any = node.target
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            raise RuntimeError("a higher-order operator")
+        return target  # type: ignore[no-any-return]
+    if node.op == "call_method":
+        name = str(node.target)
+        return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
+    module = attribute(context.gm, str(node.target))
+    if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+        raise RuntimeError("a module with tensors of its own")
+    return module  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _modes(context: Context, node: Node) -> Iterator[None]:
+    """Fake tensors and the autocast contexts that are open at a node; parameters stay uncached."""
+    mode = context.fake_mode
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mode)
+        if mode.shape_env is not None:
+            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
+        stack.enter_context(torch.no_grad())
+        for device, dtype, enabled, *_ in context.state[node].autocast:
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+        yield

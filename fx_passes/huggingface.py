@@ -1,0 +1,168 @@
+"""Hugging Face transformers: SUS as an attention implementation, ``attn_implementation="sus"``, without a compiler.
+
+The masks of transformers are functions; those that are a band (causal, sliding window) are passed on as a band and the
+padding of the batch as one row per sequence, so that no M x N mask is made. Any other mask function is evaluated, as
+transformers' own "sdpa" does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fx_passes.ops.functional import attend, check_choice
+from fx_passes.ops.problem import FORWARDS, SAMPLERS
+from fx_passes.state import State, draw
+
+Band = tuple[int | None, int | None]
+_ATTRIBUTE = "_sus_band"  # of a mask: the band (left, right) that holds besides it
+
+
+class register_sus_attention:
+    """Registers "sus" with transformers' AttentionInterface and AttentionMaskInterface, and is the handle to it.
+
+    Args:
+        c: expected number of kept entries per query row and head, above 0; `float("inf")` is the exact backward.
+            The attribute `c` may be set at any time.
+        sampler, seed, forward: as for `SUSBackend`.
+
+    Raises:
+        ImportError: transformers is not installed.
+        TypeError, ValueError: an argument is not allowed; the message names it.
+
+    Example::
+
+        sus = register_sus_attention(c=100)
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sus")
+        sus.c = 50
+    """
+
+    def __init__(
+        self, c: float = 30.0, sampler: str = "systematic", seed: int | None = None, forward: str = "auto"
+    ) -> None:
+        check_choice("sampler", sampler, SAMPLERS)
+        check_choice("forward", forward, FORWARDS)
+        self.state = State(c, seed)
+        self.sampler, self.forward = sampler, forward
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        AttentionInterface.register("sus", self._attention)
+        AttentionMaskInterface.register("sus", sus_mask)
+
+    @property
+    def c(self) -> float:
+        return self.state.c
+
+    @c.setter
+    def c(self, value: float) -> None:
+        self.state.c = value
+
+    def _attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        position_bias: Tensor | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Signature and result of transformers' attention functions: [B, H, M, D] to [B, M, H, E]."""
+        band, mask, bias = _masks(module, query, attention_mask, is_causal, position_bias)
+        c, seed = draw(query, self.state.id)
+        out = attend(
+            query,
+            key,
+            value,
+            c,
+            seed,
+            attn_mask=mask,
+            attn_bias=bias,
+            sinks=s_aux,
+            scale=scaling,
+            left=band[0],
+            right=band[1],
+            softcap=softcap or 0.0,
+            dropout_p=dropout,
+            sampler=self.sampler,
+            forward=self.forward,
+            state=self.state.id,
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+
+def _masks(
+    module: nn.Module, query: Tensor, given: Tensor | None, is_causal: bool | None, position_bias: Tensor | None
+) -> tuple[Band, Tensor | None, Tensor | None]:
+    """Band, bool mask and float bias of a call."""
+    band: Band = getattr(given, _ATTRIBUTE, (None, None))
+    if given is None:  # no mask was made for this layer: transformers' convention for "sdpa"
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        band = (None, 0) if causal and query.shape[2] > 1 else (None, None)
+    if given is None or given.dtype == torch.bool:
+        return band, given, position_bias
+    return band, None, given if position_bias is None else given + position_bias
+
+
+def sus_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    **more: Any,
+) -> Tensor:
+    """The mask of a forward, as transformers' AttentionMaskInterface wants it.
+
+    Returns:
+        bool: the padding, [B or 1, 1, 1, N], where `mask_function` is a band that the attention applies by itself;
+        else the whole mask, [B, 1, M, N].
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    function = causal_mask_function if mask_function is None else mask_function
+    band = _band(function)
+    aligned = q_length == kv_length and isinstance(q_offset, int) and q_offset == kv_offset == 0
+    if band is None or not aligned:
+        more = {**more, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        mask: Tensor = sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, function, attention_mask, **more
+        )
+        return mask
+    if attention_mask is None:
+        mask = torch.ones((1, 1, 1, kv_length), dtype=torch.bool, device=more.get("device", "cpu"))
+    else:
+        mask = attention_mask[:, None, None, :kv_length].bool()
+    setattr(mask, _ATTRIBUTE, band)
+    return mask
+
+
+def _band(function: Callable[..., Any]) -> Band | None:
+    """The band of a mask function of transformers, or None where it is not known to be one."""
+    from transformers import masking_utils as m
+
+    if function is m.causal_mask_function:
+        return None, 0
+    if function is m.bidirectional_mask_function:
+        return None, None
+    inside = inspect.getclosurevars(function).nonlocals
+    if function.__qualname__ == m.sliding_window_overlay(1).__qualname__:
+        return inside["sliding_window"] - 1, None
+    if function.__qualname__ == m.and_masks().__qualname__:
+        bands = [_band(f) for f in inside["mask_functions"]]
+        if any(b is None for b in bands):
+            return None
+        lefts, rights = ([b[i] for b in bands if b is not None and b[i] is not None] for i in (0, 1))
+        return min(lefts, default=None), min(rights, default=None)  # type: ignore[type-var]
+    return None

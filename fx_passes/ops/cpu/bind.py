@@ -1,0 +1,161 @@
+"""ctypes structs and calls of the native kernel: src/api.h in Python."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import warnings
+from ctypes import POINTER, Structure, byref, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fx_passes.ops.cpu.build import BuildError, arch, library_path
+from fx_passes.ops.problem import Problem
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_NO_BOUND = 1 << 60
+
+
+class _Strides(Structure):
+    _fields_ = (("batch", c_int64), ("head", c_int64), ("row", c_int64))
+
+
+class _Call(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("query", "key", "value")),
+        *((name, _Strides) for name in ("query_strides", "key_strides", "value_strides")),
+        ("mask", c_void_p),
+        *((name, c_int64) for name in ("mask_batch", "mask_key")),
+        *((name, c_int64) for name in ("batch", "heads", "groups", "m", "n", "dk", "dv", "right")),
+        ("scale", c_float),
+        *((name, c_int32) for name in ("dtype", "threads", "reserved")),
+    )
+
+
+class _Forward(Structure):
+    _fields_ = (
+        ("call", _Call),
+        ("c", c_double),
+        ("seed", c_uint64),
+        *((name, c_uint32) for name in ("stream", "reserved")),
+        ("out", c_void_p),
+        ("out_strides", _Strides),
+        *((name, c_void_p) for name in ("maximum", "total")),
+    )
+
+
+class _Backward(Structure):
+    _fields_ = (
+        ("call", _Call),
+        *((name, c_void_p) for name in ("grad", "out")),
+        *((name, _Strides) for name in ("grad_strides", "out_strides")),
+        *((name, c_void_p) for name in ("offsets", "keys", "weights", "query_grad", "key_grad", "value_grad")),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The native kernel; None, after one warning, where it cannot be had."""
+    try:
+        found = ctypes.CDLL(str(library_path(arch())))
+    except (BuildError, OSError) as error:
+        warnings.warn(
+            f"sus_attention has no native CPU kernel here and uses its slower PyTorch path: {error}", stacklevel=2
+        )
+        return None
+    found.sus_forward.argtypes, found.sus_forward.restype = [POINTER(_Forward)], c_void_p
+    found.sus_backward.argtypes, found.sus_backward.restype = [POINTER(_Backward)], ctypes.c_int
+    found.sus_lists_count.argtypes, found.sus_lists_count.restype = [c_void_p], c_int64
+    found.sus_lists_export.argtypes, found.sus_lists_export.restype = [c_void_p] * 4, None
+    found.sus_lists_free.argtypes, found.sus_lists_free.restype = [c_void_p], None
+    return found
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _threads() -> int:
+    """As many threads as PyTorch uses; one after a fork, where the OpenMP pool of the parent does not exist."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+def _strides(x: Tensor) -> _Strides:
+    return _Strides(*x.stride()[:3])
+
+
+def call(problem: Problem) -> _Call:
+    """The arguments that forward and backward share. The tensors of `problem` must outlive the result."""
+    q, k, v, mask, s = problem.query, problem.key, problem.value, problem.attn_mask, problem.static
+    sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    right = _NO_BOUND if s.right is None else s.right + problem.diagonal
+    where: tuple[int | None, int, int] = (None, 0, 0)
+    if mask is not None:
+        where = (mask.data_ptr(), 0 if mask.shape[0] == 1 else mask.stride(0), mask.stride(3))
+    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), _strides(q), _strides(k), _strides(v))
+    return _Call(*pointers, *where, *sizes, right, s.scale, DTYPES[q.dtype], _threads(), 0)
+
+
+class Lists:
+    """Kept entries that a forward left in the native library's memory; a context manager that frees them."""
+
+    def __init__(self, native: ctypes.CDLL, handle: int) -> None:
+        self._native, self._handle = native, handle
+        self.count: int = native.sus_lists_count(handle)
+
+    def __enter__(self) -> Lists:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._native.sus_lists_free(self._handle)
+
+    def export(self, offsets: Tensor, keys: Tensor, weights: Tensor) -> None:
+        """Copy: offsets int64 [rows + 1], keys int32 [count], weights float32 [count]."""
+        self._native.sus_lists_export(self._handle, offsets.data_ptr(), keys.data_ptr(), weights.data_ptr())
+
+
+def forward(
+    native: ctypes.CDLL,
+    problem: Problem,
+    c: float,
+    seed: int,
+    stream: int,
+    out: Tensor | None,
+    maximum: Tensor | None,
+    total: Tensor | None,
+) -> Lists:
+    """Fills out, maximum and total where they are given, and samples if c is above 0."""
+    strides = _Strides() if out is None else _strides(out)
+    pointers = (None if x is None else x.data_ptr() for x in (maximum, total))
+    where = None if out is None else out.data_ptr()
+    args = _Forward(call(problem), c, seed % (1 << 64), stream % (1 << 32), 0, where, strides, *pointers)
+    handle = native.sus_forward(byref(args))
+    if not handle:
+        raise MemoryError("sus_attention: out of memory in the forward")
+    return Lists(native, handle)
+
+
+def backward(
+    native: ctypes.CDLL,
+    problem: Problem,
+    grad: Tensor,
+    out: Tensor,
+    lists: tuple[Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Fills the gradients of query, key and value from lists (offsets, keys, weights)."""
+    pointers = (x.data_ptr() for x in (*lists, *gradients))
+    args = _Backward(call(problem), grad.data_ptr(), out.data_ptr(), _strides(grad), _strides(out), *pointers)
+    if native.sus_backward(byref(args)):
+        raise MemoryError("sus_attention: out of memory in the backward")

@@ -1,0 +1,99 @@
+"""The native path as `dispatch` sees it: which problems it takes, forward with sampling, sparse backward."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from fx_passes.ops.cpu import bind, kept
+from fx_passes.ops.draws import _STREAMS, STREAM_ROW
+from fx_passes.ops.problem import Gradients, Problem, Softmax
+
+_LARGEST_WIDTH = 256
+_LARGEST_C = float(1 << 30)  # that of tiled.backward
+
+
+def supports(problem: Problem) -> bool:
+    """Whether the native kernel computes this problem (and there is one).
+
+    float32 or bfloat16; head_dim and value dim multiples of 16 up to 256; a mask per key or none; no window to the
+    left, bias, sinks, softcap, dropout, document ids or prefix; a positive scale.
+    """
+    q, k, v, s, mask = problem.query, problem.key, problem.value, problem.static, problem.attn_mask
+    others = (problem.attn_bias, problem.sinks, problem.query_ids, problem.prefix)
+    plain = all(x is None for x in others) and s.left is None and s.softcap == 0 and s.dropout_p == 0
+    widths = all(x.shape[-1] % 16 == 0 and 0 < x.shape[-1] <= _LARGEST_WIDTH for x in (q, v))
+    sizes = q.numel() > 0 and k.numel() > 0 and k.shape[2] < 1 << 31 and s.scale > 0
+    per_key = mask is None or (mask.shape[1:3] == (1, 1) and mask.shape[3] == k.shape[2])
+    types = q.device.type == "cpu" and q.dtype in bind.DTYPES
+    return types and plain and widths and sizes and per_key and bind.library() is not None
+
+
+def samples(problem: Problem, c: Tensor) -> bool:
+    """Whether the forward of this call draws the backward's entries."""
+    s = problem.static
+    return s.sample and s.sampler == "systematic" and not math.isinf(float(c))
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _with_unit_strides(problem: Problem) -> Problem:
+    q, k, v = problem.query, problem.key, problem.value
+    if q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        return problem
+    static = problem.static
+    return Problem(_unit(q), _unit(k), _unit(v), problem.attn_mask, None, None, None, None, None, static)
+
+
+def _native() -> ctypes.CDLL:
+    native = bind.library()
+    if native is None:
+        raise RuntimeError("there is no native kernel; ask `supports` first")
+    return native
+
+
+def forward(problem: Problem, c: Tensor, seed: Tensor) -> tuple[Tensor, Softmax, Tensor]:
+    """Out [B, H, M, E] (heads and rows swapped in memory), softmax, and the cache of kept entries."""
+    q, v = problem.query, problem.value
+    b, h, m, _ = q.shape
+    out = q.new_empty((b, m, h, v.shape[-1])).transpose(1, 2)
+    softmax = Softmax(*(q.new_empty((b, h, m), dtype=torch.float32) for _ in range(2)))
+    return out, softmax, _run(problem, c, seed, out, softmax)
+
+
+def sample(problem: Problem, c: Tensor, seed: Tensor) -> Tensor:
+    """The cache of kept entries for a forward that another kernel computed: one more pass over the logits."""
+    return _run(problem, c, seed, None, None) if samples(problem, c) else kept.empty()
+
+
+def _run(problem: Problem, c: Tensor, seed: Tensor, out: Tensor | None, softmax: Softmax | None) -> Tensor:
+    wanted = samples(problem, c)
+    limit, number = (min(float(c), _LARGEST_C), int(seed)) if wanted else (0.0, 0)
+    rows = (None, None) if softmax is None else (softmax.maximum, softmax.total)
+    stream = problem.static.site * _STREAMS + STREAM_ROW
+    with bind.forward(_native(), _with_unit_strides(problem), limit, number, stream, out, *rows) as lists:
+        if not wanted:
+            return kept.empty()
+        cache, parts = kept.allocate(problem, lists.count, limit, number)
+        lists.export(*parts)
+    return cache
+
+
+def backward(
+    problem: Problem, grad: Tensor, out: Tensor, cache: Tensor, c: Tensor, seed: Tensor
+) -> tuple[Gradients, int] | None:
+    """Gradients and the number of entries used; None if the cache is lost or was never filled."""
+    if not samples(problem, c):
+        return None
+    lists = kept.unpack(cache, problem, min(float(c), _LARGEST_C), int(seed))
+    if lists is None:
+        return None
+    inputs = (problem.query, problem.key, problem.value)
+    query, key, value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+    bind.backward(_native(), _with_unit_strides(problem), _unit(grad), _unit(out), lists, (query, key, value))
+    return Gradients(query, key, value, None, None), len(lists[1])

@@ -1,0 +1,58 @@
+// The C interface between Python (bind.py mirrors these structs) and the kernels. Sizes and strides count elements.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+extern "C" {
+
+struct SusStrides {
+  int64_t batch, head, row;  // the last dimension has stride 1
+};
+
+enum SusDtype : int32_t { SUS_FLOAT32 = 0, SUS_BFLOAT16 = 1 };
+
+// What forward and backward share: B batch entries, H query heads, G key heads, M queries, N keys.
+struct SusCall {
+  const void *query, *key, *value;
+  SusStrides query_strides, key_strides, value_strides;
+  const uint8_t* mask;  // bool per (batch, key), 1 takes part; null is no mask
+  int64_t mask_batch, mask_key;
+  int64_t batch, heads, groups, m, n, dk, dv;
+  int64_t right;  // row i sees keys 0 .. i + right
+  float scale;    // above 0
+  int32_t dtype;  // SusDtype
+  int32_t threads;
+  int32_t reserved;
+};
+
+struct SusForward {
+  SusCall call;
+  double c;  // finite and above 0 samples; 0 does not
+  uint64_t seed;
+  uint32_t stream;
+  uint32_t reserved;
+  void* out;  // null: another kernel computed it, and this call only samples
+  SusStrides out_strides;
+  float *maximum, *total;  // [B, H, M]; not written where out is null
+};
+
+struct SusBackward {
+  SusCall call;
+  const void *grad, *out;
+  SusStrides grad_strides, out_strides;
+  const int64_t* offsets;  // [B * H * M + 1]
+  const int32_t* keys;
+  const float* weights;
+  void *query_grad, *key_grad, *value_grad;  // contiguous, of the inputs' dtype
+};
+
+// Kept entries of a forward, in compressed rows. `sus_forward` returns null when memory runs out.
+struct SusLists;
+
+SusLists* sus_forward(const SusForward*);
+int64_t sus_lists_count(const SusLists*);
+void sus_lists_export(const SusLists*, int64_t* offsets, int32_t* keys, float* weights);
+void sus_lists_free(SusLists*);
+int sus_backward(const SusBackward*);  // 0, or 1 when memory runs out
+}

@@ -1,0 +1,137 @@
+// The C interface. build.py compiles this one file, once per instruction set that a machine offers.
+#include <algorithm>
+
+#include "backward.inc"
+#include "sample.inc"
+
+namespace sus {
+
+namespace {
+
+struct Thread {
+  Scratch scratch;
+  Sampler sampler;
+};
+
+// All tasks of a forward in one parallel region: first those that pack key head 0, then its row blocks, then head 1 ...
+// A barrier per head would cost a time slice each on a busy machine. Instead, a row block waits until its head is
+// packed, and a head is packed when all row blocks have left the buffer it gets: both wait for earlier tasks only.
+class Forward {
+ public:
+  Forward(const SusForward& args, SusLists& lists);
+  void run();
+
+ private:
+  void task(int64_t task, int thread);
+  void block(int64_t key_head, int64_t task, int thread);
+
+  const SusForward& args_;
+  const SusCall& call_;
+  SusLists& lists_;
+  const bool sample_;
+  const int64_t chunks_, blocks_, heads_, per_group_;
+  std::vector<std::unique_ptr<Packed>> ring_;  // key head h uses number h modulo the size
+  std::vector<std::unique_ptr<Thread>> threads_;
+  std::vector<Progress> packed_, done_;  // chunks and row blocks, per key head
+};
+
+Forward::Forward(const SusForward& args, SusLists& lists)
+    : args_(args),
+      call_(args.call),
+      lists_(lists),
+      sample_(args.c > 0),
+      chunks_(ceil_div(call_.n, CHUNK)),
+      blocks_(ceil_div(call_.m, ROWS)),
+      heads_(call_.batch * call_.groups),
+      per_group_(call_.heads / call_.groups),
+      packed_(heads_),
+      done_(heads_) {
+  // So many heads at a time that threads seldom wait, and few copies of K and V.
+  const int64_t together = clamp(ceil_div(8 * call_.threads, blocks_ * per_group_) + 1, 1, heads_);
+  for (int64_t i = 0; i < together; i++)
+    ring_.push_back(std::make_unique<Packed>(call_, sample_, args.out != nullptr));
+  for (int i = 0; i < call_.threads; i++) threads_.push_back(std::make_unique<Thread>());
+  if (sample_) lists.blocks.resize(call_.batch * call_.heads * blocks_);
+}
+
+void Forward::run() {
+  const int64_t tasks = heads_ * (chunks_ + blocks_ * per_group_);
+  parallel(call_.threads, tasks, [this](int64_t t, int thread) { task(t, thread); });
+}
+
+void Forward::task(int64_t task, int thread) {
+  const int64_t blocks = blocks_ * per_group_, head = task / (chunks_ + blocks), local = task % (chunks_ + blocks);
+  const int64_t before = head - int64_t(ring_.size());
+  if (local < chunks_) {
+    if (before >= 0) done_[before].wait(blocks);
+    ring_[head % ring_.size()]->fill(call_, head / call_.groups, head % call_.groups, local);
+    packed_[head].add();
+    return;
+  }
+  packed_[head].wait(chunks_);
+  struct Leave {  // also when memory runs out
+    Progress& progress;
+    ~Leave() { progress.add(); }
+  } leave{done_[head]};
+  block(head, local - chunks_, thread);
+}
+
+// From the last rows to the first: under a causal mask the last are the longest.
+void Forward::block(int64_t key_head, int64_t task, int thread) {
+  const int64_t block = blocks_ - 1 - task / per_group_, batch = key_head / call_.groups;
+  const int64_t head = key_head % call_.groups * per_group_ + task % per_group_;
+  const int64_t first = block * ROWS, count = call_.m - first < ROWS ? call_.m - first : ROWS;
+  Rows rows{args_, *ring_[key_head % ring_.size()], batch, head, first, count, threads_[thread]->scratch};
+  rows.run(sample_);
+  if (sample_)
+    threads_[thread]->sampler.run(rows, lists_.blocks[(batch * call_.heads + head) * blocks_ + block]);
+}
+
+}  // namespace
+
+void forward(const SusForward& args, SusLists& lists) { Forward(args, lists).run(); }
+
+}  // namespace sus
+
+extern "C" {
+
+SusLists* sus_forward(const SusForward* args) {
+  try {
+    auto lists = std::make_unique<SusLists>();
+    sus::forward(*args, *lists);
+    return lists.release();
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+
+int64_t sus_lists_count(const SusLists* lists) {
+  int64_t count = 0;
+  for (const Block& b : lists->blocks) count += int64_t(b.keys.size());
+  return count;
+}
+
+void sus_lists_export(const SusLists* lists, int64_t* offsets, int32_t* keys, float* weights) {
+  int64_t place = 0;
+  *offsets = 0;
+  for (const Block& b : lists->blocks) {
+    std::copy(b.keys.begin(), b.keys.end(), keys + place);
+    std::copy(b.weights.begin(), b.weights.end(), weights + place);
+    for (int32_t count : b.counts) {
+      place += count;
+      *++offsets = place;
+    }
+  }
+}
+
+void sus_lists_free(SusLists* lists) { delete lists; }
+
+int sus_backward(const SusBackward* args) {
+  try {
+    sus::backward(*args);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+}

@@ -1,0 +1,47 @@
+"""Sizes of tiles: a function of dtype and head sizes alone, so that forward and backward agree on the lists' layout.
+
+They were chosen by ahead-of-time compilation for sm_90 (spills, wgmma, shared memory); no speed has been measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """
+    Attributes:
+        sub: neighbouring keys in one mass of the sampler; also the keys of one program of `columns`.
+        bm, bn: query rows and keys of the forward's tiles; bn is a multiple of sub.
+        tc: tiles of keys that the selection treats at a time.
+        bi: points that `columns` treats at a time.
+        forward: (num_warps, num_stages); columns: the same.
+    """
+
+    sub: int
+    bm: int
+    bn: int
+    tc: int
+    bi: int
+    forward: tuple[int, int]
+    columns: tuple[int, int]
+
+
+def padded(width: int) -> int:
+    """A head size as the kernels see it: a power of two, at least 16 (the smallest that `tl.dot` takes)."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def config(dtype: torch.dtype, d: int, e: int) -> Config:
+    width = max(padded(d), padded(e))
+    if dtype == torch.float32:
+        # Products in float32 run on no tensor core and hold their operands in registers: small tiles.
+        if width <= 64:
+            return Config(sub=64, bm=32, bn=64, tc=16, bi=16, forward=(8, 1), columns=(8, 1))
+        return Config(sub=16, bm=32 if width <= 128 else 16, bn=32, tc=16, bi=16, forward=(8, 1), columns=(8, 1))
+    if width <= 128:
+        return Config(sub=64, bm=128, bn=64, tc=16, bi=128, forward=(8, 2), columns=(8, 1))
+    return Config(sub=32, bm=128, bn=64, tc=8, bi=64, forward=(8, 2), columns=(8, 1))

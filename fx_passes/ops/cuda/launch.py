@@ -1,0 +1,196 @@
+"""Host side of the kernels: the arguments that they share, and the launches. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fx_passes.ops.cuda.columns import attention_columns
+from fx_passes.ops.cuda.config import Config, config, padded
+from fx_passes.ops.cuda.forward import attention_forward
+from fx_passes.ops.cuda.lists import Lists
+from fx_passes.ops.cuda.rows import attention_delta, attention_rows, place_points
+from fx_passes.ops.draws import _STREAMS, STREAM_DROPOUT, STREAM_ROW
+from fx_passes.ops.problem import Gradients, Problem, Softmax
+
+_LOG2E = 1.4426950408889634
+_ROWS = 16  # rows of one program of the kernels in `rows`
+_POINTS = 1024  # points of one program of `place_points`
+# A tile with more points than this many average ones is split: partial sums then take at most an eighth of dK and dV.
+_LONG = 8
+_SHORTEST = 1024
+
+
+def sizes_of(problem: Problem) -> Config:
+    return config(problem.query.dtype, problem.query.shape[-1], problem.value.shape[-1])
+
+
+def dense_last(x: Tensor) -> Tensor:
+    """With unit stride in the last dimension, which the kernels take for granted."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    """Strides of a mask or bias of four dimensions, 0 where it is broadcast."""
+    return {f"{name}_{k}": 0 if x.shape[i] == 1 else x.stride(i) for i, k in enumerate("bhmn")}
+
+
+def shared_arguments(problem: Problem, dropout_seed: Tensor) -> dict[str, Any]:
+    """The arguments that say what acts on the logits, under the names that every kernel has for them."""
+    s, mask, bias = problem.static, problem.attn_mask, problem.attn_bias
+    natural = bias is not None or s.softcap != 0
+    none = dict.fromkeys(("b", "h", "m", "n"), 0)
+    kind = 0 if mask is None else (1 if all(mask.shape[i] == 1 or mask.stride(i) == 0 for i in (1, 2)) else 2)
+    arguments: dict[str, Any] = {
+        "mask_ptr": None if mask is None else mask.view(torch.uint8),
+        **({f"mask_{k}": v for k, v in none.items()} if mask is None else _strides("mask", mask)),
+        "bias_ptr": bias,
+        **({f"bias_{k}": v for k, v in none.items()} if bias is None else _strides("bias", bias)),
+        "scale": s.scale if natural else s.scale * _LOG2E,
+        "softcap": float(s.softcap),
+        "left": s.left or 0,
+        "right": s.right or 0,
+        "diagonal": problem.diagonal,
+        "dropout_seed_ptr": dropout_seed if s.dropout_p else None,
+        "dropout_stream": s.site * _STREAMS + STREAM_DROPOUT,
+        "dropout_threshold": int(s.dropout_p * (1 << 32)),
+        "dropout_inverse": 1 / (1 - s.dropout_p),
+        "D": problem.query.shape[-1],
+        "E": problem.value.shape[-1],
+        "BD": padded(problem.query.shape[-1]),
+        "BE": padded(problem.value.shape[-1]),
+        "NATURAL": natural,
+        "SOFTCAP": s.softcap != 0,
+        "BIAS": bias is not None,
+        "MASK": kind,
+        "IDS": problem.query_ids is not None and problem.key_ids is not None,
+        "PREFIX": problem.prefix is not None,
+        "LEFT": s.left is not None,
+        "RIGHT": s.right is not None,
+        "DROPOUT": s.dropout_p != 0,
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+    }
+    for name, ids in (("qid", problem.query_ids), ("kid", problem.key_ids), ("prefix", problem.prefix)):
+        ids = None if ids is None else ids.contiguous()
+        arguments[f"{name}_ptr"] = ids
+        arguments[f"{name}_b"] = 0 if ids is None or ids.shape[0] == 1 else ids.stride(0)
+    return arguments
+
+
+def _programs(device: torch.device, sizes: Config, work: int) -> int:
+    """Persistent programs: two per multiprocessor where registers allow it."""
+    if device.type != "cuda":
+        return min(work, 3)  # the interpreter: several blocks per program, so that a reused scratch is tested
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(work, count * max(1, 16 // sizes.forward[0]))
+
+
+def launch_forward(
+    problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor, lists: Lists | None, with_out: bool
+) -> tuple[Tensor | None, Softmax]:
+    """Out (None without `with_out`) and softmax; fills `lists` if given."""
+    q, k, v = (dense_last(x) for x in (problem.query, problem.key, problem.value))
+    b, h, m, _ = q.shape
+    n, sizes = k.shape[2], sizes_of(problem)
+    out = q.new_empty((b, m, h, v.shape[-1])).transpose(1, 2) if with_out else None
+    softmax = Softmax(*(q.new_empty((b, h, m), dtype=torch.float32) for _ in range(2)))
+    blocks, tiles = -(-m // sizes.bm), -(-n // sizes.sub)
+    programs = _programs(q.device, sizes, b * h * blocks)
+    scratch_tiles = -(-n // sizes.bn) * (sizes.bn // sizes.sub)
+    sample = lists is not None
+    scratch = q.new_empty(programs * scratch_tiles * sizes.bm, dtype=torch.float32) if sample else None
+    attention_forward[(programs,)](
+        q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
+        out, *(out.stride()[:3] if out is not None else (0, 0, 0)),
+        softmax.maximum, softmax.total, problem.sinks,
+        c_ptr=c, c_limit=lists.c_limit if lists else 1.0, seed_ptr=seed,
+        row_stream=problem.static.site * _STREAMS + STREAM_ROW, scratch_ptr=scratch,
+        tile_ptr=lists.tile if lists else None, rank_ptr=lists.rank if lists else None,
+        place_ptr=lists.place if lists else None, units_ptr=lists.units if lists else None,
+        counts_ptr=lists.counts if lists else None, capacity=lists.capacity if lists else 0,
+        batches=b, heads=h, group=problem.group, m=m, n=n, tiles=tiles, scratch_tiles=scratch_tiles,
+        blocks=blocks, programs=programs,
+        BM=sizes.bm, BN=sizes.bn, SUB=sizes.sub, TC=sizes.tc, SINKS=problem.sinks is not None,
+        OUT=with_out, SAMPLE=sample, num_warps=sizes.forward[0], num_stages=sizes.forward[1],
+        **shared_arguments(problem, dropout_seed),
+    )  # fmt: skip
+    return out, softmax
+
+
+def _order(problem: Problem, lists: Lists) -> tuple[Tensor, Tensor]:
+    """Numbers of the points grouped by (key head, tile), and where each group starts: [key heads * tiles + 1]."""
+    b, h, blocks, tiles = lists.counts.shape
+    groups, sizes = problem.key.shape[1], sizes_of(problem)
+    counts = lists.counts.view(b * groups, -1, tiles)
+    start = torch.zeros(b * groups * tiles + 1, dtype=torch.int64, device=counts.device)
+    torch.cumsum(counts.sum(1).view(-1), 0, out=start[1:])
+    before = counts.cumsum(1, dtype=torch.int32).sub_(counts)
+    slots = lists.tile.numel()
+    order = torch.empty(slots, dtype=torch.int32 if slots < 1 << 31 else torch.int64, device=counts.device)
+    place_points[(-(-slots // _POINTS),)](
+        lists.tile, lists.rank, start, before, order,
+        slots, lists.capacity, problem.query.shape[2], h, problem.group, blocks, tiles,
+        BM=sizes.bm, BLOCK=_POINTS,
+    )  # fmt: skip
+    return order, start
+
+
+def _overflow(start: Tensor, slots: int, block: int) -> tuple[int, Tensor, Tensor]:
+    """How long tiles are split: points per program, first overflow program of each tile, tile of each such program.
+
+    Their number is bounded on the host, without a look at the device; a program without work has tile -1.
+    """
+    tiles = start.numel() - 1
+    chunk = -(-max(_SHORTEST, _LONG * slots // tiles) // block) * block
+    extra = (start.diff() - 1).clamp_(min=0) // chunk
+    over = torch.zeros(tiles + 1, dtype=torch.int64, device=start.device)
+    torch.cumsum(extra, 0, out=over[1:])
+    programs = torch.arange(slots // chunk, device=start.device)
+    tile = torch.searchsorted(over, programs, right=True) - 1
+    return chunk, over, torch.where(tile < tiles, tile, -1)
+
+
+def launch_backward(
+    problem: Problem, grad: Tensor, out: Tensor, softmax: Softmax, lists: Lists, dropout_seed: Tensor
+) -> tuple[Gradients, Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; the lists' keys (-1: none) and dS; the number of entries, on the device."""
+    q, k, v, grad, out = (dense_last(x) for x in (problem.query, problem.key, problem.value, grad, out))
+    b, h, m, d = q.shape
+    (_, groups, n, e), sizes, rows = v.shape, sizes_of(problem), b * h * m
+    new = q.new_empty
+    delta = new((b, h, m), dtype=torch.float32)
+    blocks_of_rows = (-(-rows // _ROWS),)
+    attention_delta[blocks_of_rows](
+        grad, *grad.stride()[:3], out, *out.stride()[:3], delta, rows, m, h, E=e, BE=padded(e), BR=_ROWS
+    )
+    order, start = _order(problem, lists)
+    tiles = lists.counts.shape[-1]
+    chunk, over, over_tile = _overflow(start, lists.tile.numel(), sizes.bi)
+    partial_key = new((len(over_tile), sizes.sub, padded(d)), dtype=torch.float32)
+    partial_value = new((len(over_tile), sizes.sub, padded(e)), dtype=torch.float32)
+    dquery, dkey, dvalue = new((b, h, m, d)), new((b, groups, n, d)), new((b, groups, n, e))
+    found = torch.full_like(lists.tile, -1)
+    dlogit = new(lists.tile.shape, dtype=torch.float32)
+    shared = shared_arguments(problem, dropout_seed)
+    for overflow, programs in ((True, len(over_tile)), (False, b * groups * tiles)):
+        if programs:
+            attention_columns[(programs,)](
+                q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], grad, *grad.stride()[:3],
+                softmax.maximum, softmax.total, delta,
+                grad_scale=problem.static.scale,
+                tile_ptr=lists.tile, place_ptr=lists.place, units_ptr=lists.units, capacity=lists.capacity,
+                order_ptr=order, start_ptr=start, over_ptr=over, over_tile_ptr=over_tile, chunk=chunk,
+                partial_key_ptr=partial_key, partial_value_ptr=partial_value,
+                dkey_ptr=dkey, dvalue_ptr=dvalue, found_ptr=found, dlogit_ptr=dlogit,
+                heads=h, groups=groups, group=problem.group, m=m, n=n, tiles=tiles,
+                BI=sizes.bi, SUB=sizes.sub, OVERFLOW=overflow,
+                num_warps=sizes.columns[0], num_stages=sizes.columns[1], **shared,
+            )  # fmt: skip
+    kept = new(blocks_of_rows, dtype=torch.int32)
+    attention_rows[blocks_of_rows](
+        k, *k.stride()[:3], found, dlogit, dquery, kept,
+        problem.static.scale, lists.capacity, rows, m, h, problem.group, D=d, BD=padded(d), BR=_ROWS,
+    )  # fmt: skip
+    return Gradients(dquery, dkey, dvalue, None, None), found, dlogit, kept.sum()

@@ -1,0 +1,178 @@
+"""Builds nodes: values as nodes of the graph, and tensors brought to a wanted order of axes."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, leaves, resolve
+from fx_passes.canonicalise.contraction import Operand
+from fx_passes.find.context import Context
+from fx_passes.find.trace import Value
+
+aten = torch.ops.aten
+_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
+
+
+class Builder:
+    """Inserts nodes in front of one node of a graph."""
+
+    def __init__(self, context: Context, before: Node) -> None:
+        self.context = context
+        self.graph = before.graph
+        self.before = before
+        self.position = context.position[before]
+        self.sizes: dict[Axis, Any] = {}
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in self.before.meta:
+                node.meta[key] = self.before.meta[key]
+        return node
+
+    def node(self, value: Value) -> Node:
+        """A node with this value at the place of insertion: an existing one, or the operation emitted again."""
+        node = value.node
+        if node is not None and self._holds(value, node):
+            return node
+        if value.op is None:
+            raise NotUnderstood("a tensor of it is written in place before its use")
+        if torch.Tag.nondeterministic_seeded in getattr(value.op, "tags", ()):
+            raise NotUnderstood("a random tensor inside of another operation is needed")
+        args, kwargs = self._arguments(value.args), self._arguments(value.kwargs)
+        target = aten.reshape.default if value.op in _RESHAPES else value.op
+        node = self.call(operator.getitem if value.op is operator.getitem else target, *args, **kwargs)
+        node.meta["example_value"] = value.fake
+        value.node, value.version = node, None
+        return node
+
+    def _holds(self, value: Value, node: Node) -> bool:
+        position = self.context.position.get(node)
+        if position is None:
+            return True
+        return position < self.position and self.context.last_write(node, self.position) is value.version
+
+    def _arguments(self, args: Any) -> Any:
+        if isinstance(args, Value):
+            return self.node(args)
+        if isinstance(args, (tuple, list)):
+            return type(args)(self._arguments(a) for a in args)
+        if isinstance(args, dict):
+            return {k: self._arguments(v) for k, v in args.items()}
+        if isinstance(args, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self.symbol(args)
+        return args
+
+    def symbol(self, size: Any) -> Any:
+        """A node for a symbolic size: an input that is the symbol, or the size of an existing tensor."""
+        wanted = size.node.expr
+        for node in self.graph.nodes:
+            if node is self.before:
+                break
+            fake = node.meta.get("example_value")
+            if isinstance(fake, torch.SymInt) and fake.node.expr == wanted:
+                return node
+        for node in self.graph.nodes:
+            if node is self.before:
+                break
+            fake = node.meta.get("example_value")
+            if isinstance(fake, torch.Tensor):
+                for d, s in enumerate(fake.shape):
+                    if isinstance(s, torch.SymInt) and s.node.expr == wanted:
+                        return self.call(aten.sym_size.int, node, d)
+        raise NotUnderstood("a dynamic size could not be expressed")
+
+    def size(self, axis: Axis) -> Any:
+        if isinstance(axis.size, int):
+            return axis.size
+        if axis not in self.sizes:
+            self.sizes[axis] = self.symbol(axis.size)
+        return self.sizes[axis]
+
+    def total(self, axes: Dim) -> Any:
+        """The product of sizes, as a number or a node."""
+        result: Any = 1
+        for axis in leaves(axes):
+            size = self.size(axis)
+            if isinstance(result, int) and (isinstance(size, int) or result == 1):
+                result = result * size if isinstance(size, int) else size
+            else:
+                result = self.call(operator.mul, result, size)
+        return result
+
+    def arrange(self, operand: Operand, groups: list[Dim], full: tuple[bool, ...]) -> Node:
+        """A node whose dimension i runs over the axes of ``groups[i]``.
+
+        A group of which the operand has no axis gives size 1, unless ``full[i]``; missing axes are broadcast.
+        """
+        return self.reorder(self.node(operand.value), operand.value.shape, operand.layout, groups, full)
+
+    def reorder(self, node: Node, shape: Any, layout: Layout, groups: list[Dim], full: tuple[bool, ...]) -> Node:
+        layout, groups = resolve(layout), [leaves(g) for g in groups]
+        have = [a for dim in layout for a in dim]
+        order = [a for g in groups for a in g if a in have]
+        if set(order) != set(have):
+            raise NotUnderstood("a tensor has an axis without a role")
+        if any(len(dim) != 1 for dim in layout):
+            node = self.call(aten.reshape.default, node, [self.size(a) for a in have])
+        permutation = [have.index(a) for a in order]
+        if permutation != sorted(permutation):
+            node = self.call(aten.permute.default, node, permutation)
+        return self._merge(node, groups, set(have), full)
+
+    def _merge(self, node: Node, groups: list[Dim], have: set[Axis], full: tuple[bool, ...]) -> Node:
+        """From one dimension per axis to one per group, broadcast where axes are missing."""
+        dim = 0
+        expand: list[Any] = []
+        shape: list[Any] = []
+        merges = missing = False
+        for group, whole in zip(groups, full, strict=True):
+            present = [a in have for a in group]
+            if not any(present) and not (whole and group):
+                node = self.call(aten.unsqueeze.default, node, dim)
+                expand.append(-1)
+                shape.append(1)
+                dim += 1
+                continue
+            for a, there in zip(group, present, strict=True):
+                if not there:
+                    node = self.call(aten.unsqueeze.default, node, dim)
+                    missing = True
+                expand.append(-1 if there else self.size(a))
+                dim += 1
+            merges = merges or len(group) != 1
+            shape.append(self.total(group))
+        if missing:
+            node = self.call(aten.expand.default, node, expand)
+        return self.call(aten.reshape.default, node, shape) if merges else node
+
+    def unmerge(self, node: Node, groups: list[Dim], layout: Layout, shape: Any) -> Node:
+        """The inverse: a tensor with one dimension per group as one of a layout."""
+        axes = [a for g in groups for a in leaves(g)]
+        wanted = resolve(layout)
+        if any(len(leaves(g)) != 1 for g in groups):
+            node = self.call(aten.reshape.default, node, [self.size(a) for a in axes])
+        order = [a for dim in wanted for a in dim]
+        missing = [a for a in order if a not in set(axes)]
+        if set(axes) - set(order):
+            raise NotUnderstood("an axis of the result is unknown")
+        permutation = [axes.index(a) for a in order if a in set(axes)]
+        if permutation != sorted(permutation):
+            node = self.call(aten.permute.default, node, permutation)
+        if missing:
+            for i, a in enumerate(order):
+                if a in missing:
+                    node = self.call(aten.unsqueeze.default, node, i)
+            node = self.call(aten.expand.default, node, [self.size(a) for a in order])
+        if any(len(dim) != 1 for dim in wanted):
+            sizes = [self.total(dim) if dim else 1 for dim in wanted]
+            node = self.call(aten.reshape.default, node, sizes)
+        return node
+
+
+

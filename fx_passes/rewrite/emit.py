@@ -1,0 +1,268 @@
+"""Emits the operator's call in place of an attention that was understood."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fx_passes.canonicalise.axes import Dim, NotUnderstood, all_axes, leaves
+from fx_passes.canonicalise.contraction import Operand
+from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Scores, Sink, Term, Walk, level
+from fx_passes.canonicalise.masks import Places, Plan, plan
+from fx_passes.canonicalise.roles import Roles, peeled, roles
+from fx_passes.find.context import Level
+from fx_passes.ops.functional import attend, attend_logits
+from fx_passes.rewrite.build import Builder
+
+aten = torch.ops.aten
+
+
+def attend_as_is(query: Tensor, *args: Any, logits: bool = False, **options: Any) -> Tensor:
+    """`attend` (or `attend_logits`) with the dtypes of its operands, for regions under autocast: casts are in the graph already."""
+    with torch.autocast(query.device.type, enabled=False):
+        return attend_logits(query, *args, **options) if logits else attend(query, *args, **options)
+
+
+@dataclass
+class Ready:
+    """A term with everything decided: nothing can fail that depends on the model any more."""
+
+    term: Term
+    scores: Scores
+    roles: Roles
+    plan: Plan
+    query: Operand | None
+    key: Operand | None
+    value: Operand
+    on_query: list[Factor] = field(default_factory=list)
+    on_key: list[Factor] = field(default_factory=list)
+    on_value: list[Factor] = field(default_factory=list)
+    on_out: list[Factor] = field(default_factory=list)
+
+    @property
+    def tier(self) -> int:
+        return 1 if self.query is not None else 2
+
+
+def prepare(walk: Walk, attention: Attention, term: Term) -> Ready:
+    """Decides roles, masks and where factors go; falls back to logits as a whole (tier 2)."""
+    scores = term.scores
+    assert scores is not None
+    if scores.query is not None:
+        try:
+            return _prepare(walk, attention, term, scores)
+        except NotUnderstood as why:
+            if attention.form == "sdpa":
+                raise
+            scores = Scores(scores.whole, sink=scores.sink, why=str(why))
+    return _prepare(walk, attention, term, scores)
+
+
+def _prepare(walk: Walk, attention: Attention, term: Term, scores: Scores) -> Ready:
+    value = peeled(attention.value)
+    query = None if scores.query is None else peeled(scores.query)
+    key = None if scores.key is None else peeled(scores.key)
+    scores = replace(scores, biases=[_peeled_bias(b) for b in scores.biases])
+    if scores.sink is not None and scores.sink.operand is not None:
+        scores = replace(scores, sink=Sink(peeled(scores.sink.operand)))
+    role = roles(attention, term, scores, value, query, key)
+    found = plan(walk, scores, term.masks, role.rows, role.keys)
+    if found is None:
+        raise NotUnderstood("weights are set to zero behind softmax in places that the scores do not mask")
+    if attention.causal:
+        if found.biases or found.keep:
+            raise NotUnderstood("is_causal together with a mask")
+        found.places = Places(right=0)
+    ready = Ready(term, scores, role, found, query, key, value)
+    own, keys = set(leaves((*role.rows, *role.group))), set(leaves(role.keys))
+    for factor in scores.factors:
+        axes = set(factor.axes)
+        if axes & keys and axes & own:
+            raise NotUnderstood("the scores are multiplied by a tensor over query and key")
+        (ready.on_key if axes & keys else ready.on_query).append(factor)
+    for factor in term.factors:
+        axes = set(factor.axes)
+        if axes & keys and axes & own:
+            raise NotUnderstood("the weights are multiplied by a tensor over query and key")
+        (ready.on_value if axes & keys else ready.on_out).append(factor)
+    if scores.sink is not None and scores.sink.operand is not None:
+        heads = set(leaves(role.query_heads))
+        if set(all_axes(scores.sink.operand.layout)) - heads:
+            raise NotUnderstood("a sink depends on more than the head")
+    if found.places.prefix and not isinstance(found.places.prefix, int):
+        raise NotUnderstood("a prefix of unknown length")
+    return ready
+
+
+def _peeled_bias(bias: Bias) -> Bias:
+    value = peeled(Operand(bias.value, bias.layout))
+    return replace(bias, value=value.value, layout=value.layout)
+
+
+def bias_is_dense(walk: Walk, ready: Ready) -> bool:
+    """Whether the scores have a term, made of activations, for each query and key: its gradient is M x N."""
+    own, keys = set(leaves(ready.roles.rows)), set(leaves(ready.roles.keys))
+    return any(
+        own & set(all_axes(b.layout)) and keys & set(all_axes(b.layout))
+        and level(walk.context, b.value) >= Level.COMPUTED and b.value.dtype.is_floating_point and _wants_gradient(b)
+        for b in ready.plan.biases
+    )
+
+
+def _wants_gradient(bias: Bias) -> bool:
+    node = bias.value.node or bias.value.home
+    fake = None if node is None else node.meta.get("example_value")
+    return not isinstance(fake, Tensor) or fake.requires_grad
+
+
+class Emitter:
+    """Emits one attention. `c` and `seed` are nodes of the draw; `options` go to every call."""
+
+    def __init__(self, build: Builder, c: Node, seed: Node, options: dict[str, Any], autocast: bool) -> None:
+        self.build, self.c, self.seed, self.options, self.autocast = build, c, seed, options, autocast
+
+    def emit(self, attention: Attention, ready: list[Ready], numbers: list[int]) -> Node:
+        total: Node | None = None
+        for item, number in zip(ready, numbers, strict=True):
+            node = self._term(attention, item, number)
+            total = node if total is None else self.build.call(operator.add, total, node)
+        assert total is not None
+        return total
+
+    def _term(self, attention: Attention, ready: Ready, number: int) -> Node:
+        build, role = self.build, ready.roles
+        dtype = attention.out.dtype
+        out = self._call(ready, number, self._compute_dtype(ready))
+        groups = [role.batch, role.query_heads, role.rows, role.out]
+        out = build.unmerge(out, groups, attention.layout, attention.out.shape)
+        for factor in ready.on_out:
+            out = self._factor(out, factor, [*attention.layout])
+        if ready.term.scale != 1.0:
+            out = build.call(operator.mul, out, ready.term.scale)
+        if ready.on_out or self._compute_dtype(ready) != dtype:
+            out = build.call(aten.to.dtype, out, dtype)
+        return out
+
+    def _compute_dtype(self, ready: Ready) -> torch.dtype:
+        """The widest of query, key and value; for logits that of the value, unless they are finer."""
+        dtype = ready.value.value.dtype
+        others = [ready.query, ready.key] if ready.query is not None else [ready.scores.whole]
+        for operand in others:
+            if operand is not None:
+                dtype = torch.promote_types(dtype, operand.value.dtype)
+        return dtype
+
+    def _call(self, ready: Ready, number: int, dtype: torch.dtype) -> Node:
+        build, role, scores = self.build, ready.roles, ready.scores
+        value = self._cast(build.arrange(ready.value, [role.batch, role.heads, role.keys, role.out], (False, True, True, True)), ready.value, dtype)
+        for factor in ready.on_value:
+            value = self._factor(value, factor, [role.batch, role.heads, role.keys, role.out], dtype)
+        options = {**self.options, **self._masks(ready, dtype), "dropout_p": ready.term.dropout, "site": number}
+        if scores.sink is not None:
+            options["sinks"] = self._sink(ready, dtype)
+        if ready.query is None or ready.key is None:
+            groups = [role.batch, role.query_heads, role.rows, role.keys]
+            logits = self._cast(build.arrange(scores.whole, groups, (True, True, True, True)), scores.whole, dtype)
+            return self._attend(logits, value, None, options)
+        query = self._cast(build.arrange(ready.query, [role.batch, role.query_heads, role.rows, role.features], (True,) * 4), ready.query, dtype)
+        for factor in ready.on_query:
+            query = self._factor(query, factor, [role.batch, role.query_heads, role.rows, role.features], dtype)
+        for mask in ready.plan.fills:
+            query = self._quiet(query, mask, role)
+        key = self._cast(build.arrange(ready.key, [role.batch, role.heads, role.keys, role.features], (False, True, True, True)), ready.key, dtype)
+        for factor in ready.on_key:
+            key = self._factor(key, factor, [role.batch, role.heads, role.keys, role.features], dtype)
+        options["scale"] = scores.scale
+        if scores.softcap:
+            options["softcap"] = abs(scores.softcap)
+        return self._attend(query, key, value, options)
+
+    def _attend(self, first: Node, second: Node, third: Node | None, options: dict[str, Any]) -> Node:
+        logits = third is None
+        operands = (first, second, self.c, self.seed) if third is None else (first, second, third, self.c, self.seed)
+        if self.autocast:
+            return self.build.call(attend_as_is, *operands, **({"logits": True} if logits else {}), **options)
+        return self.build.call(attend_logits if logits else attend, *operands, **options)
+
+    def _cast(self, node: Node, operand: Operand, dtype: torch.dtype) -> Node:
+        return node if operand.value.dtype == dtype else self.build.call(aten.to.dtype, node, dtype)
+
+    def _factor(self, node: Node, factor: Factor, groups: list[Dim], dtype: torch.dtype | None = None) -> Node:
+        """A node times (or over) a factor, whose axes are those of the groups."""
+        other = self.build.arrange(Operand(factor.value, factor.layout), groups, (False,) * len(groups))
+        node = self.build.call(operator.mul if factor.power == 1 else operator.truediv, node, other)
+        return node if dtype is None else self.build.call(aten.to.dtype, node, dtype)
+
+    def _masks(self, ready: Ready, dtype: torch.dtype) -> dict[str, Any]:
+        build, role, found = self.build, ready.roles, ready.plan
+        groups = [role.batch, role.query_heads, role.rows, role.keys]
+        options: dict[str, Any] = {}
+        places = found.places
+        options |= {} if places.left is None else {"left": places.left}
+        options |= {} if places.right is None else {"right": places.right}
+        device = ready.value.value.fake.device
+        if places.prefix:
+            options["prefix"] = build.call(torch.full, (1,), places.prefix, dtype=torch.int64, device=device)
+        if places.chunk is not None:
+            for name, axes in (("query_ids", role.rows), ("key_ids", role.keys)):
+                ids = build.call(torch.arange, build.total(axes), device=device)
+                ids = build.call(operator.floordiv, ids, places.chunk)
+                options[name] = build.call(aten.unsqueeze.default, ids, 0)
+        for operand, keep in found.keep:
+            mask = build.arrange(operand, groups, (False,) * 4)
+            mask = self._condition(mask, operand, keep)
+            options["attn_mask"] = build.call(operator.and_, options["attn_mask"], mask) if "attn_mask" in options else mask
+        total: Node | None = None
+        for bias in found.biases:
+            node = self._bias(bias, groups, dtype)
+            total = node if total is None else build.call(operator.add, total, node)
+        for mask in found.fills:
+            node = build.arrange(Operand(mask.value, mask.layout), groups, (False,) * 4)
+            fill = build.call(torch.full, (), max(mask.fill, torch.finfo(dtype).min), dtype=dtype, device=device)
+            zero = build.call(torch.full, (), 0.0, dtype=dtype, device=device)
+            node = build.call(torch.where, node, *((zero, fill) if mask.keep else (fill, zero)))
+            total = node if total is None else build.call(operator.add, total, node)
+        if total is not None:
+            options["attn_bias"] = total
+        return options
+
+    def _condition(self, node: Node, operand: Operand, keep: bool) -> Node:
+        """A bool node that is true where a key is visible."""
+        value = operand.value
+        if value.dtype.is_floating_point:
+            return self.build.call(operator.gt, node, -1e4) if keep else self.build.call(operator.eq, node, 0)
+        if value.dtype != torch.bool:
+            return self.build.call(operator.ne if keep else operator.eq, node, 0)
+        return node if keep else self.build.call(torch.logical_not, node)
+
+    def _bias(self, bias: Bias, groups: list[Dim], dtype: torch.dtype) -> Node:
+        build = self.build
+        node = build.arrange(Operand(bias.value, bias.layout), groups, (False,) * 4)
+        if not bias.value.dtype.is_floating_point:
+            node = build.call(aten.to.dtype, node, dtype)
+        for factor in bias.factors:
+            node = self._factor(node, factor, groups)
+        return node if bias.scale == 1.0 else build.call(operator.mul, node, bias.scale)
+
+    def _quiet(self, query: Node, mask: Mask, role: Roles) -> Node:
+        """The query with zeros where a mask sets every score of the row to one value: weights equal, no gradient."""
+        build = self.build
+        groups = [role.batch, role.query_heads, role.rows, role.keys]
+        node = build.arrange(Operand(mask.value, mask.layout), groups, (False,) * 4)
+        kept = node if mask.keep else build.call(torch.logical_not, node)
+        alive = build.call(torch.any, kept, -1, True)
+        return build.call(operator.mul, query, alive)
+
+    def _sink(self, ready: Ready, dtype: torch.dtype) -> Node:
+        build, sink, heads = self.build, ready.scores.sink, ready.roles.query_heads
+        assert sink is not None
+        if sink.operand is not None:
+            node = build.arrange(sink.operand, [heads], (True,))
+            return node if leaves(heads) else build.call(aten.reshape.default, node, [1])
+        size = build.total(heads)
+        return build.call(torch.full, (size,), sink.number, dtype=dtype, device=ready.value.value.fake.device)

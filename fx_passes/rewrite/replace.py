@@ -1,0 +1,119 @@
+"""Puts a new value in the place of an old one, and takes away what nobody reads any more."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import Graph, Node
+
+from fx_passes.canonicalise.axes import Layout, NotUnderstood
+from fx_passes.canonicalise.views import after, is_view
+from fx_passes.find.context import Context, fake_of, written
+from fx_passes.find.trace import Trace, Value
+from fx_passes.rewrite.build import Builder
+
+
+def end_of_views(trace: Trace, value: Value, layout: Layout) -> tuple[Value, Layout]:
+    """The last value of the same Dynamo node that is `value` seen through views, with its layout."""
+    while value.node is None:
+        users = [u for u in value.users if u.home is value.home]
+        if len(users) != 1 or not is_view(users[0]):
+            break
+        try:
+            moved = after(users[0], layout)
+        except NotUnderstood:
+            break
+        if moved is None:
+            break
+        value, layout = users[0], moved
+    return value, layout
+
+
+def replace(trace: Trace, build: Builder, value: Value, new: Node) -> None:
+    """`new` in place of a value, which is the result of a Dynamo node or one inside of it."""
+    old = value.node
+    value.node, value.version = new, None
+    if old is not None:
+        new.meta = {**dict(old.meta), **{k: v for k, v in new.meta.items() if k == "example_value"}}
+        old.replace_all_uses_with(new)
+        return
+    home = value.home
+    assert home is not None
+    record = trace.records[home]
+    assert record is not None
+    if isinstance(record.out, Value):
+        _emit_again(build, record.out, home)
+        return
+    for user in list(home.users):
+        if user.target is not operator.getitem or not isinstance(user.args[1], int):
+            raise NotUnderstood("the results of the operation around it are passed on as a whole")
+        result = record.out[user.args[1]]
+        if isinstance(result, Value) and user.users:
+            _emit_again(build, result, user)
+
+
+def _emit_again(build: Builder, result: Value, node: Node) -> None:
+    result.node = None
+    again = build.node(result)
+    again.meta = dict(node.meta)
+    node.replace_all_uses_with(again)
+
+
+def is_live(trace: Trace, value: Value, apart: set[int]) -> bool:
+    """Whether a value is read by something else than the values `apart`, up to an output of its graph."""
+    nodes = [] if value.node is None else [value.node]
+    if value.home is not None and value.home is not value.node:
+        record = trace.records.get(value.home)
+        if record is not None and isinstance(record.out, (tuple, list)):
+            nodes += [u for u in value.home.users if u.target is operator.getitem and record.out[u.args[1]] is value]  # type: ignore[index]
+    for node in nodes:
+        for user in node.users:
+            record = trace.record(user) if user in trace.context.position else None
+            if record is None:
+                return True
+    return any(id(u) not in apart and is_live(trace, u, apart) for u in trace.users(value))
+
+
+def remove_dead(context: Context, graph: Graph, candidates: list[Node]) -> None:
+    """Erases the nodes among the candidates that nobody reads, in-place writes into tensors of their own included."""
+    for node in sorted(set(candidates), key=lambda n: context.position[n], reverse=True):
+        if node not in context.position or node.users or node.op in ("placeholder", "get_attr", "output"):
+            continue
+        targets = written(node)
+        if targets and not all(_is_own(context, graph, node, target) for target in targets):
+            continue
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        context.position.pop(node, None)
+        _ripple(context, inputs)
+
+
+def _ripple(context: Context, inputs: list[Node]) -> None:
+    """Views and constants that only an erased node had read go with it."""
+    for node in inputs:
+        if node.users or node.op != "call_function" and node.op != "call_method" or written(node):
+            continue
+        if node not in context.position or not isinstance(fake_of(node), torch.Tensor):
+            continue
+        if node.op == "call_function" and getattr(node.target, "__module__", "") not in ("_operator", "torch", "torch._C._nn", "torch.nn.functional", "builtins"):
+            continue
+        if node.is_impure():
+            continue
+        more = node.all_input_nodes
+        node.graph.erase_node(node)
+        context.position.pop(node, None)
+        _ripple(context, more)
+
+
+def _is_own(context: Context, graph: Graph, node: Node, target: Node) -> bool:
+    """Whether the tensor that a node writes into is one that no later node reads and that is no input."""
+    storage = context.storages.get(target)
+    for other in graph.nodes:
+        if storage is None or context.storages.get(other) != storage:
+            continue
+        if other.op in ("placeholder", "get_attr"):
+            return False
+        if any(context.position.get(u, 1 << 60) > context.position[node] for u in other.users):
+            return False
+    return True

@@ -1,0 +1,107 @@
+"""Problems for the tests of the native CPU kernel, and its kept entries as tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fx_passes.ops import cpu
+from fx_passes.ops.cpu import kept
+from fx_passes.ops.problem import Problem, Softmax, Static
+from fx_passes.ops.reference import Dense
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and features of one problem; `padded` hides that many last keys of the last batch entry."""
+
+    batch: int = 1
+    heads: int = 2
+    groups: int = 2
+    m: int = 64
+    n: int = 64
+    d: int = 32
+    e: int = 32
+    right: int | None = None
+    bottom_right: bool = False
+    padded: int | None = None
+    dtype: torch.dtype = torch.float32
+    scale: float = 0.25
+
+    def problem(self, seed: int = 0, **static: object) -> Problem:
+        """Inputs of [batch, length, heads, width] in memory, as projections give them."""
+        g = torch.Generator().manual_seed(seed)
+
+        def make(length: int, heads: int, width: int) -> Tensor:
+            x = torch.randn(self.batch, length, heads, width, generator=g)
+            return x.to(self.dtype).transpose(1, 2)
+
+        q, k, v = make(self.m, self.heads, self.d), make(self.n, self.groups, self.d), make(self.n, self.groups, self.e)
+        mask = None
+        if self.padded is not None:
+            mask = torch.ones(self.batch, 1, 1, self.n, dtype=torch.bool)
+            mask[-1, ..., self.n - self.padded :] = False
+        s = Static(self.scale, right=self.right, bottom_right=self.bottom_right, **static)  # type: ignore[arg-type]
+        return Problem(q, k, v, mask, None, None, None, None, None, s)
+
+    def grad(self) -> Tensor:
+        g = torch.Generator().manual_seed(99)
+        return torch.randn(self.batch, self.m, self.heads, self.e, generator=g).to(self.dtype).transpose(1, 2)
+
+
+CASES = {
+    "one": Case(m=1, n=1),
+    "ragged causal": Case(m=63, n=63, right=0),
+    "causal 257": Case(m=257, n=257, right=0, d=64, e=64),
+    "full 300": Case(batch=2, m=300, n=300, d=16, e=16),
+    "wide": Case(m=130, n=130, d=256, e=256, right=0, scale=0.07),
+    "widths differ": Case(m=100, n=90, d=48, e=112),
+    "gqa": Case(batch=2, heads=9, groups=3, m=120, n=120, right=0),
+    "short query": Case(m=40, n=600, right=0),
+    "bottom right": Case(m=40, n=600, right=0, bottom_right=True),
+    "long query": Case(m=600, n=40, right=0, bottom_right=True),
+    "padding": Case(batch=3, m=280, n=280, padded=77, right=0),
+    "hidden chunk": Case(batch=2, m=50, n=700, padded=500),
+    "all hidden": Case(batch=2, m=50, n=50, padded=50),
+    "bfloat16": Case(batch=2, m=150, n=150, d=64, e=64, right=0, dtype=torch.bfloat16),
+    "causal 1000": Case(m=1000, n=1000, d=64, e=64, right=0, scale=0.4),
+}
+
+
+def dense(problem: Problem) -> Dense:
+    s = problem.static
+    return Dense(
+        problem.query,
+        problem.key,
+        problem.value,
+        problem.attn_mask,
+        scale=s.scale,
+        right=s.right,
+        bottom_right=s.bottom_right,
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    out: Tensor
+    softmax: Softmax
+    cache: Tensor
+
+
+def run(problem: Problem, c: float, seed: int) -> Run:
+    return Run(*cpu.forward(problem, torch.tensor(c, dtype=torch.float64), torch.tensor(seed)))
+
+
+def kept_weights(problem: Problem, cache: Tensor, c: float, seed: int) -> Tensor:
+    """Weights of the kept entries in a dense float64 [B, H, M, N], NaN where nothing is kept."""
+    parts = kept.unpack(cache, problem, c, seed)
+    assert parts is not None
+    offsets, keys, weights = parts
+    b, h, m, _ = problem.query.shape
+    table = torch.full((b * h * m, problem.key.shape[2]), torch.nan, dtype=torch.float64)
+    rows = torch.repeat_interleave(torch.arange(b * h * m), offsets.diff())
+    assert len(torch.unique(rows * table.shape[1] + keys)) == len(keys), "an entry is listed twice"
+    table[rows, keys.long()] = weights.double()
+    return table.view(b, h, m, -1)

@@ -1,0 +1,151 @@
+"""Compiles every kernel of a call ahead of time, for GPUs that are not here, and says what ptxas made of it.
+
+As a script, in a process of its own: ``python -m tests.ops.cuda.ahead 90 '{"d": 128, "dtype": "bfloat16"}'`` prints
+one JSON object per kernel. The launches are the real ones, on meta tensors; a recorder takes the launches.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fx_passes.ops.cuda import launch
+from fx_passes.ops.cuda.lists import capacity_for, new_lists
+from fx_passes.ops.problem import Problem, Softmax, Static
+
+_TYPES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
+}  # fmt: skip
+_OPTIONS = ("num_warps", "num_stages")
+
+
+class Recorder:
+    """Stands in for a kernel: keeps the arguments of its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.calls = kernel, []  # type: ignore[var-annotated]
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: self.calls.append(dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs)
+
+
+def _source(kernel: Any, call: dict[str, Any]) -> ASTSource:
+    """What the launch would compile: None and 1 are constants, multiples of 16 are known to be that."""
+    signature, constants, attributes = {}, {}, {}
+    declared = {p.name for p in kernel.params if p.is_constexpr}
+    for index, name in enumerate(kernel.arg_names):
+        x = call[name]
+        if name in declared or x is None or (type(x) is int and x == 1):
+            signature[name], constants[(index,)] = "constexpr", x
+        elif isinstance(x, torch.Tensor):
+            signature[name] = "*" + _TYPES[x.dtype]
+        elif isinstance(x, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i64" if x >= 1 << 31 else "i32"
+        if signature[name] != "constexpr" and (isinstance(x, torch.Tensor) or (isinstance(x, int) and x % 16 == 0)):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def inspect(kernel: Any, call: dict[str, Any], arch: int) -> dict[str, Any]:
+    options = {k: call[k] for k in _OPTIONS if k in call}
+    compiled = triton.compile(_source(kernel, call), target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([_tool("cuobjdump"), flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass)
+    return {
+        "kernel": kernel.__name__,
+        "arch": arch,
+        "registers": numbers["REG"],
+        "stack": numbers["STACK"] + numbers["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", 0) or 0,
+        "spills": sum(i.startswith(("STL", "LDL")) for i in instructions),
+        "instructions": len(instructions),
+        "tensor_core": {
+            name: sum(i.startswith(name) for i in instructions) for name in ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA")
+        },
+        "warps": options.get("num_warps", 4),
+    }
+
+
+def record(
+    n: int = 32768, heads: int = 8, groups: int = 8, d: int = 128, dtype: str = "bfloat16", c: float = 30.0,
+    features: tuple[str, ...] = ("causal",),
+) -> list[tuple[Any, dict[str, Any]]]:  # fmt: skip
+    """The launches of one forward and backward on meta tensors."""
+    names = ("attention_forward", "place_points", "attention_columns", "attention_rows", "attention_delta")
+    recorders = [Recorder(getattr(launch, name)) for name in names]
+    originals = [r.kernel for r in recorders]
+    with torch.device("meta"):
+
+        def new(*shape: int) -> torch.Tensor:
+            return torch.empty(*shape, dtype=getattr(torch, dtype))
+
+        tensors: dict[str, Any] = dict.fromkeys(("attn_mask", "attn_bias", "sinks", "query_ids", "key_ids", "prefix"))
+        if "padding" in features:
+            tensors["attn_mask"] = torch.empty(1, 1, 1, n, dtype=torch.bool)
+        if "mask" in features:
+            tensors["attn_mask"] = torch.empty(1, 1, n, n, dtype=torch.bool)
+        if "bias" in features:
+            tensors["attn_bias"] = new(1, heads, n, n)
+        if "sinks" in features:
+            tensors["sinks"] = new(heads)
+        if "ids" in features:
+            tensors["query_ids"] = tensors["key_ids"] = torch.empty(1, n, dtype=torch.int32)
+        if "prefix" in features:
+            tensors["prefix"] = torch.empty(1, dtype=torch.int64)
+        static = Static(
+            scale=d**-0.5,
+            left=1024 if "window" in features else None,
+            right=0 if "causal" in features else None,
+            softcap=30.0 if "softcap" in features else 0.0,
+            dropout_p=0.1 if "dropout" in features else 0.0,
+        )
+        problem = Problem(new(1, heads, n, d), new(1, groups, n, d), new(1, groups, n, d), **tensors, static=static)
+        c_tensor, seed = torch.empty((), dtype=torch.float64), torch.empty((), dtype=torch.int64)
+        capacity = capacity_for(c)
+        assert capacity
+        lists = new_lists(problem, launch.sizes_of(problem), capacity)
+        try:
+            for recorder in recorders:
+                setattr(launch, recorder.kernel.__name__, recorder)
+            out, softmax = launch.launch_forward(problem, c_tensor, seed, seed, lists, "library" not in features)
+            out = new(1, heads, n, d) if out is None else out
+            launch.launch_backward(problem, out, out, Softmax(softmax.maximum, softmax.total), lists, seed)
+        finally:
+            for name, kernel in zip(names, originals, strict=True):
+                setattr(launch, name, kernel)
+    return [(r.kernel, call) for r in recorders for call in r.calls]
+
+
+def main(arch: int, options: dict[str, Any], only: str = "") -> None:
+    for kernel, call in record(**options):
+        if only in kernel.__name__ and not call.get("OVERFLOW"):
+            print(json.dumps(inspect(kernel, call, arch)), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}, *sys.argv[3:])

@@ -1,0 +1,114 @@
+"""Calls of the kernels and their check against the float64 reference, on whatever device runs them.
+
+In the interpreter that is the CPU (`check_kernels` sets TRITON_INTERPRET first), else the GPU (`test_cuda_gpu`).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fx_passes.ops.cuda import attention, launch, lists
+from fx_passes.ops.problem import Problem, Static
+from fx_passes.ops.reference import Dense, dense_attention, sus_gradients
+from fx_passes.ops.tiled.dropout import dropout_factor
+from fx_passes.ops.tiled.tiles import Tile
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available() else "cuda"
+SEED = torch.tensor(0x1234_5678_9ABC, device=DEVICE)
+_TENSORS = ("attn_mask", "attn_bias", "sinks", "query_ids", "key_ids", "prefix")
+TOLERANCE = {torch.float32: 5e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def problem(
+    b: int = 1, h: int = 2, g: int = 1, m: int = 96, n: int = 160, d: int = 16, e: int = 16,
+    dtype: torch.dtype = torch.float32, spread: float = 1.0, static: dict[str, Any] | None = None, **tensors: Tensor,
+) -> Problem:  # fmt: skip
+    generator = torch.Generator().manual_seed(b + 2 * h + 3 * m + 5 * n + 7 * d)
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    given = {name: tensors[name].to(DEVICE) if name in tensors else None for name in _TENSORS}
+    options = {"scale": spread * d**-0.5, **(static or {})}
+    return Problem(new(b, h, m, d), new(b, g, n, d), new(b, g, n, e), **given, static=Static(**options))  # type: ignore[arg-type]
+
+
+def dense(p: Problem) -> Dense:
+    s = p.static
+    given = {name: getattr(p, name) for name in _TENSORS}
+    return Dense(
+        p.query, p.key, p.value, **given,
+        scale=s.scale, left=s.left, right=s.right, bottom_right=s.bottom_right, softcap=s.softcap,
+    )  # fmt: skip
+
+
+def dropout(p: Problem) -> Tensor | None:
+    if not p.static.dropout_p:
+        return None
+    shape = (*p.query.shape[:3], p.key.shape[2])
+    return dropout_factor(p, SEED, Tile(0, 0, torch.zeros(shape, device=DEVICE), None, None))
+
+
+def error(found: Tensor, right: Tensor) -> float:
+    return float((found.double() - right.double()).norm() / right.double().norm().clamp(min=1e-30))
+
+
+def run(p: Problem, c: float, grad: Tensor | None = None) -> dict[str, Any]:
+    """Forward and backward with everything that a test may look at."""
+    c_tensor = torch.tensor(c, dtype=torch.float64, device=DEVICE)
+    out, softmax, kept = attention.forward(p, c_tensor, SEED, SEED)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out) if grad is None else grad
+    bias_grad = p.attn_bias is not None
+    results = []
+
+    def spy(*args: Any) -> Any:
+        results.append(launch.launch_backward(*args))
+        return results[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "launch_backward", spy)
+        gradients, count = attention.backward(p, grad, out, softmax, kept, c_tensor, SEED, SEED, bias_grad)
+    found = lists.find_lists(kept, p, launch.sizes_of(p))
+    key = results[0][1].view(*p.query.shape[:3], -1).long() if results else None
+    return {
+        "out": out,
+        "softmax": softmax,
+        "kept": kept,
+        "grad": grad,
+        "gradients": gradients,
+        "count": count,
+        "key": key,
+        "lists": found,
+    }
+
+
+def kept_matrix(p: Problem, key: Tensor) -> Tensor:
+    """How often each (row, key) is in the lists."""
+    matrix = torch.zeros(*p.query.shape[:3], p.key.shape[2] + 1, dtype=torch.int64, device=key.device)
+    matrix.scatter_add_(-1, torch.where(key < 0, p.key.shape[2], key), torch.ones_like(key))
+    return matrix[..., :-1]
+
+
+def check(p: Problem, c: float) -> dict[str, Any]:
+    """Out, softmax and gradients of a call against the reference, with the entries that it kept itself."""
+    r, reference, factor = run(p, c), dense(p), dropout(p)
+    limit = TOLERANCE[p.query.dtype]
+    assert error(r["out"], dense_attention(reference, factor)) < limit
+    weights = reference.weights(reference.logits())
+    shown = torch.exp(reference.logits() - r["softmax"].maximum[..., None].double()) / r["softmax"].total[..., None]
+    assert error(shown, weights) < limit
+    matrix = kept_matrix(p, r["key"])
+    assert matrix.max() <= 1, "an entry is in a list twice"
+    assert int(matrix.sum()) == int(r["count"])
+    q = (c * weights).clamp(max=1)
+    assert not (matrix.bool() & (weights == 0)).any()
+    assert matrix[q >= 1 - 1e-6].double().mean().nan_to_num(1) > 0.999  # what is certain is there
+    gradients = sus_gradients(reference, r["grad"], matrix / q.clamp(min=1e-30), factor)
+    for name, right in gradients.items():
+        assert error(getattr(r["gradients"], name), right) < 4 * limit, name
+    return r

@@ -1,0 +1,211 @@
+"""The kernels in Triton's interpreter against the float64 reference.
+
+`tests/ops/test_cuda.py` runs it in a process of its own.
+"""
+
+from __future__ import annotations
+
+from tests.ops.cuda import interpreter  # isort: skip  (first: it sets TRITON_INTERPRET)
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fx_passes.ops import tiled
+from fx_passes.ops.cuda import attention, launch
+from fx_passes.ops.problem import Problem, Softmax
+from fx_passes.ops.reference import sus_gradients
+from fx_passes.ops.tiled.sample import row_offsets, systematic
+from tests.ops.cuda.calls import SEED, check, dense, error, kept_matrix, problem, run
+
+NEEDED = interpreter.install()
+
+
+@pytest.fixture(autouse=True)
+def _fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The interpreter's time is per operation, not per element.
+    config = launch.config
+    monkeypatch.setattr(launch, "_ROWS", 256)
+    monkeypatch.setattr(launch, "config", lambda *sizes: replace(config(*sizes), bi=512))
+
+
+def test_no_patch_of_the_interpreter_is_outdated() -> None:
+    assert all(NEEDED.values()), f"remove the patches that are no longer needed: {NEEDED}"
+
+
+BAND = {"causal": {"right": 0}, "window": {"left": 40, "right": 0}, "end": {"right": 0, "bottom_right": True}}
+
+
+@pytest.mark.parametrize("c", [0.5, 6.0, 60.0])
+def test_gradients_for_any_c(c: float) -> None:
+    check(problem(m=40, n=96), c)
+
+
+@pytest.mark.parametrize("name", BAND)
+def test_bands(name: str) -> None:
+    check(problem(static=BAND[name]), 8.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    check(problem(dtype=dtype, static={"right": 0}), 8.0)
+
+
+@pytest.mark.parametrize(("d", "e"), [(16, 32), (40, 24), (256, 16)])
+def test_head_sizes(d: int, e: int) -> None:
+    check(problem(d=d, e=e, m=70, n=130, h=1), 8.0)
+
+
+def test_groups_of_query_heads_in_a_batch() -> None:
+    check(problem(b=2, h=4, g=2, m=40, n=70, static={"right": 0}), 8.0)
+
+
+def test_peaked_rows_keep_each_entry_once() -> None:
+    check(problem(spread=6.0), 20.0)
+
+
+def test_padding() -> None:
+    mask = torch.rand(2, 1, 1, 130, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask[1] = False  # nothing is seen
+    r = check(problem(b=2, h=1, g=1, m=40, n=130, attn_mask=mask), 8.0)
+    assert not r["out"][1].any()
+    assert not r["gradients"].query[1].any()
+
+
+def test_any_mask() -> None:
+    mask = torch.rand(1, 2, 96, 160, generator=torch.Generator().manual_seed(0)) < 0.5
+    check(problem(attn_mask=mask), 8.0)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 96, 160), (1, 1, 1, 160), (1, 2, 96, 1)])
+def test_bias_and_its_gradient(shape: tuple[int, ...]) -> None:
+    check(problem(attn_bias=torch.randn(shape, generator=torch.Generator().manual_seed(0))), 8.0)
+
+
+def test_sinks() -> None:
+    check(problem(sinks=torch.tensor([1.0, -torch.inf])), 8.0)
+
+
+def test_softcap() -> None:
+    check(problem(spread=4.0, static={"softcap": 2.0}), 8.0)
+
+
+def test_documents_and_prefix() -> None:
+    ids = torch.arange(160)[None] // 50
+    check(problem(m=160, query_ids=ids, key_ids=ids, prefix=torch.tensor([30]), static={"right": 0}), 8.0)
+
+
+def test_dropout() -> None:
+    check(problem(static={"dropout_p": 0.3, "site": 3}), 8.0)
+
+
+def test_strides() -> None:
+    p = problem()
+    swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (p.query, p.key, p.value)]
+    p = Problem(*swapped, *[None] * 6, static=p.static)
+    r = run(p, 8.0, torch.ones(()).expand(1, 2, 96, 16))
+    right = run(problem(), 8.0, torch.ones(1, 2, 96, 16))
+    assert torch.equal(r["gradients"].key, right["gradients"].key)
+
+
+def test_rows_that_are_masked_at_a_finite_value_are_uniform() -> None:
+    bias = torch.zeros(1, 1, 96, 160)
+    bias[:, :, ::2] = -1e9
+    bias[:, :, 1::4, :80] = torch.finfo(torch.float32).min
+    p = problem(h=1, attn_bias=bias)
+    p.query[:, :, ::2] = 0  # float32 has no room for a logit beside -1e9, the reference has
+    r = check(p, 8.0)
+    assert (r["key"][:, :, ::2] >= 0).sum(-1).double().mean() == pytest.approx(8, abs=0.2)
+
+
+def test_the_set_is_the_one_of_the_reference_path() -> None:
+    p, c = problem(h=4, g=2, static={"right": 0}, m=130, n=130), 10.0
+    r = run(p, c)
+    weights = dense(p).weights(dense(p).logits()).flatten(0, 1)
+    entries, _ = systematic(weights.float(), c, row_offsets(SEED, 0, 4, slice(0, 130)), (launch.sizes_of(p).sub, 1))
+    right = torch.zeros_like(weights, dtype=torch.int64)
+    right[entries.head, entries.row, entries.key] = 1
+    differing = (kept_matrix(p, r["key"]).flatten(0, 1) != right).sum()
+    assert right.sum() > 3000
+    assert differing <= 4  # a boundary that float32 rounds to the other side of a point
+
+
+@pytest.mark.slow
+def test_expected_gradient_is_exact() -> None:
+    """256 heads with equal contents draw independently: their mean is within the error that their spread predicts."""
+    p = problem(h=1, m=32, n=96, spread=2.0)
+    heads = 256
+    wide = Problem(*(x.expand(-1, heads, -1, -1) for x in (p.query, p.key, p.value)), *[None] * 6, static=p.static)
+    grad = torch.randn(1, 1, 32, 16, generator=torch.Generator().manual_seed(1))
+    r = run(wide, 4.0, grad.expand(1, heads, 32, 16))
+    exact = sus_gradients(dense(p), grad, torch.ones(1, 1, 32, 96))
+    for name in ("query", "key", "value"):
+        samples = getattr(r["gradients"], name)[0].double()
+        noise = samples.var(0).sum().div(heads).sqrt()
+        assert (samples.mean(0) - exact[name][0, 0]).norm() < 1.3 * noise, name
+        assert noise < 0.3 * exact[name].norm()
+
+
+def test_lost_lists_are_drawn_again() -> None:
+    p = problem(static={"right": 0})
+    r = run(p, 8.0)
+    c = torch.tensor(8.0, dtype=torch.float64)
+    again, count = attention.backward(p, r["grad"], r["out"], r["softmax"], r["kept"].clone(), c, SEED, SEED, False)
+    assert count == r["count"]
+    for name in ("query", "key", "value"):
+        assert torch.equal(getattr(again, name), getattr(r["gradients"], name))
+
+
+def test_infinite_c_is_exact() -> None:
+    for p in (problem(static={"right": 0}), problem(sinks=torch.zeros(2))):
+        r = run(p, torch.inf)
+        right = sus_gradients(dense(p), r["grad"], torch.ones(1, 2, 96, 160))
+        for name in ("query", "key", "value"):
+            assert error(getattr(r["gradients"], name), right[name]) < 1e-5
+
+
+def test_library_forward_keeps_its_bits() -> None:
+    p = problem(static={"right": 0, "forward": "library"}, g=2, m=96, n=96)
+    r = check(p, 8.0)
+    library = torch.nn.functional.scaled_dot_product_attention(p.query, p.key, p.value, is_causal=True)
+    assert torch.equal(r["out"], library)
+
+
+def test_forward_does_not_depend_on_c() -> None:
+    p = problem()
+    assert torch.equal(run(p, 8.0)["out"], run(p, torch.inf)["out"])
+
+
+def test_c_beyond_the_lists_is_lowered_and_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a CUDA graph the capacity is frozen: a larger c on the device draws what fits, with weights to match."""
+    p = problem()
+    monkeypatch.setattr(attention, "_host_c", lambda *_: 4.0)
+    r = run(p, 100.0)
+    assert r["lists"].capacity == 8
+    weights = dense(p).weights(dense(p).logits())
+    matrix = kept_matrix(p, r["key"])
+    right = sus_gradients(dense(p), r["grad"], matrix / (r["lists"].c_limit * weights).clamp(max=1))
+    assert error(r["gradients"].key, right["key"]) < 1e-4
+
+
+def test_long_columns_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(m=160)
+    whole = run(p, 8.0)
+    monkeypatch.setattr(launch, "_SHORTEST", 64)
+    monkeypatch.setattr(launch, "_LONG", 0)
+    chunk, over, tile = launch._overflow(torch.tensor([0, 100, 100, 356]), 400, 64)
+    assert (chunk, over.tolist(), tile.tolist()) == (64, [0, 1, 1, 4], [0, 2, 2, 2, -1, -1])
+    split = run(p, 8.0)
+    for name in ("query", "key", "value"):
+        assert error(getattr(split["gradients"], name), getattr(whole["gradients"], name)) < 1e-6
+    assert split["count"] == whole["count"]
+
+
+def test_the_softmax_is_what_the_tiled_path_has() -> None:
+    p = problem(sinks=torch.zeros(2), static={"left": 30, "right": 5})
+    r = run(p, 8.0)
+    _, other = tiled.forward(p, SEED)
+    lse = [s.maximum + s.total.log() for s in (r["softmax"], other)]
+    assert isinstance(r["softmax"], Softmax)
+    assert error(*lse) < 1e-6

@@ -1,0 +1,95 @@
+// Runs the native CPU kernel over many shapes under sanitizers: every buffer is allocated to its exact size, so that a
+// read or write beyond it is seen. It checks ranges of the results, not their values; the Python tests check those.
+#include <cmath>
+#include <cstdio>
+#include <random>
+
+#include "../../../fx_passes/ops/cpu/src/sus.cpp"
+
+namespace {
+
+std::mt19937 random_bits(1);
+
+struct Shape {
+  int64_t batch, heads, groups, m, n, dk, dv, right;
+  bool bfloat16, masked;
+  double c;
+  int threads;
+};
+
+// A tensor [batch, rows, heads, width] in memory, handed on as [batch, heads, rows, width].
+struct Tensor {
+  std::vector<uint8_t> bytes;
+  SusStrides strides;
+
+  Tensor(int64_t batch, int64_t heads, int64_t rows, int64_t width, bool bfloat16)
+      : bytes(size_t(batch * heads * rows * width) * (bfloat16 ? 2 : 4)), strides{rows * heads * width, width, heads * width} {
+    std::normal_distribution<float> normal;
+    for (size_t i = 0; i < bytes.size(); i += bfloat16 ? 2 : 4) {
+      const float x = normal(random_bits);
+      memcpy(&bytes[i], reinterpret_cast<const char*>(&x) + (bfloat16 ? 2 : 0), bfloat16 ? 2 : 4);
+    }
+  }
+};
+
+#define CHECK(x) \
+  if (!(x)) return fprintf(stderr, "%s failed\n", #x), false
+
+bool run(const Shape& s) {
+  Tensor query(s.batch, s.heads, s.m, s.dk, s.bfloat16), key(s.batch, s.groups, s.n, s.dk, s.bfloat16);
+  Tensor value(s.batch, s.groups, s.n, s.dv, s.bfloat16), out(s.batch, s.heads, s.m, s.dv, s.bfloat16);
+  Tensor grad(s.batch, s.heads, s.m, s.dv, s.bfloat16);
+  std::vector<uint8_t> mask(size_t(s.batch * s.n));
+  for (auto& x : mask) x = random_bits() % 4 != 0;
+  const int64_t rows = s.batch * s.heads * s.m;
+  std::vector<float> maximum(rows), total(rows);
+  SusCall call{query.bytes.data(), key.bytes.data(), value.bytes.data(), query.strides, key.strides, value.strides,
+               s.masked ? mask.data() : nullptr, s.n, 1, s.batch, s.heads, s.groups, s.m, s.n, s.dk, s.dv, s.right,
+               0.2f, s.bfloat16 ? SUS_BFLOAT16 : SUS_FLOAT32, s.threads, 0};
+  SusForward forward{call, s.c, 0x123456789abcdefull, 4, 0, out.bytes.data(), out.strides, maximum.data(), total.data()};
+  SusLists* lists = sus_forward(&forward);
+  CHECK(lists);
+  const int64_t count = sus_lists_count(lists);
+  std::vector<int64_t> offsets(rows + 1);
+  std::vector<int32_t> keys(count);
+  std::vector<float> weights(count);
+  if (s.c > 0) sus_lists_export(lists, offsets.data(), keys.data(), weights.data());
+  sus_lists_free(lists);
+  CHECK(offsets[rows] == count);
+  for (int64_t i = 0; i < rows; i++) {
+    CHECK(offsets[i + 1] - offsets[i] <= std::ceil(s.c) + 1);
+    for (int64_t e = offsets[i]; e < offsets[i + 1]; e++)
+      CHECK(keys[e] >= 0 && keys[e] < s.n && keys[e] <= i % s.m + s.right && weights[e] > 0);
+  }
+  for (float x : total) CHECK(x >= 0.99f && std::isfinite(x));
+  Tensor query_grad(s.batch, s.heads, s.m, s.dk, s.bfloat16), key_grad(s.batch, s.groups, s.n, s.dk, s.bfloat16);
+  Tensor value_grad(s.batch, s.groups, s.n, s.dv, s.bfloat16);
+  SusBackward backward{call, grad.bytes.data(), out.bytes.data(), grad.strides, out.strides, offsets.data(), keys.data(),
+                       weights.data(), query_grad.bytes.data(), key_grad.bytes.data(), value_grad.bytes.data()};
+  CHECK(sus_backward(&backward) == 0);
+  forward.out = nullptr;  // sampling only
+  forward.maximum = forward.total = nullptr;
+  lists = sus_forward(&forward);
+  CHECK(lists && sus_lists_count(lists) == count);
+  sus_lists_free(lists);
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  const int64_t none = int64_t(1) << 60, widths[] = {16, 32, 48, 64, 80, 128, 256};
+  for (int i = 0; i < 60; i++) {
+    auto pick = [](int64_t low, int64_t high) { return low + int64_t(random_bits() % uint32_t(high - low + 1)); };
+    Shape s{};
+    s.batch = pick(1, 2), s.groups = pick(1, 2), s.heads = s.groups * pick(1, 2);
+    s.m = i < 6 ? 1 : pick(1, 300), s.n = i % 6 == 0 ? 1 : pick(1, 700);
+    s.dk = widths[pick(0, 6)], s.dv = i % 3 ? s.dk : widths[pick(0, 6)];
+    s.right = i % 2 ? none : pick(-5, 5);
+    s.bfloat16 = i % 4 == 1, s.masked = i % 5 == 2, s.threads = int(pick(1, 3));
+    const double budgets[] = {0, 0.3, 1, 8, 30, 5000, 1073741824.0};
+    s.c = budgets[pick(0, 6)];
+    if (!run(s)) return fprintf(stderr, "case %d\n", i), 1;
+  }
+  puts("ok");
+}

@@ -1,0 +1,292 @@
+"""The native CPU kernel against the float64 oracle, the library and the tiled path."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fx_passes import sus_attention
+from fx_passes.ops import cpu, dispatch, tiled
+from fx_passes.ops.cpu import bind
+from fx_passes.ops.draws import row_words
+from fx_passes.ops.reference import dense_attention, sus_gradients
+from fx_passes.ops.tiled.sample import systematic
+from tests.ops.cpu_cases import CASES, Case, dense, kept_weights, run
+
+pytestmark = pytest.mark.skipif(bind.library() is None, reason="no C++ compiler")
+
+BUDGETS = [0.3, 1.0, 8.0, 5000.0]
+ZERO = torch.tensor(0)
+
+
+def tensor(c: float) -> torch.Tensor:
+    return torch.tensor(c, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward(name: str) -> None:
+    problem = CASES[name].problem()
+    assert cpu.supports(problem)
+    found = run(problem, math.inf, 0)
+    exact = dense(problem)
+    tolerance = 8e-3 if problem.query.dtype == torch.bfloat16 else 5e-6
+    torch.testing.assert_close(found.out.double(), dense_attention(exact), atol=tolerance, rtol=tolerance)
+    lse = exact.logits().logsumexp(-1)
+    seen = lse > -math.inf
+    ours = found.softmax.maximum.double() + found.softmax.total.double().log()
+    torch.testing.assert_close(ours[seen], lse[seen], atol=1e-5, rtol=1e-6)
+    assert (found.softmax.maximum[~seen] == 0).all()
+    assert (found.softmax.total[~seen] == 1).all()
+    assert (found.out.transpose(1, 2)[~seen.transpose(1, 2)] == 0).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [32, 64, 128])
+def test_forward_error_is_not_above_the_library(causal: bool, dtype: torch.dtype, d: int) -> None:
+    ours = theirs = 0.0
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        q, k, v = (torch.randn(1, 4, 700, d, generator=g).to(dtype) for _ in range(3))
+        exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal)
+        ours += float((sus_attention(q, k, v, is_causal=causal) - exact).norm())
+        theirs += float((F.scaled_dot_product_attention(q, k, v, is_causal=causal) - exact).norm())
+    # 2%: in bfloat16 both are the rounding of the output and little else.
+    assert ours <= 1.02 * theirs
+
+
+@pytest.mark.parametrize("name", ["causal 257", "gqa", "padding", "bfloat16"])
+def test_forward_bits_do_not_depend_on_c(name: str) -> None:
+    problem = CASES[name].problem()
+    first = run(problem, math.inf, 0)
+    for other in (run(problem, 8.0, 1), run(problem, 500.0, 2), run(CASES[name].problem(sample=False), 8.0, 1)):
+        assert torch.equal(first.out, other.out)
+        assert torch.equal(first.softmax.maximum, other.softmax.maximum)
+        assert torch.equal(first.softmax.total, other.softmax.total)
+
+
+def tiled_weights(problem, softmax, c: float, seed: int) -> torch.Tensor:
+    """Kept weights by the definition, `tiled.sample.systematic`, from the oracle's logits in float32."""
+    b, h, m, _ = problem.query.shape
+    w = (dense(problem).logits().float() - softmax.maximum[..., None]).exp() / softmax.total[..., None]
+    heads = torch.arange(b * h)[:, None]
+    phase = row_words(torch.tensor(seed), problem.static.site, heads, torch.arange(m))
+    entries, _ = systematic(w.flatten(0, 1), c, phase)
+    table = torch.full_like(w, torch.nan, dtype=torch.float64).flatten(0, 1)
+    table[entries.head, entries.row, entries.key] = entries.weight.double()
+    return table.view(b, h, m, -1)
+
+
+@pytest.mark.parametrize("c", BUDGETS)
+@pytest.mark.parametrize("name", CASES)
+def test_keeps_what_the_definition_keeps(name: str, c: float) -> None:
+    problem = CASES[name].problem(site=5)
+    seed = -123456789012345
+    found = run(problem, c, seed)
+    ours = kept_weights(problem, found.cache, c, seed)
+    theirs = tiled_weights(problem, found.softmax, c, seed)
+    both = ~ours.isnan() & ~theirs.isnan()
+    differ = ours.isnan() != theirs.isnan()
+    # A point on a rounding boundary may fall to the neighbour: rounding moves cumulative c * W by c * 1e-6.
+    assert int(differ.sum()) <= max(2, (5e-4 + 2e-6 * c) * int(both.sum()))
+    torch.testing.assert_close(ours[both], theirs[both], rtol=3e-4, atol=1e-9)
+    assert not (~ours.isnan() & ~dense(problem).visible()).any()
+    assert ((~ours.isnan()).sum(-1) <= math.ceil(c) + 1).all()
+
+
+@pytest.mark.parametrize("c", BUDGETS)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_the_kept_entries(name: str, c: float) -> None:
+    case = CASES[name]
+    problem, grad = case.problem(), case.grad()
+    found = run(problem, c, 3)
+    kept = kept_weights(problem, found.cache, c, 3).nan_to_num(0.0)
+    exact = dense(problem)
+    w = exact.weights(exact.logits())
+    # The oracle multiplies W by m = kept weight / W. An underflowed W is kept with probability 0.
+    expected = sus_gradients(exact, grad, torch.where(kept > 0, kept / w.clamp(min=1e-30), 0.0))
+    gradients, count = cpu.backward(problem, grad, found.out, found.cache, tensor(c), torch.tensor(3))
+    assert count == int((kept > 0).sum())
+    tolerance = 0.02 if problem.query.dtype == torch.bfloat16 else 2e-5
+    for key, x in expected.items():
+        ours = getattr(gradients, key).double()
+        assert ours.is_contiguous()
+        if x.norm() > 1e-6:  # one key: W = 1 and the logits have no gradient
+            assert float((ours - x).norm() / x.norm()) < tolerance, key
+        else:
+            assert float(ours.norm()) < 1e-5
+
+
+def test_mean_over_seeds_is_the_exact_gradient() -> None:
+    case = replace(CASES["gqa"], batch=1, heads=4, groups=2, m=96, n=96)
+    problem, grad = case.problem(), case.grad()
+    exact = sus_gradients(dense(problem), grad, torch.ones(1, 4, 96, 96))
+    draws: dict[str, list[torch.Tensor]] = {key: [] for key in exact}
+    number = 600
+    for seed in range(number):
+        found = run(problem, 6.0, seed)
+        gradients, _ = cpu.backward(problem, grad, found.out, found.cache, tensor(6.0), torch.tensor(seed))
+        for key, values in draws.items():
+            values.append(getattr(gradients, key).double())
+    for key, values in draws.items():
+        stack = torch.stack(values)
+        error = stack.std(0) / math.sqrt(number)
+        z = ((stack.mean(0) - exact[key]) / error.clamp(min=1e-6)).square().mean()
+        assert 0.8 < float(z) < 1.2, key  # squares of standard normal numbers
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    groups = data.draw(st.integers(1, 3))
+    causal = data.draw(st.booleans())
+    case = Case(
+        batch=data.draw(st.integers(1, 2)),
+        heads=groups * data.draw(st.integers(1, 3)),
+        groups=groups,
+        m=data.draw(st.integers(1, 300)),
+        n=(n := data.draw(st.integers(1, 600))),
+        d=16 * data.draw(st.integers(1, 9)),
+        e=16 * data.draw(st.integers(1, 9)),
+        right=data.draw(st.integers(-3, 3)) if causal else None,
+        bottom_right=data.draw(st.booleans()),
+        padded=data.draw(st.none() | st.integers(0, n)),
+        dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16])),
+    )
+    problem, grad = case.problem(), case.grad()
+    c, seed = data.draw(st.floats(0.05, 700)), data.draw(st.integers(-(1 << 63), (1 << 63) - 1))
+    found = run(problem, c, seed)
+    tolerance = 1e-2 if case.dtype == torch.bfloat16 else 5e-6
+    torch.testing.assert_close(found.out.double(), dense_attention(dense(problem)), atol=tolerance, rtol=tolerance)
+    ours = kept_weights(problem, found.cache, c, seed)
+    theirs = tiled_weights(problem, found.softmax, c, seed)
+    assert int((ours.isnan() != theirs.isnan()).sum()) <= max(2, 3e-3 * int((~ours.isnan()).sum()))
+    gradients, _ = cpu.backward(problem, grad, found.out, found.cache, tensor(c), torch.tensor(seed))
+    assert all(bool(x.isfinite().all()) for x in (gradients.query, gradients.key, gradients.value))
+
+
+def test_large_logits_and_rows_of_one_key() -> None:
+    problem = replace(CASES["causal 257"].problem(), static=replace(CASES["causal 257"].problem().static, scale=300.0))
+    found = run(problem, 8.0, 0)
+    exact = dense_attention(dense(problem))
+    torch.testing.assert_close(found.out.double(), exact, atol=5e-3, rtol=5e-3)
+
+
+def test_not_a_number_is_not_hidden() -> None:
+    q, k, v = (torch.randn(1, 1, 300, 32, requires_grad=True) for _ in range(3))
+    with torch.no_grad():
+        q[0, 0, 5, 3] = torch.nan
+    out = sus_attention(q, k, v, c=4)
+    assert bool(out[0, 0, 5].isnan().all())
+    assert bool(out[0, 0, 6].isfinite().all())
+    out.sum().backward()
+    assert bool(q.grad[0, 0, 5].isnan().all())
+
+
+def test_strides_that_are_no_unit() -> None:
+    q, k, v = (torch.randn(1, 2, 32, 70).transpose(2, 3) for _ in range(3))
+    expected = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(sus_attention(q, k, v), expected)
+    wide = torch.randn(1, 2, 70, 1).expand(1, 2, 70, 32)  # a gradient of stride 0
+    q.requires_grad_()
+    out = sus_attention(q, k, v, c=5, seed=1)
+    first = torch.autograd.grad(out, q, wide, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(out, q, wide.contiguous())[0])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_bits_repeat_for_a_number_of_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    case = Case(batch=1, heads=3, groups=3, m=700, n=700, d=64, e=64, right=0)
+    problem, grad = case.problem(), case.grad()
+    try:
+        torch.set_num_threads(threads)
+        runs = []
+        for _ in range(6):
+            found = run(problem, 20.0, 7)
+            gradients, _ = cpu.backward(problem, grad, found.out, found.cache, tensor(20.0), torch.tensor(7))
+            runs.append((found.out, gradients.query, gradients.key, gradients.value))
+        for other in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_copied_cache_falls_back_to_the_same_draw() -> None:
+    case = CASES["causal 257"]
+    problem, grad = case.problem(), case.grad()
+    c, seed = tensor(8.0), torch.tensor(11)
+    out, softmax, cache = dispatch.forward(problem, c, seed, ZERO)
+    assert cache.shape == (1,)
+    native = dispatch.backward(problem, grad, out, softmax, cache, c, seed, ZERO, False)
+    copied = dispatch.backward(problem, grad, out, softmax, cache.clone(), c, seed, ZERO, False)
+    for name in ("query", "key", "value"):
+        a, b = getattr(native, name), getattr(copied, name)
+        assert float((a - b).norm() / a.norm()) < 0.03  # but for a point on a rounding boundary
+    other = cpu.backward(problem, grad, out, cache, c, torch.tensor(12))
+    assert other is None, "a cache of another seed was taken"
+
+
+def test_library_forward_keeps_its_bits() -> None:
+    q, k, v = (torch.randn(1, 4, 300, 64, requires_grad=True) for _ in range(3))
+    out = sus_attention(q, k, v, is_causal=True, c=8, seed=4, forward="library")
+    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    own = sus_attention(q, k, v, is_causal=True, c=8, seed=4)
+    a = torch.autograd.grad(out.square().sum(), (q, k, v))
+    b = torch.autograd.grad(own.square().sum(), (q, k, v))
+    for x, y in zip(a, b, strict=True):
+        assert float((x - y).norm() / x.norm()) < 0.03
+
+
+def test_exact_backward_takes_the_native_forward() -> None:
+    q, k, v = (torch.randn(2, 4, 200, 64, requires_grad=True) for _ in range(3))
+    ours = torch.autograd.grad(sus_attention(q, k, v, is_causal=True, c=math.inf).square().sum(), (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    theirs = torch.autograd.grad(out.square().sum(), (q, k, v))
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+
+
+def test_what_it_leaves_to_the_tiled_path() -> None:
+    problem = Case().problem()
+    other = [
+        replace(problem, attn_bias=torch.zeros(1, 1, 64, 64)),
+        replace(problem, attn_mask=torch.ones(1, 1, 64, 64, dtype=torch.bool)),
+        replace(problem, static=replace(problem.static, softcap=3.0)),
+        replace(problem, static=replace(problem.static, left=3)),
+        replace(problem, static=replace(problem.static, dropout_p=0.1)),
+        replace(problem, static=replace(problem.static, scale=-1.0)),
+        replace(Case(d=24, e=24).problem()),
+        replace(problem, query=problem.query.double(), key=problem.key.double(), value=problem.value.double()),
+    ]
+    assert cpu.supports(problem)
+    assert not any(cpu.supports(x) for x in other)
+    independent = replace(problem, static=replace(problem.static, sampler="independent"))
+    out, softmax, cache = dispatch.forward(independent, tensor(4.0), ZERO, ZERO)
+    found = dispatch.backward(independent, Case().grad(), out, softmax, cache, tensor(4.0), ZERO, ZERO, False)
+    expected, _ = tiled.backward(independent, Case().grad(), out, softmax, tensor(4.0), ZERO, ZERO, False)
+    assert torch.equal(found.query, expected.query)
+
+
+def test_compiled() -> None:
+    q, k, v = (torch.randn(1, 2, 128, 32, requires_grad=True) for _ in range(3))
+
+    def f(q, k, v):
+        return sus_attention(q, k, v, is_causal=True, c=tensor(6.0), seed=torch.tensor(3)).square().sum()
+
+    eager = torch.autograd.grad(f(q, k, v), (q, k, v))
+    compiled = torch.autograd.grad(torch.compile(f, backend="aot_eager")(q, k, v), (q, k, v))
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_opcheck() -> None:
+    args = (*(torch.randn(1, 2, 70, 32, requires_grad=True) for _ in range(3)), *(None,) * 6)
+    tail = (tensor(5.0), ZERO, ZERO, 0.2, None, 0, False, 0.0, 0.0, "systematic", "auto", True, 0, 0)
+    torch.library.opcheck(torch.ops.sus.attention.default, (*args, *tail))

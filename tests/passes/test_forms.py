@@ -1,0 +1,319 @@
+"""The project's own zoo: spellings of attention that must be rewritten, exact at c = inf and active at c = 2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.passes.harness import compare, tensors
+
+from fx_passes import Site
+
+B, H, M, N, D = 2, 4, 14, 14, 6
+INF = float("inf")
+FORMS: dict[str, tuple[Callable[..., Any], int, str | None]] = {}
+
+
+def form(sites: int = 1, mask: str | None = None) -> Callable[..., Any]:
+    """Registers f(q, k, v) on [B, H, N, D] with the number of its softmaxes and the kind of its mask."""
+
+    def add(f: Callable[..., Any]) -> Callable[..., Any]:
+        FORMS[f.__name__] = (f, sites, mask)
+        return f
+
+    return add
+
+
+def band(n: int = N) -> torch.Tensor:
+    return torch.ones(n, n, dtype=torch.bool).tril()
+
+
+@form(mask="none")
+def plain(q, k, v):
+    return torch.softmax(q @ k.mT / 2, -1) @ v
+
+
+@form()
+def scale_on_both(q, k, v):
+    return ((q / 1.5) @ (k * 0.7).mT).softmax(-1).matmul(v)
+
+
+@form()
+def scale_by_tensor_on_scores(q, k, v):
+    temperature = 1 + q.mean((-1, -2), keepdim=True) ** 2
+    return (q @ k.mT * temperature).softmax(-1) @ v
+
+
+@form()
+def key_wise_factor(q, k, v):
+    return ((q @ k.mT) * (1 + k.sum(-1)[:, :, None, :] ** 2)).softmax(-1) @ v
+
+
+@form(mask="causal")
+def causal_masked_fill(q, k, v):
+    return (q @ k.mT).masked_fill(~band(), -INF).softmax(-1) @ v
+
+
+@form(mask="causal")
+def causal_where_finite(q, k, v):
+    return torch.where(band(), q @ k.mT, torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+@form(mask="causal")
+def causal_added(q, k, v):
+    return (q @ k.mT + torch.full((N, N), -INF, dtype=q.dtype).triu(1)).softmax(-1) @ v
+
+
+@form(mask="causal")
+def causal_arange(q, k, v):
+    i = torch.arange(N)
+    return (q @ k.mT + (i[None, :] > i[:, None]) * -1e9).softmax(-1) @ v
+
+
+@form(mask="causal, window 4")
+def window(q, k, v):
+    i = torch.arange(N)
+    seen = (i[None] <= i[:, None]) & (i[:, None] - i[None] < 4)
+    return (q @ k.mT).masked_fill(seen.logical_not(), -INF).softmax(-1) @ v
+
+
+@form(mask="causal, prefix 5")
+def prefix(q, k, v):
+    i = torch.arange(N)
+    return (q @ k.mT).masked_fill(~((i[None] <= i[:, None]) | (i[None] < 5)), -INF).softmax(-1) @ v
+
+
+@form(mask="chunk 7")
+def chunk(q, k, v):
+    i = torch.arange(N) // 7
+    return (q @ k.mT).masked_fill(i[None] != i[:, None], -INF).softmax(-1) @ v
+
+
+@form(mask="causal, chunk 7")
+def causal_chunk(q, k, v):
+    i = torch.arange(N)
+    seen = (i[None] // 7 == i[:, None] // 7) & (i[None] <= i[:, None])
+    return (q @ k.mT).masked_fill(~seen, -INF).softmax(-1) @ v
+
+
+@form(mask="causal + mask")
+def causal_and_padding(q, k, v):
+    pad = k.sum((1, 3))[:, None, None, :] > 1
+    pad = pad.logical_and(torch.arange(N) > 0)
+    return (q @ k.mT).masked_fill(~(band() & ~pad), -INF).softmax(-1) @ v
+
+
+@form(mask="mask")
+def finite_padding(q, k, v):
+    pad = k.sum((1, 3)) > 0
+    pad = torch.stack([pad[0], torch.ones_like(pad[1])])  # the second entry sees nothing: equal weights
+    return (q @ k.mT).masked_fill(pad[:, None, None, :], -1e9).softmax(-1) @ v
+
+
+@form(mask="bias")
+def bias(q, k, v):
+    return (q @ k.mT + q.mean(-1)[:, :, :, None] * torch.arange(N)).softmax(-1) @ v
+
+
+@form()
+def softcap(q, k, v):
+    return (torch.tanh(q @ k.mT / 3.0) * 2.0).softmax(-1) @ v
+
+
+@form()
+def sink(q, k, v):
+    s = q.mean((0, 2, 3)).view(1, H, 1, 1).expand(B, H, M, 1)
+    return torch.cat([q @ k.mT, s], -1).softmax(-1)[..., :-1] @ v
+
+
+@form()
+def sink_in_front(q, k, v):
+    return F.pad(q @ k.mT, (1, 0)).softmax(-1)[..., 1:] @ v
+
+
+@form()
+def exp_and_sum(q, k, v):
+    s = q @ k.mT
+    e = (s - s.max(-1, keepdim=True).values.detach()).exp()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@form()
+def normalised_late(q, k, v):
+    e = torch.exp(q @ k.mT / 4)
+    return torch.einsum("bhij,bhjd->bhid", e, v) / e.sum(-1).unsqueeze(-1)
+
+
+@form()
+def log_softmax(q, k, v):
+    return F.log_softmax(q @ k.mT, -1).exp() @ v
+
+
+@form()
+def minus_logsumexp(q, k, v):
+    s = q @ k.mT
+    return (s - s.logsumexp(-1, keepdim=True)).exp() @ v
+
+
+@form()
+def keys_first(q, k, v):
+    return (v.mT @ (k @ q.mT).softmax(-2)).mT
+
+
+@form()
+def einsum_letters(q, k, v):
+    p = torch.einsum("zanu,zamu->mzan", q, k).softmax(0)
+    return torch.einsum("mzan,zamw->znaw", p, v)
+
+
+@form()
+def elementwise(q, k, v):
+    s = (q[..., :, None, :] * k[..., None, :, :]).sum(-1)
+    return (s.softmax(-1)[..., None] * v[..., None, :, :]).sum(-2)
+
+
+@form()
+def folded_heads(q, k, v):
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return torch.bmm(torch.baddbmm(torch.empty(B * H, M, N, dtype=q.dtype), q, k.mT, beta=0, alpha=0.3).softmax(-1), v).unflatten(0, (B, H))
+
+
+@form()
+def multi_query(q, k, v):
+    return (q @ k[:, :1].mT).softmax(-1) @ v[:, :1]
+
+
+@form()
+def grouped_repeat(q, k, v):
+    k, v = (x[:, :2].repeat_interleave(2, 1) for x in (k, v))
+    return (q @ k.mT).softmax(-1) @ v
+
+
+@form(mask="causal")
+def grouped_five(q, k, v):
+    q = q.view(B, 2, 2, M, D)
+    return ((q @ k[:, :2, None].mT).masked_fill(~band(), -INF).softmax(-1) @ v[:, :2, None]).flatten(1, 2)
+
+
+@form(sites=4)
+def loop_over_heads(q, k, v):
+    return torch.stack([(q[:, h] @ k[:, h].mT).softmax(-1) @ v[:, h] for h in range(H)], 1)
+
+
+@form(sites=2)
+def query_chunks(q, k, v):
+    return torch.cat([(c @ k.mT).softmax(-1) @ v for c in q.split(7, 2)], 2)
+
+
+@form(sites=2)
+def differential(q, k, v):
+    a, b = (q[..., :3] @ k[..., :3].mT).softmax(-1), (q[..., 3:] @ k[..., 3:].mT).softmax(-1)
+    return (a - 0.3 * b) @ v
+
+
+@form()
+def head_gate(q, k, v):
+    return ((q @ k.mT).softmax(-1) * q.mean((0, 2, 3)).view(1, H, 1, 1)) @ v
+
+
+@form()
+def key_gate(q, k, v):
+    return ((q @ k.mT).softmax(-1) * v.sum(-1)[:, :, None]) @ v
+
+
+@form()
+def in_place(q, k, v):
+    s = q @ k.mT
+    s *= 0.5
+    s.masked_fill_(~band(), -INF)
+    p = s.softmax(-1)
+    return p @ v
+
+
+@form()
+def weights_too(q, k, v):
+    p = (q @ k.mT).softmax(-1)
+    return p @ v, p.sum(1)
+
+
+@form()
+def masked_again(q, k, v):
+    pad = (k.sum((1, 3)) > 0)[:, None, None, :]
+    p = (q @ k.mT).masked_fill(pad, -1e9).softmax(-1).masked_fill(pad, 0.0)
+    return p @ v
+
+
+@form(mask="causal")
+def masked_and_normalised_again(q, k, v):
+    p = (q @ k.mT).softmax(-1) * band()
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+@form()
+def relative_keys(q, k, v):
+    r = k[0, 0, :, None] - k[0, 0, None]
+    return ((q @ k.mT + torch.einsum("bhid,ijd->bhij", q, r)) / 2).softmax(-1) @ v
+
+
+@form()
+def talking_before(q, k, v):
+    return torch.einsum("bhij,hg->bgij", q @ k.mT, q[0, :, :4, 0]).softmax(-1) @ v
+
+
+@form(mask="causal")
+def sdpa_causal_mask(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=band())
+
+
+@form()
+def sdpa_grouped(q, k, v):
+    return F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True, is_causal=True, scale=0.3)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_form_is_rewritten(name: str) -> None:
+    f, sites, mask = FORMS[name]
+    report = compare(f, *tensors((B, H, M, D), (B, H, N, D), (B, H, N, D)))
+    assert (report.rewritten, report.left) == (sites, 0), str(report)
+    if mask is not None:
+        assert {s.mask for s in report.sites} == {mask}
+
+
+def test_tiers() -> None:
+    """Logits that only the model can compute stay M x N, and the report says so."""
+
+    def tiers(name: str) -> set[int]:
+        sites: list[Site] = compare(FORMS[name][0], *tensors(*[(B, H, N, D)] * 3)).sites
+        return {s.tier for s in sites}
+
+    assert tiers("plain") == {1}
+    assert tiers("talking_before") == {2}
+    assert tiers("relative_keys") == {2}
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (3, 9, 5), (2, 2, 2, 9, 5)])
+def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+    assert compare(FORMS["plain"][0], *tensors(shape, shape, shape)).rewritten == 1
+
+
+def test_cross_attention_of_another_width() -> None:
+    f = FORMS["plain"][0]
+    assert compare(f, *tensors((2, 3, 5, 4), (2, 3, 11, 4), (2, 3, 11, 7))).rewritten == 1
+
+
+def test_dynamic_shapes() -> None:
+    def f(q, k, v):
+        q, k, v = (x.unflatten(-1, (2, -1)).transpose(1, 2) for x in (q, k, v))
+        return ((q @ k.mT / math.sqrt(3)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    assert compare(f, *tensors((2, 12, 6), (2, 10, 6), (2, 10, 6)), dynamic=True).rewritten == 1
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_other_compilers(compiler: str) -> None:
+    args = tensors(*[(B, H, N, D)] * 3, dtype=torch.float32)
+    assert compare(FORMS["causal_and_padding"][0], *args, compiler=compiler, tol=2e-5).rewritten == 1

@@ -1,0 +1,120 @@
+"""What must stay as it is: no attention, or one that the operator cannot express exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fx_passes import SUSBackend
+from tests.passes.harness import compare, tensors
+
+B, H, N, D = 2, 3, 8, 5
+
+
+def over_queries(q, k, v):
+    return (q @ k.mT).softmax(-2) @ v
+
+
+def over_heads(q, k, v):
+    return (q @ k.mT).softmax(1) @ v
+
+
+def squared(q, k, v):
+    return (q @ k.mT).softmax(-1) ** 2 @ v
+
+
+def added_to(q, k, v):
+    return ((q @ k.mT).softmax(-1) + 0.1) @ v
+
+
+def gated_per_entry(q, k, v):
+    return ((q @ k.mT).softmax(-1) * torch.sigmoid(k @ q.mT)) @ v
+
+
+def zeroed_without_mask(q, k, v):
+    return (q @ k.mT).softmax(-1).tril() @ v
+
+
+def zeroed_elsewhere(q, k, v):
+    seen = torch.ones(N, N, dtype=torch.bool).tril()
+    return (q @ k.mT).softmax(-1).masked_fill(~seen, 0.0) @ v
+
+
+def written_in_part(q, k, v):
+    p = (q @ k.mT).softmax(-1).clone()
+    p[..., 0] = 0.5
+    return p @ v
+
+
+def not_normalised(q, k, v):
+    return torch.exp(q @ k.mT / 9) @ v
+
+
+def normalised_with_epsilon(q, k, v):
+    e = torch.exp(q @ k.mT / 9)
+    return (e / (e.sum(-1, keepdim=True) + 1e-2)) @ v
+
+
+def detached(q, k, v):
+    return (q @ k.mT).softmax(-1).detach() @ v
+
+
+def without_gradient(q, k, v):
+    with torch.no_grad():
+        p = (q @ k.mT).softmax(-1)
+    return p @ v
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        over_queries,
+        over_heads,
+        squared,
+        added_to,
+        gated_per_entry,
+        zeroed_without_mask,
+        zeroed_elsewhere,
+        written_in_part,
+        not_normalised,
+        normalised_with_epsilon,
+        detached,
+        without_gradient,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_is_left_with_a_reason(f: Callable[..., Any]) -> None:
+    report = compare(f, *tensors(*[(B, H, N, D)] * 3))
+    assert report.rewritten == 0, str(report)
+    assert all(site.reason for site in report.sites)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, body: Callable[..., Any]) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(6, D))
+        self.linear = torch.nn.Linear(D, 6)
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(self, x)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda m, x: (x @ m.table.T).softmax(-1) @ m.table,  # a codebook
+        lambda m, x: m.linear(x).softmax(-1) @ m.table,  # a mixture of parameters
+        lambda m, x: (m.table @ x.mT).softmax(-1) @ x,  # pooling with learned queries
+        lambda m, x: m.linear(x).softmax(-1).mT @ x,  # pooling with learned scores
+        lambda m, x: F.log_softmax(m.linear(x) @ m.linear(x).mT, -1).diagonal(dim1=-2, dim2=-1),  # a contrastive loss
+    ],
+)
+def test_is_no_attention(body: Callable[..., Any]) -> None:
+    backend = SUSBackend(c=2, compiler="eager")
+    torch.compile(Model(body), backend=backend)(torch.randn(B, N, D)).sum().backward()
+    assert not backend.report.sites

@@ -1,0 +1,110 @@
+"""transformers: attn_implementation="sus" on tiny real models, against "sdpa" and "eager"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
+from fx_passes.huggingface import register_sus_attention, sus_mask  # noqa: E402
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+
+
+def _model(kind: str, implementation: str, **more: Any) -> Any:
+    config_class = getattr(transformers, f"{kind}Config")
+    fields = {k: v for k, v in {**SMALL, **more}.items() if k != "head_dim" or kind != "Bert"}
+    torch.manual_seed(0)
+    name = "BertModel" if kind == "Bert" else f"{kind}ForCausalLM"
+    return getattr(transformers, name)._from_config(config_class(**fields), attn_implementation=implementation)
+
+
+def _step(model: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    model.train()
+    out = model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    if mask is not None:
+        out = out * mask[..., None]
+    (out * torch.sin(torch.arange(out.numel())).view_as(out)).sum().backward()
+    return out.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+CASES = [
+    ("Llama", {}, False),
+    ("Llama", {}, True),
+    ("Mistral", {"sliding_window": 7}, True),
+    ("Gemma2", {"sliding_window": 7, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}, False),
+    ("GptOss", {"sliding_window": 7, "num_local_experts": 2, "num_experts_per_tok": 1}, False),
+    ("Bert", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, True),
+]
+
+
+@pytest.mark.parametrize(("kind", "more", "padded"), CASES, ids=[f"{k}-{p}" for k, _, p in CASES])
+def test_exact_and_active(kind: str, more: dict[str, Any], padded: bool) -> None:
+    ids = torch.randint(1, 64, (2, 40), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, 30:] = 0
+    sus = register_sus_attention(c=float("inf"))
+    out, grad = _step(_model(kind, "sus", **more), ids, mask if padded else None)
+    true_out, true_grad = _step(_model(kind, "eager", **more), ids, mask if padded else None)
+    torch.testing.assert_close(out, true_out, rtol=1e-4, atol=1e-5)
+    assert float((grad - true_grad).norm() / true_grad.norm()) < 1e-4
+    sus.c = 2
+    again, noisy = _step(_model(kind, "sus", **more), ids, mask if padded else None)
+    torch.testing.assert_close(again, out)
+    assert float((noisy - grad).norm() / grad.norm()) > 1e-3
+
+
+def test_masks_stay_small() -> None:
+    from transformers import masking_utils as m
+
+    padding = torch.ones(2, 9, dtype=torch.bool)
+    bands = {m.causal_mask_function: (None, 0), m.bidirectional_mask_function: (None, None)}
+    for function, band in bands.items():
+        mask = sus_mask(2, 9, 9, mask_function=function, attention_mask=padding)
+        assert mask.shape == (2, 1, 1, 9)
+        assert mask._sus_band == band
+    mask = sus_mask(2, 9, 9, mask_function=m.sliding_window_causal_mask_function(4))
+    assert mask.shape == (1, 1, 1, 9)
+    assert mask._sus_band == (3, 0)
+
+
+def test_unknown_mask_functions_are_evaluated() -> None:
+    from transformers import masking_utils as m
+
+    chunked = m.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.int))
+    mask = sus_mask(2, 9, 9, mask_function=chunked, device="cpu")
+    i = torch.arange(9)
+    expected = (i[:, None] >= i) & (i[:, None] // 4 == i // 4)
+    assert torch.equal(mask, expected.expand(2, 1, 9, 9))
+    either = m.or_masks(m.causal_mask_function, lambda b, h, q, k: k < 3)
+    mask = sus_mask(2, 9, 9, mask_function=either, device="cpu")
+    assert torch.equal(mask[0, 0], (i[:, None] >= i) | (i < 3))
+
+
+def test_generation_with_a_cache() -> None:
+    register_sus_attention(c=4)
+    ids = torch.randint(1, 64, (1, 12), generator=torch.Generator().manual_seed(1))
+    found, true = (
+        _model("Llama", how).eval().generate(ids, max_new_tokens=5, do_sample=False) for how in ("sus", "sdpa")
+    )
+    assert torch.equal(found, true)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="c must be above 0"):
+        register_sus_attention(c=-1)
+    with pytest.raises(ValueError, match="sampler must be one of"):
+        register_sus_attention(sampler="x")
