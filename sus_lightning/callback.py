@@ -42,7 +42,7 @@ class SUSBackprop(Callback):
       over the steps since they were last logged, over all ranks;
     - ``sus/relative_variance`` (0.01 is an increase by 1%), also per kind of parameter (``sus/relative_variance/q``,
       ``k``, ``v``, ``o``, ``qkv``, ``rest``) and per layer, ``sus/worst_relative_variance`` (largest of the attention
-      projections),      ``sus/sus_variance``, ``sus/batch_variance``, ``sus/gradient_noise_scale``: see
+      projections), ``sus/sus_variance``, ``sus/batch_variance``, ``sus/gradient_noise_scale``: see
       :class:`~sus_lightning.GradientVariance`.
 
     Note:

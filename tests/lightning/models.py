@@ -127,7 +127,7 @@ class Nasty(Plain):
         self.by_name[f"call {self.calls}"] = 1
         self.mean.update(loss.detach())
         self.log("mean", self.mean, on_step=True, on_epoch=True)
-        self.log("loss", loss)
+        self.log("loss", loss, on_step=True, on_epoch=True)
         self.logger and self.logger.log_metrics({"own": float(loss)}, step=self.calls)
         return {"loss": loss}
 
