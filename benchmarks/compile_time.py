@@ -18,7 +18,9 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
@@ -50,7 +52,9 @@ def main() -> None:
     torch.compile(model, backend=backend)(torch.randn(2, 64, 64)).sum().backward()
     total = time.perf_counter() - start
     share = 100 * spent[0] / (total - spent[0])
-    print(f"{backend.report.rewritten} attentions; pass {spent[0]:.2f} s, the rest {total - spent[0]:.2f} s: {share:.1f}% added")
+    print(
+        f"{backend.report.rewritten} attentions; pass {spent[0]:.2f} s, the rest {total - spent[0]:.2f} s: {share:.1f}% added"
+    )
 
 
 if __name__ == "__main__":

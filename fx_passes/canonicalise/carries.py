@@ -42,7 +42,11 @@ def carries(context: Context, value: Value, layout: Layout, keys: Dim, seen: set
         if is_view(value) or is_cast(value):
             return carries(context, value.args[0], before(value, layout) if is_view(value) else layout, keys, seen)
         if torch.Tag.pointwise in getattr(value.op, "tags", ()):
-            return any(carries(context, v, broadcast(layout, v.shape), keys, seen) for v in arguments(value) if v.fake is not None)
+            return any(
+                carries(context, v, broadcast(layout, v.shape), keys, seen)
+                for v in arguments(value)
+                if v.fake is not None
+            )
         if value.op in _RANGES:
             return _ranges(context, value, layout, keys, seen)
     except NotUnderstood:

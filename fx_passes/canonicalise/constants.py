@@ -72,4 +72,3 @@ class Constants:
 
 def _affordable(fake: Tensor) -> bool:
     return all(isinstance(s, int) for s in fake.shape) and fake.numel() <= _LARGEST
-

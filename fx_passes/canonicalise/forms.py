@@ -161,4 +161,3 @@ def arguments(value: Value) -> Iterator[Value]:
             yield x
         elif isinstance(x, (list, tuple)):
             yield from (y for y in x if isinstance(y, Value))
-

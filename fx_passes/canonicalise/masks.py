@@ -243,7 +243,9 @@ def _band(visible: Tensor, i: Tensor, j: Tensor, prefix: int) -> Places | None:
     m, n = visible.shape
     bounds = (None if left >= m - 1 else left, None if right >= n - 1 else right)
     for places in (Places(None, bounds[1], prefix), Places(bounds[0], None, prefix), Places(*bounds, prefix)):
-        seen = (j - i <= (n if places.right is None else places.right)) & (i - j <= (m if places.left is None else places.left))
+        seen = (j - i <= (n if places.right is None else places.right)) & (
+            i - j <= (m if places.left is None else places.left)
+        )
         if torch.equal(visible, (seen | (j < prefix)).expand(visible.shape)):
             return places
     return None

@@ -29,7 +29,9 @@ def peeled(operand: Operand) -> Operand:
     return Operand(*peel(operand.value, operand.layout))
 
 
-def roles(attention: Attention, term: Term, scores: Scores, value: Operand, query: Operand | None, key: Operand | None) -> Roles:
+def roles(
+    attention: Attention, term: Term, scores: Scores, value: Operand, query: Operand | None, key: Operand | None
+) -> Roles:
     """The roles for one term; operands are peeled.
 
     Rows are the axes of the query that key and value lack; of several, those that masks and biases tie to the keys.

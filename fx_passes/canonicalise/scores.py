@@ -174,7 +174,9 @@ def _multiplied(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: boo
     divides = value.op in (aten.div.Tensor, aten.div.Scalar)
     if value.kwargs.get("rounding_mode") is not None:
         raise NotUnderstood("the scores are rounded")
-    if not isinstance(a, Value) or (not divides and isinstance(b, Value) and not carries(walk.context, a, broadcast(layout, a.shape), keys)):
+    if not isinstance(a, Value) or (
+        not divides and isinstance(b, Value) and not carries(walk.context, a, broadcast(layout, a.shape), keys)
+    ):
         a, b = b, a
     if not isinstance(a, Value) or not carries(walk.context, a, broadcast(layout, a.shape), keys):
         raise NotUnderstood("the scores divide")
@@ -204,6 +206,3 @@ def _filled(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: bool) -
         found = _spine(walk, kept, inner, keys, shifts)
         return replace(found, masks=[*found.masks, mask])
     raise NotUnderstood("the scores are masked in a way that was not understood")
-
-
-

@@ -65,7 +65,9 @@ def sum_of(value: Value, layout: Layout) -> tuple[Value, Layout, tuple[int, ...]
     return value.args[0], rest, dims
 
 
-def is_row_sum(denominator: Value, layout: Layout, numerator: Value, numerator_layout: Layout, keys: Dim | None) -> Dim | None:
+def is_row_sum(
+    denominator: Value, layout: Layout, numerator: Value, numerator_layout: Layout, keys: Dim | None
+) -> Dim | None:
     """Whether `denominator` is the sum of `numerator` over some of its axes; these axes, or None.
 
     Args:

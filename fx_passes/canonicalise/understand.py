@@ -50,7 +50,9 @@ def understand(trace: Trace, constants: Constants, product: Value) -> tuple[Atte
     raise reason or NotUnderstood("no softmax is in the product")
 
 
-def _attention(walk: Walk, out: Value, layout: Layout, side: Operand, value: Operand, summed: tuple[Axis, ...]) -> Attention:
+def _attention(
+    walk: Walk, out: Value, layout: Layout, side: Operand, value: Operand, summed: tuple[Axis, ...]
+) -> Attention:
     walk.visit(out)
     if not summed:
         raise NotUnderstood("there is a single key")
@@ -134,7 +136,9 @@ def understand_sdpa(trace: Trace, constants: Constants, call: Value) -> tuple[At
     k = Operand(key, (*broadcast(groups, key.shape[:-2]), columns, feature))
     v = Operand(value, (*broadcast(groups, value.shape[:-2]), columns, out))
     scale = given.get("scale")
-    found = Scores(Operand(call, logits), query=q, key=k, scale=query.shape[-1] ** -0.5 if scale is None else float(scale))
+    found = Scores(
+        Operand(call, logits), query=q, key=k, scale=query.shape[-1] ** -0.5 if scale is None else float(scale)
+    )
     if isinstance(mask, Value):
         side = broadcast(logits, mask.shape)
         if mask.dtype == torch.bool:
@@ -143,7 +147,9 @@ def understand_sdpa(trace: Trace, constants: Constants, call: Value) -> tuple[At
             found.biases.append(Bias(mask, side))
     term = Term(call, found.whole, columns, dropout=float(given.get("dropout_p") or 0.0), scores=found)
     _check_regions(walk)
-    attention = Attention(call, (*lead, rows, out), [term], v, "sdpa", walk.visited, causal=bool(given.get("is_causal")))
+    attention = Attention(
+        call, (*lead, rows, out), [term], v, "sdpa", walk.visited, causal=bool(given.get("is_causal"))
+    )
     return attention, walk
 
 

@@ -13,7 +13,13 @@ aten = torch.ops.aten
 
 _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default}
 _SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
-_SAME = {aten.clone.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.contiguous.default}
+_SAME = {
+    aten.clone.default,
+    aten.alias.default,
+    aten.lift_fresh.default,
+    aten.lift_fresh_copy.default,
+    aten.contiguous.default,
+}
 _CASTS = {aten._to_copy.default}
 
 
@@ -114,7 +120,10 @@ def peel(value: Value, layout: Layout) -> tuple[Value, Layout]:
     while is_view(value) and isinstance(value.args[0], Value):
         copies = value.op is aten.clone.default or (
             value.op is aten.expand.default
-            and not (len(value.shape) == len(value.args[0].shape) and all(known(a == b) for a, b in zip(value.shape, value.args[0].shape, strict=True)))
+            and not (
+                len(value.shape) == len(value.args[0].shape)
+                and all(known(a == b) for a, b in zip(value.shape, value.args[0].shape, strict=True))
+            )
         )
         layout = before(value, layout)
         value = value.args[0]

@@ -18,7 +18,13 @@ from fx_passes.find.trace import Value
 aten = torch.ops.aten
 PRODUCTS = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 SUMS = {aten.add.Tensor, aten.sub.Tensor}
-FILLS = {aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
+FILLS = {
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+}
 _LIMIT = 60
 
 

@@ -32,7 +32,9 @@ def is_anchor(node: Node) -> bool:
         owner = node.graph.owning_module
         name = type(owner.get_submodule(name)).__name__ if owner is not None else name
     name = name.lower()
-    return any(word in name for word in _WORDS) and not any(word in name for word in _NOT) and "sus" not in name.split(".")
+    return (
+        any(word in name for word in _WORDS) and not any(word in name for word in _NOT) and "sus" not in name.split(".")
+    )
 
 
 def softmaxes(trace: Trace, node: Node) -> list[Value]:

@@ -14,7 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-_INPLACE = {getattr(operator, f"i{name}") for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul"]}
+_INPLACE = {
+    getattr(operator, f"i{name}")
+    for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul"]
+}
 _CONTRACTIONS = ("linear", "matmul", "bmm", "mm", "einsum", "conv", "addmm", "baddbmm", "bilinear", "attention")
 
 
@@ -156,7 +159,11 @@ def fake_of(node: Node) -> Any:
 
 def is_parameter(node: Node) -> bool:
     fake = fake_of(node)
-    return node.type is torch.nn.Parameter or isinstance(fake, torch.nn.Parameter) or node.meta.get("sus_kind") == "parameter"
+    return (
+        node.type is torch.nn.Parameter
+        or isinstance(fake, torch.nn.Parameter)
+        or node.meta.get("sus_kind") == "parameter"
+    )
 
 
 def is_buffer(node: Node) -> bool:

@@ -154,7 +154,10 @@ class Trace:
             recorder.know(fake_of(n), value)
         args = torch.fx.node.map_arg(node.args, fake_of)
         kwargs = torch.fx.node.map_arg(node.kwargs, fake_of)
-        if any(leaf is None and a is not None for leaf, a in zip(_leaves(args, kwargs), _leaves(node.args, node.kwargs), strict=False)):
+        if any(
+            leaf is None and a is not None
+            for leaf, a in zip(_leaves(args, kwargs), _leaves(node.args, node.kwargs), strict=False)
+        ):
             raise RuntimeError("an argument has no fake value")
         with _modes(self.context, node), recorder, torch._C._AutoDispatchBelowAutograd():
             result = function(*args, **kwargs)
@@ -291,7 +294,9 @@ _SMALLER: dict[Any, Callable[..., Any]] = {
     aten._safe_softmax.default: lambda x, dim, dtype=None: aten.softmax.int(x, dim, dtype),
     aten._log_softmax.default: _log_softmax,
     aten.mv.default: _mv,
-    aten.rsub.Scalar: lambda x, other, alpha=1: aten.add.Tensor(aten.neg.default(x if alpha == 1 else x * alpha), other),
+    aten.rsub.Scalar: lambda x, other, alpha=1: aten.add.Tensor(
+        aten.neg.default(x if alpha == 1 else x * alpha), other
+    ),
     aten.rsub.Tensor: lambda x, other, *, alpha=1: aten.sub.Tensor(other, x, alpha=alpha),
 }
 

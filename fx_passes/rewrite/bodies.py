@@ -61,7 +61,9 @@ class Draws:
         """c and seed for a site in front of a node of a graph; `like` is a node of the device there."""
         key = (context, device)
         if key not in self.known:
-            self.known[key] = self._lift(context, device) if context.calls else self._draw(context, device, before, like)
+            self.known[key] = (
+                self._lift(context, device) if context.calls else self._draw(context, device, before, like)
+            )
         return self.known[key]
 
     def _draw(self, context: Context, device: torch.device, before: Node, like: Node) -> tuple[Node, Node]:

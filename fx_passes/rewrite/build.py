@@ -173,6 +173,3 @@ class Builder:
             sizes = [self.total(dim) if dim else 1 for dim in wanted]
             node = self.call(aten.reshape.default, node, sizes)
         return node
-
-
-

@@ -108,8 +108,11 @@ def bias_is_dense(walk: Walk, ready: Ready) -> bool:
     """Whether the scores have a term, made of activations, for each query and key: its gradient is M x N."""
     own, keys = set(leaves(ready.roles.rows)), set(leaves(ready.roles.keys))
     return any(
-        own & set(all_axes(b.layout)) and keys & set(all_axes(b.layout))
-        and level(walk.context, b.value) >= Level.COMPUTED and b.value.dtype.is_floating_point and _wants_gradient(b)
+        own & set(all_axes(b.layout))
+        and keys & set(all_axes(b.layout))
+        and level(walk.context, b.value) >= Level.COMPUTED
+        and b.value.dtype.is_floating_point
+        and _wants_gradient(b)
         for b in ready.plan.biases
     )
 
@@ -159,7 +162,11 @@ class Emitter:
 
     def _call(self, ready: Ready, number: int, dtype: torch.dtype) -> Node:
         build, role, scores = self.build, ready.roles, ready.scores
-        value = self._cast(build.arrange(ready.value, [role.batch, role.heads, role.keys, role.out], (False, True, True, True)), ready.value, dtype)
+        value = self._cast(
+            build.arrange(ready.value, [role.batch, role.heads, role.keys, role.out], (False, True, True, True)),
+            ready.value,
+            dtype,
+        )
         for factor in ready.on_value:
             value = self._factor(value, factor, [role.batch, role.heads, role.keys, role.out], dtype)
         options = {**self.options, **self._masks(ready, dtype), "dropout_p": ready.term.dropout, "site": number}
@@ -169,12 +176,20 @@ class Emitter:
             groups = [role.batch, role.query_heads, role.rows, role.keys]
             logits = self._cast(build.arrange(scores.whole, groups, (True, True, True, True)), scores.whole, dtype)
             return self._attend(logits, value, None, options)
-        query = self._cast(build.arrange(ready.query, [role.batch, role.query_heads, role.rows, role.features], (True,) * 4), ready.query, dtype)
+        query = self._cast(
+            build.arrange(ready.query, [role.batch, role.query_heads, role.rows, role.features], (True,) * 4),
+            ready.query,
+            dtype,
+        )
         for factor in ready.on_query:
             query = self._factor(query, factor, [role.batch, role.query_heads, role.rows, role.features], dtype)
         for mask in ready.plan.fills:
             query = self._quiet(query, mask, role)
-        key = self._cast(build.arrange(ready.key, [role.batch, role.heads, role.keys, role.features], (False, True, True, True)), ready.key, dtype)
+        key = self._cast(
+            build.arrange(ready.key, [role.batch, role.heads, role.keys, role.features], (False, True, True, True)),
+            ready.key,
+            dtype,
+        )
         for factor in ready.on_key:
             key = self._factor(key, factor, [role.batch, role.heads, role.keys, role.features], dtype)
         options["scale"] = scores.scale
@@ -216,7 +231,9 @@ class Emitter:
         for operand, keep in found.keep:
             mask = build.arrange(operand, groups, (False,) * 4)
             mask = self._condition(mask, operand, keep)
-            options["attn_mask"] = build.call(operator.and_, options["attn_mask"], mask) if "attn_mask" in options else mask
+            options["attn_mask"] = (
+                build.call(operator.and_, options["attn_mask"], mask) if "attn_mask" in options else mask
+            )
         total: Node | None = None
         for bias in found.biases:
             node = self._bias(bias, groups, dtype)

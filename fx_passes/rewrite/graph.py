@@ -193,7 +193,19 @@ def _apply(trace: Trace, item: Found, job: _Job, dead: list[Node]) -> int:
         if ready is not None and attention is not None and walk is not None:
             tier = 2 if ready.tier == 2 or bias_is_dense(walk, ready) else 1
             mask, form = ready.plan.kind, attention.form
-        job.report.add(Site(site.module, site.source, site.ordinal, form, tier if status == REWRITTEN else 0, mask, status, reason, site.number))
+        job.report.add(
+            Site(
+                site.module,
+                site.source,
+                site.ordinal,
+                form,
+                tier if status == REWRITTEN else 0,
+                mask,
+                status,
+                reason,
+                site.number,
+            )
+        )
     return len(item.softs) if status == REWRITTEN else 0
 
 
@@ -213,7 +225,9 @@ def _emit(trace: Trace, attention: Attention, ready: list[Ready], numbers: list[
     target, layout = end_of_views(trace, attention.out, attention.layout)
     before = target.node if target.node is not None else target.home
     assert before is not None
-    attention = Attention(target, layout, attention.terms, attention.value, attention.form, attention.visited, attention.causal)
+    attention = Attention(
+        target, layout, attention.terms, attention.value, attention.form, attention.visited, attention.causal
+    )
     mark = list(context.gm.graph.nodes)
     build = Builder(context, before)
     device = target.fake.device
@@ -241,4 +255,3 @@ def _undo(gm: GraphModule, mark: list[Node]) -> None:
     for node in reversed(list(gm.graph.nodes)):
         if node not in old and not node.users:
             gm.graph.erase_node(node)
-

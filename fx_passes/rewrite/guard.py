@@ -27,7 +27,10 @@ class Guarded:
         self.original = _shallow(gm)
 
     def wrap(
-        self, compiled: Callable[..., Any], buffers: set[Node], compile_original: Callable[[GraphModule], Callable[..., Any]]
+        self,
+        compiled: Callable[..., Any],
+        buffers: set[Node],
+        compile_original: Callable[[GraphModule], Callable[..., Any]],
     ) -> Callable[..., Any]:
         """`compiled`, behind the guard if it relies on buffers."""
         if not buffers:

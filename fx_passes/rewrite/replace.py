@@ -96,7 +96,13 @@ def _ripple(context: Context, inputs: list[Node]) -> None:
             continue
         if node not in context.position or not isinstance(fake_of(node), torch.Tensor):
             continue
-        if node.op == "call_function" and getattr(node.target, "__module__", "") not in ("_operator", "torch", "torch._C._nn", "torch.nn.functional", "builtins"):
+        if node.op == "call_function" and getattr(node.target, "__module__", "") not in (
+            "_operator",
+            "torch",
+            "torch._C._nn",
+            "torch.nn.functional",
+            "builtins",
+        ):
             continue
         if node.is_impure():
             continue

@@ -14,7 +14,9 @@ from fx_passes import Report, SUSBackend
 
 def run(f: Callable[..., Any], args: tuple[Any, ...], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
     """Float outputs, and the gradients of a fixed function of them for every float argument."""
-    args = tuple(a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    args = tuple(
+        a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+    )
     torch.manual_seed(seed)
     outs = [o for o in tree_leaves(f(*args)) if isinstance(o, Tensor) and o.requires_grad]
     wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
@@ -23,7 +25,9 @@ def run(f: Callable[..., Any], args: tuple[Any, ...], seed: int = 0) -> tuple[li
     return outs, [torch.zeros_like(a) if g is None else g for a, g in zip(wanted, grads, strict=True)]
 
 
-def compare(f: Callable[..., Any], *args: Any, compiler: str = "eager", dynamic: bool = False, tol: float = 1e-9) -> Report:
+def compare(
+    f: Callable[..., Any], *args: Any, compiler: str = "eager", dynamic: bool = False, tol: float = 1e-9
+) -> Report:
     """The report of compiling `f`; asserts exactness at c = inf, and at c = 2 the same forward and other gradients."""
     torch._dynamo.reset()
     backend = SUSBackend(c=float("inf"), compiler=compiler)

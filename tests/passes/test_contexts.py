@@ -29,7 +29,9 @@ def test_checkpointed_body_draws_the_same_in_its_recomputation() -> None:
 
     def gradients(g: Any) -> list[Tensor]:
         torch._dynamo.reset()
-        return run(torch.compile(g, backend=SUSBackend(c=2, compiler="aot_eager", seed=3)), tensors(SHAPE, SHAPE, SHAPE))[1]
+        return run(
+            torch.compile(g, backend=SUSBackend(c=2, compiler="aot_eager", seed=3)), tensors(SHAPE, SHAPE, SHAPE)
+        )[1]
 
     for a, b in zip(gradients(f), gradients(attention), strict=True):
         torch.testing.assert_close(a, b)

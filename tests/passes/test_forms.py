@@ -179,7 +179,9 @@ def elementwise(q, k, v):
 @form()
 def folded_heads(q, k, v):
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    return torch.bmm(torch.baddbmm(torch.empty(B * H, M, N, dtype=q.dtype), q, k.mT, beta=0, alpha=0.3).softmax(-1), v).unflatten(0, (B, H))
+    return torch.bmm(
+        torch.baddbmm(torch.empty(B * H, M, N, dtype=q.dtype), q, k.mT, beta=0, alpha=0.3).softmax(-1), v
+    ).unflatten(0, (B, H))
 
 
 @form()
