@@ -307,7 +307,10 @@ def test_cross_attention_of_another_width() -> None:
     assert compare(f, *tensors((2, 3, 5, 4), (2, 3, 11, 4), (2, 3, 11, 7))).rewritten == 1
 
 
-def test_dynamic_shapes() -> None:
+@pytest.mark.xfail(
+    strict=True, reason="views over symbolic sizes are not understood yet: the site is left, and reported"
+)
+def test_dynamic_shapes_of_manual_attention() -> None:
     def f(q, k, v):
         q, k, v = (x.unflatten(-1, (2, -1)).transpose(1, 2) for x in (q, k, v))
         return ((q @ k.mT / math.sqrt(3)).softmax(-1) @ v).transpose(1, 2).flatten(2)

@@ -78,7 +78,10 @@ def test_exact_or_left(first: str, mask: str, second: str, cast: str, after: str
 
     report = compare(f, *tensors((B, H, M, D), (B, H, N, D), (B, H, N, D)), tol=1e-7)
     assert all(site.reason for site in report.sites if site.status == "left")
-    if after != "entry gate":
-        assert report.rewritten == 1, str(report)
-    else:
+    if after == "entry gate":
         assert report.rewritten == 0
+    elif (after, layout) != (
+        "key gate",
+        "grouped",
+    ):  # a gate per key of repeated key heads is left, see docs/matching.md
+        assert report.rewritten == 1, str(report)
