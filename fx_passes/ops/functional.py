@@ -174,7 +174,8 @@ def sus_attention(
         enable_gqa: let G be a divisor of H; query head h uses key head h // (H / G). Nothing is repeated in memory.
         c: expected number of kept entries per row, above 0: entry j of row i is kept with probability
             min(1, c * W_ij). `float("inf")` is the exact backward. A 0-dim tensor is read when the call runs.
-        sampler: "systematic" (one draw per row) or "independent" (one per entry, as in the paper).
+        sampler: "systematic" (one draw per row), "independent" (one per entry, as in the paper) or "block" (64 rows
+            share their keys, and c counts keys per block; not the paper's).
         seed: fixes the draws; None draws anew in each call, following `torch.manual_seed` without use of the global
             generator.
         forward: "auto", or "library" to keep the bits of PyTorch's own kernel where another forward would be faster.
