@@ -21,7 +21,6 @@ class Guarded:
     """The original of a graph, taken before its rewrite, and the real buffers among its inputs."""
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
-        self.graph = copy.copy(gm.graph.nodes)
         self.places = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.inputs = list(example_inputs)
         self.original = _shallow(gm)
