@@ -126,8 +126,8 @@ class Nasty(Plain):
         self.by_name["sum"] += loss.detach()
         self.by_name[f"call {self.calls}"] = 1
         self.mean.update(loss.detach())
-        self.log("mean", self.mean, on_step=True, on_epoch=True)
-        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log("mean", self.mean, on_step=True, on_epoch=True, batch_size=len(tokens))
+        self.log("loss", loss, on_step=True, on_epoch=True, batch_size=len(tokens))
         self.logger and self.logger.log_metrics({"own": float(loss)}, step=self.calls)
         return {"loss": loss}
 

@@ -252,3 +252,28 @@ def test_snapshot_restores_tensors_in_place() -> None:
     assert module.mean.update_count == 0
     assert module.model.layers[0].batch_norm.training
     assert (state.counter, state.c) == (0, 3.0)
+
+
+def test_probes_never_use_the_draws_of_training_steps() -> None:
+    """Else a c that is adapted from a probe would depend on the noise of the step it is used for."""
+    callback = SUSBackprop(c=4, compiler="eager", variance_every_n_steps=1, variance_draws=3)
+    seeds: dict[bool, list[int]] = {False: [], True: []}
+    in_probe = False
+    next_seed, start = callback.backend.state.next_seed, callback.on_train_batch_start
+
+    def record() -> int:
+        seeds[in_probe].append(next_seed())
+        return seeds[in_probe][-1]
+
+    def on_train_batch_start(*args: Any) -> None:
+        nonlocal in_probe
+        in_probe = True
+        start(*args)
+        in_probe = False
+
+    callback.backend.state.next_seed = record  # type: ignore[method-assign]
+    callback.on_train_batch_start = on_train_batch_start  # type: ignore[method-assign]
+    trainer(callbacks=[callback], max_steps=5).fit(Plain(), loader())
+    assert len(seeds[False]) == 5
+    assert len(set(seeds[True])) >= 3 * 4
+    assert not set(seeds[True]) & set(seeds[False])
