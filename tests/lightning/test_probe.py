@@ -262,8 +262,10 @@ def test_probes_never_use_the_draws_of_training_steps() -> None:
     next_seed, start = callback.backend.state.next_seed, callback.on_train_batch_start
 
     def record() -> int:
-        seeds[in_probe].append(next_seed())
-        return seeds[in_probe][-1]
+        seed = next_seed()
+        if callback.backend.c == 4:  # an exact gradient reads a seed and does not use it
+            seeds[in_probe].append(seed)
+        return seed
 
     def on_train_batch_start(*args: Any) -> None:
         nonlocal in_probe
@@ -275,5 +277,5 @@ def test_probes_never_use_the_draws_of_training_steps() -> None:
     callback.on_train_batch_start = on_train_batch_start  # type: ignore[method-assign]
     trainer(callbacks=[callback], max_steps=5).fit(Plain(), loader())
     assert len(seeds[False]) == 5
-    assert len(set(seeds[True])) >= 3 * 4
+    assert len(set(seeds[True])) == len(seeds[True]) == 3 * 4
     assert not set(seeds[True]) & set(seeds[False])
