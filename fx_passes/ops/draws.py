@@ -39,10 +39,15 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tupl
     return c0, c1, c2, c3
 
 
+def stream_word(site: int, stream: int) -> int:
+    """The fourth word of the counter: it keeps call sites and the streams of one site apart."""
+    return site * _STREAMS + stream
+
+
 def row_words(seed: Tensor, site: int, heads: Tensor, rows: Tensor, stream: int = STREAM_ROW) -> Tensor:
     """One word in [0, 2^32) per row: int64 of the broadcast shape of `heads` (batch * H + head) and `rows`."""
     zero = torch.zeros((), dtype=torch.int64, device=rows.device)
-    return philox(seed, zero, rows, heads, zero + (site * _STREAMS + stream))[0]
+    return philox(seed, zero, rows, heads, zero + stream_word(site, stream))[0]
 
 
 def entry_words(seed: Tensor, site: int, stream: int, heads: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
@@ -54,6 +59,6 @@ def entry_words(seed: Tensor, site: int, stream: int, heads: Tensor, rows: Tenso
         return torch.empty(len(heads), len(rows), 0, dtype=torch.int64, device=keys.device)
     first, last = int(keys[0]), int(keys[-1])
     groups = torch.arange(first // 4, last // 4 + 1, device=keys.device)
-    constant = torch.full((), site * _STREAMS + stream, dtype=torch.int64, device=keys.device)
+    constant = torch.full((), stream_word(site, stream), dtype=torch.int64, device=keys.device)
     words = torch.stack(philox(seed, groups, rows[:, None], heads[:, None, None], constant), -1).flatten(-2)
     return words[..., first % 4 : first % 4 + len(keys)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops.cpu import bind, kept
-from fx_passes.ops.draws import _STREAMS, STREAM_ROW
+from fx_passes.ops.draws import STREAM_ROW, stream_word
 from fx_passes.ops.problem import Gradients, Problem, Softmax
 
 _LARGEST_WIDTH = 256
@@ -75,7 +75,7 @@ def _run(problem: Problem, c: Tensor, seed: Tensor, out: Tensor | None, softmax:
     wanted = samples(problem, c)
     limit, number = (min(float(c), _LARGEST_C), int(seed)) if wanted else (0.0, 0)
     rows = (None, None) if softmax is None else (softmax.maximum, softmax.total)
-    stream = problem.static.site * _STREAMS + STREAM_ROW
+    stream = stream_word(problem.static.site, STREAM_ROW)
     with bind.forward(_native(), _with_unit_strides(problem), limit, number, stream, out, *rows) as lists:
         if not wanted:
             return kept.empty()

@@ -12,7 +12,7 @@ from fx_passes.ops.cuda.config import Config, config, padded
 from fx_passes.ops.cuda.forward import attention_forward
 from fx_passes.ops.cuda.lists import Lists
 from fx_passes.ops.cuda.rows import attention_delta, attention_rows, place_points
-from fx_passes.ops.draws import _STREAMS, STREAM_DROPOUT, STREAM_ROW
+from fx_passes.ops.draws import STREAM_DROPOUT, STREAM_ROW, stream_word
 from fx_passes.ops.problem import Gradients, Problem, Softmax
 
 _LOG2E = 1.4426950408889634
@@ -54,7 +54,7 @@ def shared_arguments(problem: Problem, dropout_seed: Tensor) -> dict[str, Any]:
         "right": s.right or 0,
         "diagonal": problem.diagonal,
         "dropout_seed_ptr": dropout_seed if s.dropout_p else None,
-        "dropout_stream": s.site * _STREAMS + STREAM_DROPOUT,
+        "dropout_stream": stream_word(s.site, STREAM_DROPOUT),
         "dropout_threshold": int(s.dropout_p * (1 << 32)),
         "dropout_inverse": 1 / (1 - s.dropout_p),
         "D": problem.query.shape[-1],
@@ -106,7 +106,7 @@ def launch_forward(
         out, *(out.stride()[:3] if out is not None else (0, 0, 0)),
         softmax.maximum, softmax.total, problem.sinks,
         c_ptr=c, c_limit=lists.c_limit if lists else 1.0, seed_ptr=seed,
-        row_stream=problem.static.site * _STREAMS + STREAM_ROW, scratch_ptr=scratch,
+        row_stream=stream_word(problem.static.site, STREAM_ROW), scratch_ptr=scratch,
         tile_ptr=lists.tile if lists else None, rank_ptr=lists.rank if lists else None,
         place_ptr=lists.place if lists else None, units_ptr=lists.units if lists else None,
         counts_ptr=lists.counts if lists else None, capacity=lists.capacity if lists else 0,
