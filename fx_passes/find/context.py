@@ -185,6 +185,8 @@ def written(node: Node) -> list[Node]:
     target: Any = node.target
     if target in _INPLACE or target is operator.setitem:
         return _nodes(node.args[:1])
+    if getattr(target, "__module__", "") == "_operator":
+        return []  # `operator.and_` is no in-place operation, though its name is that of one
     if isinstance(target, torch._ops.OpOverload):
         return _written_by_schema(node, target)
     found = _nodes([node.kwargs.get("out")])
