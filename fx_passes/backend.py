@@ -13,6 +13,7 @@ from fx_passes.ops.problem import FORWARDS, SAMPLERS
 from fx_passes.report import Report
 from fx_passes.rewrite import Options, rewrite_graph
 from fx_passes.rewrite.guard import Guarded
+from fx_passes.rewrite.owners import count_owners, first_parameter
 from fx_passes.state import State
 
 COMPILERS = ("inductor", "aot_eager", "eager")
@@ -74,12 +75,13 @@ class SUSBackend:
         """Called by Dynamo for each graph. `kwargs` are torch.compile's `mode` and `options`, for Inductor."""
         if not torch.is_grad_enabled():
             return _compile(self.compiler, gm, example_inputs, kwargs)
-        guarded = Guarded(gm, example_inputs)
+        guarded, parameter = Guarded(gm, example_inputs), first_parameter(gm)
         result = rewrite_graph(gm, Options(self.state, self.sampler, self.forward), self.report, example_inputs)
         compiled = _compile(self.compiler, gm, example_inputs, kwargs)
-        return guarded.wrap(
+        compiled = guarded.wrap(
             compiled, result.buffers, lambda original: _compile(self.compiler, original, example_inputs, kwargs)
         )
+        return count_owners(compiled, self.report, result.sites, parameter)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SUSBackend:
         """Itself: it is the handle of the graphs that it compiled. Lightning copies torch.compile's arguments."""

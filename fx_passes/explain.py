@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from fx_passes.report import Report
 from fx_passes.rewrite import Options, rewrite_graph
+from fx_passes.rewrite.owners import count_owners, first_parameter
 from fx_passes.state import State
 
 
@@ -35,10 +36,11 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     report = Report(verb="would be rewritten")
     options = Options(State(float("inf")))
 
-    def look(gm: GraphModule, example_inputs: list[Any], **_: Any) -> GraphModule:
-        if torch.is_grad_enabled():
-            rewrite_graph(gm, options, report, example_inputs, dry=True)
-        return gm
+    def look(gm: GraphModule, example_inputs: list[Any], **_: Any) -> Callable[..., Any]:
+        if not torch.is_grad_enabled():
+            return gm
+        found = rewrite_graph(gm, options, report, example_inputs, dry=True)
+        return count_owners(gm, report, found.sites, first_parameter(gm))
 
     torch._dynamo.reset()  # what was compiled earlier would not be seen
     run = model.forward if isinstance(model, torch.nn.Module) else model

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 REWRITTEN = "rewritten"
 LEFT = "left"
+
+Key = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Site:
         status: "rewritten" or "left".
         reason: why it was left, in words.
         number: index of the site in its backend: it separates the random streams of layers.
+        modules: how many modules have run it. Above 1 where Dynamo compiled one graph for several layers, as it does
+            for what follows a graph break; `module` is then the path below the code that they share.
     """
 
     module: str
@@ -34,26 +38,37 @@ class Site:
     status: str = LEFT
     reason: str = ""
     number: int = 0
+    modules: int = 1
 
     @property
-    def key(self) -> tuple[str, str, int]:
+    def key(self) -> Key:
         return self.module, self.source, self.ordinal
 
 
 @dataclass
 class Report:
-    """The sites of all graphs that a backend has compiled; a site that is compiled again counts once."""
+    """The sites of all graphs that a backend has compiled; a site that is compiled again counts once.
 
-    _sites: dict[tuple[str, str, int], Site] = field(default_factory=dict)
+    `rewritten` and `left` count attentions: a site as many times as there are modules that have run it.
+    """
+
+    _sites: dict[Key, Site] = field(default_factory=dict)
+    _owners: dict[Key, set[int]] = field(default_factory=dict)
     verb: str = "rewritten"
 
-    def number(self, key: tuple[str, str, int]) -> int:
+    def number(self, key: Key) -> int:
         """The number of the site with this key: that of an earlier compilation, or the next free one."""
         known = self._sites.get(key)
         return len(self._sites) if known is None else known.number
 
     def add(self, site: Site) -> None:
-        self._sites[site.key] = site
+        self._sites[site.key] = replace(site, modules=max(1, len(self._owners.get(site.key, ()))))
+
+    def ran(self, sites: Sequence[Key], owner: int) -> None:
+        """A module, known by the identity of its first parameter, has run these sites."""
+        for key in sites:
+            self._owners.setdefault(key, set()).add(owner)
+            self.add(self._sites[key])
 
     @property
     def sites(self) -> list[Site]:
@@ -61,23 +76,24 @@ class Report:
 
     @property
     def rewritten(self) -> int:
-        return sum(site.status == REWRITTEN for site in self._sites.values())
+        return sum(site.modules for site in self._sites.values() if site.status == REWRITTEN)
 
     @property
     def left(self) -> int:
-        return sum(site.status == LEFT for site in self._sites.values())
+        return sum(site.modules for site in self._sites.values() if site.status == LEFT)
 
     def __str__(self) -> str:
         if not self._sites:
             return "No softmax attention was found."
         rows: list[tuple[str, ...]] = [("module", "source", "form", "tier", "mask", "status")]
         rows += [_row(site) for site in self._sites.values()]
-        head = f"{self.rewritten} of {len(self._sites)} attentions {self.verb}"
+        head = f"{self.rewritten} of {self.rewritten + self.left} attentions {self.verb}"
         return "\n".join([head, *_table(rows)])
 
 
 def _row(site: Site) -> tuple[str, ...]:
     status = site.status if not site.reason else f"{site.status}: {site.reason}"
+    status += f" (in {site.modules} modules)" if site.modules > 1 else ""
     return site.module or "-", site.source or "-", site.form, str(site.tier or "-"), site.mask, status
 
 

@@ -1,7 +1,7 @@
 """Axes: what a dimension means, kept through views, permutations and broadcasts.
 
 A layout gives, for each dimension of a tensor, the axes that it runs over, outermost first. A dimension of size 1 runs
-over none. Where a view splits a dimension, its axis gets parts, and every layout that names the axis names the parts.
+over none, unless a product sums over it: that of a single key is an axis, too. Where a view splits a dimension, its axis gets parts, and every layout that names the axis names the parts.
 """
 
 from __future__ import annotations
@@ -76,6 +76,17 @@ def split(axis: Axis, inner: Size) -> tuple[Axis, Axis]:
 
 def reshape(layout: Layout, shape: Sequence[Size]) -> Layout:
     """The layout of the same elements in the same order in another shape."""
+    left, right = 0, 0
+    most = min(len(layout), len(shape))
+    while right < most and known(product(layout[-1 - right]) == shape[-1 - right]):
+        right += 1
+    while left < most - right and known(product(layout[left]) == shape[left]):
+        left += 1
+    inner = _regroup(layout[left : len(layout) - right], shape[left : len(shape) - right])
+    return (*layout[:left], *inner, *layout[len(layout) - right :])
+
+
+def _regroup(layout: Layout, shape: Sequence[Size]) -> Layout:
     stack = list(reversed(all_axes(layout)))
     result: list[Dim] = []
     for size in shape:
@@ -98,6 +109,8 @@ def reshape(layout: Layout, shape: Sequence[Size]) -> Layout:
             outer, inner = split(axis, axis.size // need)
             dim.append(outer)
             stack.append(inner)
+        if not dim and stack and known(stack[-1].size == 1):
+            dim.append(stack.pop())
         result.append(tuple(dim))
     if stack:
         raise NotUnderstood("a view was not understood")
@@ -119,4 +132,6 @@ def _divides_exactly(axis: Size, size: Size, have: Size) -> bool:
 def broadcast(layout: Layout, shape: Sequence[Size]) -> Layout:
     """The layout of an operand of that shape in an elementwise operation whose result has `layout`."""
     tail = layout[len(layout) - len(shape) :]
-    return tuple(() if known(size == 1) else dim for dim, size in zip(tail, shape, strict=True))
+    return tuple(
+        () if known(size == 1) and not known(product(dim) == 1) else dim for dim, size in zip(tail, shape, strict=True)
+    )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fx_passes.canonicalise.axes import Axis, Dim, Layout, broadcast, known
+from fx_passes.canonicalise.axes import Axis, Dim, Layout, broadcast
 from fx_passes.canonicalise.views import is_cast, is_same
 from fx_passes.find.trace import Value
 
@@ -48,7 +48,7 @@ def contraction(value: Value, layout: Layout) -> Contraction:
         return _multiply_and_sum(value, layout, inner)
     left, right = value.args[0], value.args[1]
     size = left.shape[-1]
-    summed: Dim = () if known(size == 1) else (Axis(size),)
+    summed: Dim = (Axis(size),)
     batch, (rows, columns) = layout[:-2], layout[-2:]
     return Contraction(
         value,
@@ -78,7 +78,7 @@ def _multiply_and_sum(value: Value, layout: Layout, inner: Value) -> Contraction
     full: list[Dim] = []
     for i in range(rank):
         if i in dims:
-            full.append(() if known(inner.shape[i] == 1) else (Axis(inner.shape[i]),))
+            full.append((Axis(inner.shape[i]),))
             if keepdim:
                 next(rest)
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,15 @@ BIG = -1e4  # a mask value at or below it leaves a weight of exactly zero beside
 
 @dataclass(frozen=True)
 class Factor:
-    """A tensor that multiplies (power 1) or divides (power -1)."""
+    """A tensor, or a symbolic number (a SymFloat or SymInt as `fake`), that multiplies (power 1) or divides (power -1)."""
 
     value: Value
     layout: Layout
     power: int = 1
+
+    @staticmethod
+    def number(number: Any, power: int = 1) -> Factor:
+        return Factor(Value(None, (), {}, number), (), power)
 
     @property
     def axes(self) -> Dim:

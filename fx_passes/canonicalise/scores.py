@@ -184,13 +184,18 @@ def _multiplied(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: boo
     found = _spine(walk, a, broadcast(layout, a.shape), keys, shifts)
     if number is not None:
         return _times(found, 1.0 / number if divides and number else number)
+    if not isinstance(b, Value):
+        return _with_factor(found, Factor.number(b, -1 if divides else 1))
     if carries(walk.context, b, broadcast(layout, b.shape), keys):
         raise NotUnderstood("two products of activations are multiplied with one another")
+    return _with_factor(found, Factor(b, broadcast(layout, b.shape), -1 if divides else 1))
+
+
+def _with_factor(found: Scores, factor: Factor) -> Scores:
     if found.masks:
         raise NotUnderstood("masked scores are multiplied by a tensor")
     if found.softcap:
         raise NotUnderstood("capped scores are multiplied by a tensor")
-    factor = Factor(b, broadcast(layout, b.shape), -1 if divides else 1)
     biases = [replace(x, factors=[*x.factors, factor]) for x in found.biases]
     return replace(found, factors=[*found.factors, factor], biases=biases)
 

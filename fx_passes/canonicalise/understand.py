@@ -10,7 +10,7 @@ from fx_passes.canonicalise.axes import Axis, Layout, NotUnderstood, broadcast, 
 from fx_passes.canonicalise.carries import carries
 from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.contraction import Operand, contraction
-from fx_passes.canonicalise.forms import Attention, Bias, Mask, Scores, Term, Walk, level
+from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Scores, Term, Walk, level
 from fx_passes.canonicalise.scores import scores
 from fx_passes.canonicalise.softmax import is_row_sum, softmax_input
 from fx_passes.canonicalise.views import after, is_cast, is_view
@@ -26,8 +26,9 @@ def is_attention_softmax(walk: Walk, soft: Value) -> bool:
     found = softmax_input(soft)
     if found is None:
         return False
-    layout = fresh(found[0].shape)
-    return bool(layout[found[1]]) and carries(walk.context, found[0], layout, layout[found[1]])
+    layout, keys = fresh(found[0].shape), (Axis(found[0].shape[found[1]]),)
+    layout = (*layout[: found[1]], keys, *layout[found[1] + 1 :])
+    return carries(walk.context, found[0], layout, keys)
 
 
 def understand(trace: Trace, constants: Constants, product: Value) -> tuple[Attention, Walk]:
@@ -54,8 +55,6 @@ def _attention(
     walk: Walk, out: Value, layout: Layout, side: Operand, value: Operand, summed: tuple[Axis, ...]
 ) -> Attention:
     walk.visit(out)
-    if not summed:
-        raise NotUnderstood("there is a single key")
     terms = weights(walk, side.value, side.layout, summed)
     for term in terms:
         over = term.keys if term.extension is None else term.extension[0]
@@ -127,18 +126,18 @@ def understand_sdpa(trace: Trace, constants: Constants, call: Value) -> tuple[At
         head = (Axis(few), Axis(heads // few)) if not known(few == 1) else (Axis(heads),)
         lead = (*lead[:-1], head)
         groups = (*lead[:-1], head[:1] if not known(few == 1) else ())
-    rows, columns = fresh(query.shape[-2:-1])[0], fresh(key.shape[-2:-1])[0]
+    rows, columns = fresh(query.shape[-2:-1])[0], (Axis(key.shape[-2]),)
     feature, out = fresh(query.shape[-1:])[0], fresh(value.shape[-1:])[0]
-    if not columns:
-        raise NotUnderstood("there is a single key")
     logits: Layout = (*lead, rows, columns)
     q = Operand(query, (*broadcast(lead, query.shape[:-2]), rows, feature))
     k = Operand(key, (*broadcast(groups, key.shape[:-2]), columns, feature))
     v = Operand(value, (*broadcast(groups, value.shape[:-2]), columns, out))
     scale = given.get("scale")
-    found = Scores(
-        Operand(call, logits), query=q, key=k, scale=query.shape[-1] ** -0.5 if scale is None else float(scale)
-    )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    fixed = isinstance(scale, (int, float))
+    found = Scores(Operand(call, logits), query=q, key=k, scale=float(scale) if fixed else 1.0)
+    if not fixed:
+        found.factors.append(Factor.number(scale))
     if isinstance(mask, Value):
         side = broadcast(logits, mask.shape)
         if mask.dtype == torch.bool:

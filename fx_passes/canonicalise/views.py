@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fx_passes.canonicalise.axes import Layout, known, reshape
+from fx_passes.canonicalise.axes import Layout, NotUnderstood, broadcast, known, reshape
 from fx_passes.find.trace import Value
 
 aten = torch.ops.aten
@@ -58,10 +58,11 @@ def before(value: Value, layout: Layout) -> Layout:
         return tuple(() if i in _squeezed(value) else next(rest) for i in range(len(source.shape)))
     if value.op is aten.unsqueeze.default:
         i = value.args[1] % len(value.shape)
+        if layout[i]:
+            raise NotUnderstood("the single key is a dimension that a view adds")
         return layout[:i] + layout[i + 1 :]
     if value.op is aten.expand.default:
-        tail = layout[len(layout) - len(source.shape) :]
-        return tuple(() if known(size == 1) else dim for dim, size in zip(tail, source.shape, strict=True))
+        return broadcast(layout, source.shape)
     order = _order(value)
     result: list[Any] = [()] * len(order)
     for i, j in enumerate(order):
@@ -125,7 +126,10 @@ def peel(value: Value, layout: Layout) -> tuple[Value, Layout]:
                 and all(known(a == b) for a, b in zip(value.shape, value.args[0].shape, strict=True))
             )
         )
-        layout = before(value, layout)
+        try:
+            layout = before(value, layout)
+        except NotUnderstood:
+            break
         value = value.args[0]
         chain.append((value, layout))
         if copies:

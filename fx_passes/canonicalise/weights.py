@@ -103,6 +103,8 @@ def _product(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
     if not isinstance(a, Value) or not leads_to_softmax(a):
         raise NotUnderstood("a softmax divides")
     inner = broadcast(layout, a.shape)
+    if not isinstance(b, (Value, int, float)):
+        raise NotUnderstood("the weights are multiplied by a number that depends on a dynamic size")
     if not isinstance(b, Value):
         return [replace(t, scale=t.scale / b if divides else t.scale * b) for t in weights(walk, a, inner, keys)]
     side = broadcast(layout, b.shape)

@@ -6,7 +6,10 @@ import operator
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, leaves, resolve
 from fx_passes.canonicalise.contraction import Operand
@@ -68,24 +71,35 @@ class Builder:
             return self.symbol(args)
         return args
 
-    def symbol(self, size: Any) -> Any:
-        """A node for a symbolic size: an input that is the symbol, or the size of an existing tensor."""
-        wanted = size.node.expr
+    def symbol(self, number: Any) -> Any:
+        """A node for a symbolic number: an existing one, the size of a tensor, or computed from such."""
+        wanted = number.node.expr
+        found = self._existing(wanted)
+        if found is not None:
+            return found
+        known = {s: self._existing(s) for s in wanted.free_symbols}
+        if wanted.is_symbol or None in known.values():
+            raise NotUnderstood("a dynamic size could not be expressed")
+        tracer = GraphAppendingTracer(self.graph)
+        with self.graph.inserting_before(self.before):
+            result = sympy_interp(PythonReferenceAnalysis, {s: Proxy(n, tracer) for s, n in known.items()}, wanted)
+        return result.node if isinstance(result, Proxy) else result
+
+    def _existing(self, expression: Any) -> Node | None:
+        """A node for an expression, if an input, a computed number or the size of a tensor is that."""
+        sized: tuple[Node, int] | None = None
         for node in self.graph.nodes:
             if node is self.before:
                 break
             fake = node.meta.get("example_value")
-            if isinstance(fake, torch.SymInt) and fake.node.expr == wanted:
+            if isinstance(fake, (torch.SymInt, torch.SymFloat)) and fake.node.expr == expression:
                 return node
-        for node in self.graph.nodes:
-            if node is self.before:
-                break
-            fake = node.meta.get("example_value")
-            if isinstance(fake, torch.Tensor):
-                for d, s in enumerate(fake.shape):
-                    if isinstance(s, torch.SymInt) and s.node.expr == wanted:
-                        return self.call(aten.sym_size.int, node, d)
-        raise NotUnderstood("a dynamic size could not be expressed")
+            if sized is None and isinstance(fake, torch.Tensor):
+                sized = next(
+                    ((node, d) for d, s in enumerate(fake.shape) if not isinstance(s, int) and s.node.expr == expression),
+                    None,
+                )
+        return None if sized is None else self.call(aten.sym_size.int, *sized)
 
     def size(self, axis: Axis) -> Any:
         if isinstance(axis.size, int):

@@ -221,7 +221,10 @@ class Emitter:
 
     def _factor(self, node: Node, factor: Factor, groups: list[Dim], dtype: torch.dtype | None = None) -> Node:
         """A node times (or over) a factor, whose axes are those of the groups."""
-        other = self.build.arrange(Operand(factor.value, factor.layout), groups, (False,) * len(groups))
+        if isinstance(factor.value.fake, Tensor):
+            other = self.build.arrange(Operand(factor.value, factor.layout), groups, (False,) * len(groups))
+        else:
+            other = self.build.symbol(factor.value.fake)
         node = self.build.call(operator.mul if factor.power == 1 else operator.truediv, node, other)
         return node if dtype is None else self.build.call(aten.to.dtype, node, dtype)
 

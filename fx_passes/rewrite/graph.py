@@ -21,7 +21,7 @@ from fx_passes.find.anchors import SDPA, is_anchor, products, softmaxes
 from fx_passes.find.context import Context, fake_of
 from fx_passes.find.trace import Trace, Value
 from fx_passes.find.where import locate
-from fx_passes.report import LEFT, REWRITTEN, Report, Site
+from fx_passes.report import LEFT, REWRITTEN, Key, Report, Site
 from fx_passes.rewrite.bodies import Draws, bodies, operands
 from fx_passes.rewrite.build import Builder
 from fx_passes.rewrite.emit import Emitter, Ready, bias_is_dense, prepare
@@ -61,9 +61,10 @@ class Found:
 
 @dataclass
 class Result:
-    """What a rewrite did: how many sites, and the placeholders whose values it relies on."""
+    """What a rewrite did: how many softmaxes, all sites found, and the placeholders whose values it relies on."""
 
     rewritten: int = 0
+    sites: list[Key] = field(default_factory=list)
     buffers: set[Node] = field(default_factory=set)
 
 
@@ -218,6 +219,7 @@ def _site(soft: Value, job: _Job) -> Site:
     site = Site(module, source, ordinal)
     site = Site(module, source, ordinal, number=job.report.number(site.key))
     job.report.add(site)
+    job.result.sites.append(site.key)
     return site
 
 
