@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from fx_passes.find.breaks import mend_graph_breaks
 from fx_passes.ops.functional import check_choice
 from fx_passes.ops.problem import FORWARDS, SAMPLERS
 from fx_passes.report import Report
@@ -59,6 +60,7 @@ class SUSBackend:
         check_choice("forward", forward, FORWARDS)
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
             raise TypeError(f"seed must be an int or None, but it is {seed!r}")
+        mend_graph_breaks()
         self.sampler, self.compiler, self.forward = sampler, compiler, forward
         self.state = State(c, seed)
         self.report = Report()

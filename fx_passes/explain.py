@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from fx_passes.find.breaks import mend_graph_breaks
 from fx_passes.report import Report
 from fx_passes.rewrite import Options, rewrite_graph
 from fx_passes.rewrite.owners import count_owners, first_parameter
@@ -33,6 +34,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     >>> explain(attention, x, x, x).rewritten
     1
     """
+    mend_graph_breaks()
     report = Report(verb="would be rewritten")
     options = Options(State(float("inf")))
 

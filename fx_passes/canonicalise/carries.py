@@ -9,7 +9,7 @@ from fx_passes.canonicalise.contraction import Contraction, contraction, is_cont
 from fx_passes.canonicalise.forms import arguments, level
 from fx_passes.canonicalise.views import before, is_cast, is_view
 from fx_passes.find.context import Context, Level
-from fx_passes.find.trace import Value
+from fx_passes.find.trace import Value, partly_written
 
 aten = torch.ops.aten
 _LIMIT = 200
@@ -47,6 +47,8 @@ def carries(context: Context, value: Value, layout: Layout, keys: Dim, seen: set
                 for v in arguments(value)
                 if v.fake is not None
             )
+        if value.op is partly_written:
+            return carries(context, value.args[0], layout, keys, seen)
         if value.op in _RANGES:
             return _ranges(context, value, layout, keys, seen)
     except NotUnderstood:

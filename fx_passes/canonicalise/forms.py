@@ -70,7 +70,10 @@ class Sink:
 
 @dataclass
 class Scores:
-    """Logits in canonical form; `product` is None where only the logits as a whole are known (tier 2)."""
+    """Logits in canonical form; `product` is None where only the logits as a whole are known (tier 2).
+
+    `wide` is set where they have columns without a value that are no sink: all columns, and where those of the keys start.
+    """
 
     whole: Operand
     product: Contraction | None = None
@@ -82,6 +85,7 @@ class Scores:
     biases: list[Bias] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
     sink: Sink | None = None
+    wide: tuple[Dim, int] | None = None
     why: str = ""  # for tier 2: what was not expressible
 
 

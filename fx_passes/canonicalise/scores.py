@@ -28,7 +28,12 @@ def scores(walk: Walk, term: Term) -> Scores:
         raise NotUnderstood("softmax is not taken of a product of two activations")
     sink = None
     if term.extension is not None:
-        value, layout, sink = _columns(walk, value, layout, keys, *term.extension)
+        mark = len(walk.visited)
+        try:
+            value, layout, sink = _columns(walk, value, layout, keys, *term.extension)
+        except NotUnderstood as reason:
+            del walk.visited[mark:]
+            return wide(term, str(reason))
         keys = term.extension[0]
     whole = Operand(value, layout)
     mark = len(walk.visited)
@@ -39,6 +44,17 @@ def scores(walk: Walk, term: Term) -> Scores:
     except NotUnderstood as reason:
         del walk.visited[mark:]
         return Scores(whole, sink=sink, why=str(reason))
+
+
+def wide(term: Term, why: str) -> Scores:
+    """The logits of a term as a whole, with all columns that softmax runs over."""
+    assert term.extension is not None
+    keys, start = term.extension
+    if not all(isinstance(axis.size, int) for axis in leaves((*keys, *term.keys))):
+        raise NotUnderstood(why)
+    mine = set(leaves(term.keys))
+    layout = tuple(keys if set(leaves(dim)) == mine else dim for dim in term.source.layout)
+    return Scores(Operand(term.source.value, layout), wide=(term.keys, start), why=why)
 
 
 def _columns(walk: Walk, value: Value, layout: Layout, wide: Dim, keys: Dim, start: int) -> tuple[Value, Layout, Sink]:

@@ -13,7 +13,7 @@ from fx_passes.canonicalise.contraction import Operand
 from fx_passes.canonicalise.forms import Factor, Mask, Term, Walk
 from fx_passes.canonicalise.softmax import is_row_sum, softmax_input
 from fx_passes.canonicalise.views import before, is_cast, is_view
-from fx_passes.find.trace import Value
+from fx_passes.find.trace import Value, partly_written
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
@@ -75,6 +75,8 @@ def weights(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
 
 def name(value: Value) -> str:
     op = value.op
+    if op is partly_written:
+        return "a write in place"
     return str(getattr(op, "overloadpacket", op)).removeprefix("aten.") if op is not None else "an unknown operation"
 
 

@@ -34,6 +34,11 @@ _WHOLE = {
 }
 
 
+def partly_written(old: Tensor, written: Tensor) -> Tensor:
+    """The operation behind a tensor of whose elements some were written in place, through another view of them."""
+    raise NotImplementedError("it says what a value derives from, and is never run")
+
+
 @dataclass(eq=False)
 class Value:
     """One tensor: the result of `op(*args, **kwargs)`, or a leaf that only its `node` describes (op None).
@@ -170,7 +175,7 @@ class Trace:
             after = {n: recorder.lookup(fake_of(n)) for n in inputs if isinstance(fake_of(n), Tensor)}
             after = {n: v for n, v in after.items() if v is not inputs[n]}
             for n, v in after.items():
-                if v.op is None:
+                if v.op in (None, partly_written):
                     v.node, v.version = n, node
         return Record(out, recorder.values, after)
 
@@ -243,25 +248,44 @@ class _Recorder(TorchDispatchMode):
         return value
 
     def _write(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """An in-place operation: its first argument has a new value, other views of its storage an unknown one."""
+        """An in-place operation: its first argument has a new value, other views of its storage derive from it."""
         self.wrote = True
         target = args[0] if args and isinstance(args[0], Tensor) else None
         functional = _functional(func)
         value = None
-        if target is not None and functional is not None and "out" not in kwargs:
+        if func is aten.copy_.default and args[0].device == args[1].device:
+            value = self.lookup(self._copied(args[0], args[1]))
+        elif target is not None and functional is not None and "out" not in kwargs:
             value = self._value(functional, args, kwargs, target)
         written = [target] if target is not None else [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         storages = {x.untyped_storage()._cdata for x in written}
         for fake in list(self.keep):
             if fake.untyped_storage()._cdata in storages:
                 same = value is not None and _same_geometry(fake, target)
-                self.known[id(fake)] = value if same else Value(None, (), {}, fake, home=self.home)
+                self.known[id(fake)] = value if same else self._partly_written(fake, value)
+
+    def _copied(self, target: Tensor, source: Tensor) -> Tensor:
+        """What a copy into the target leaves there."""
+        with self:
+            if source.shape != target.shape:
+                source = aten.expand.default(source, list(target.shape))
+            if source.dtype != target.dtype:
+                source = aten._to_copy.default(source, dtype=target.dtype)
+        return source
+
+    def _partly_written(self, fake: Any, written: Value | None) -> Value:
+        old = self.known[id(fake)]
+        if written is None or not isinstance(old, Value):
+            return Value(None, (), {}, fake, home=self.home)
+        value = Value(partly_written, (old, written), {}, fake, home=self.home)
+        old.users.append(value)
+        written.users.append(value)
+        self.values.append(value)
+        return value
 
 
 def _functional(func: Any) -> Any:
     """``aten.mul.Tensor`` for ``aten.mul_.Tensor``; None where there is none."""
-    if func is aten.copy_.default:
-        return aten.copy.default
     packet = getattr(aten, func._schema.name.split("::")[1].removesuffix("_"), None)
     found = getattr(packet, func._overloadname, None) if packet is not None and func.namespace == "aten" else None
     return found if found is not None and not found._schema.is_mutable else None

@@ -14,7 +14,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, leaves, resolve
 from fx_passes.canonicalise.contraction import Operand
 from fx_passes.find.context import Context
-from fx_passes.find.trace import Value
+from fx_passes.find.trace import Value, partly_written
 
 aten = torch.ops.aten
 _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
@@ -43,7 +43,7 @@ class Builder:
         node = value.node
         if node is not None and self._holds(value, node):
             return node
-        if value.op is None:
+        if value.op in (None, partly_written):
             raise NotUnderstood("a tensor of it is written in place before its use")
         if torch.Tag.nondeterministic_seeded in getattr(value.op, "tags", ()):
             raise NotUnderstood("a random tensor inside of another operation is needed")
@@ -96,7 +96,11 @@ class Builder:
                 return node
             if sized is None and isinstance(fake, torch.Tensor):
                 sized = next(
-                    ((node, d) for d, s in enumerate(fake.shape) if not isinstance(s, int) and s.node.expr == expression),
+                    (
+                        (node, d)
+                        for d, s in enumerate(fake.shape)
+                        if not isinstance(s, int) and s.node.expr == expression
+                    ),
                     None,
                 )
         return None if sized is None else self.call(aten.sym_size.int, *sized)

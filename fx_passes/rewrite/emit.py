@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +16,7 @@ from fx_passes.canonicalise.contraction import Operand
 from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Scores, Sink, Term, Walk, level
 from fx_passes.canonicalise.masks import Places, Plan, plan
 from fx_passes.canonicalise.roles import Roles, peeled, roles
+from fx_passes.canonicalise.scores import wide
 from fx_passes.find.context import Level
 from fx_passes.ops.functional import attend, attend_logits
 from fx_passes.rewrite.build import Builder
@@ -60,7 +62,12 @@ def prepare(walk: Walk, attention: Attention, term: Term) -> Ready:
             if attention.form == "sdpa":
                 raise
             scores = Scores(scores.whole, sink=scores.sink, why=str(why))
-    return _prepare(walk, attention, term, scores)
+    try:
+        return _prepare(walk, attention, term, scores)
+    except NotUnderstood as why:
+        if term.extension is None or scores.wide is not None:
+            raise
+        return _prepare(walk, attention, term, wide(term, str(why)))
 
 
 def _prepare(walk: Walk, attention: Attention, term: Term, scores: Scores) -> Ready:
@@ -71,6 +78,8 @@ def _prepare(walk: Walk, attention: Attention, term: Term, scores: Scores) -> Re
     if scores.sink is not None and scores.sink.operand is not None:
         scores = replace(scores, sink=Sink(peeled(scores.sink.operand)))
     role = roles(attention, term, scores, value, query, key)
+    if scores.wide is not None and term.masks:
+        raise NotUnderstood(scores.why)
     found = plan(walk, scores, term.masks, role.rows, role.keys)
     if found is None:
         raise NotUnderstood("weights are set to zero behind softmax in places that the scores do not mask")
@@ -184,8 +193,16 @@ class Emitter:
         if scores.sink is not None:
             options["sinks"] = self._sink(ready, dtype)
         if ready.query is None or ready.key is None:
-            groups = [role.batch, role.query_heads, role.rows, role.keys]
-            logits = self._cast(build.arrange(scores.whole, groups, (True, True, True, True)), scores.whole, dtype)
+            whole, keys = scores.whole, role.keys
+            if scores.wide is not None:
+                keys, start = scores.wide
+                mine = set(leaves(role.keys))
+                layout = tuple(keys if set(leaves(dim)) == mine else dim for dim in whole.layout)
+                whole = Operand(whole.value, layout)
+                after = math.prod(a.size for a in leaves(keys)) - start - math.prod(a.size for a in leaves(role.keys))
+                value = build.call(aten.constant_pad_nd.default, value, [0, 0, start, after])
+            groups = [role.batch, role.query_heads, role.rows, keys]
+            logits = self._cast(build.arrange(whole, groups, (True, True, True, True)), whole, dtype)
             return self._attend(logits, value, None, options)
         query = self._cast(
             build.arrange(ready.query, [role.batch, role.query_heads, role.rows, role.features], (True,) * 4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -76,6 +77,7 @@ class _Job:
     report: Report
     result: Result = field(default_factory=Result)
     seen: dict[tuple[str, str], int] = field(default_factory=dict)
+    sites: dict[Value, Site] = field(default_factory=dict)  # by softmax, which may enter several products
     dry: bool = False
 
     def __post_init__(self) -> None:
@@ -174,7 +176,7 @@ def _checked(trace: Trace, softs: list[Value], attempt: Any) -> Found:
 
 
 def _apply(trace: Trace, item: Found, job: _Job, dead: list[Node]) -> int:
-    """Emits one attention and reports its sites; returns how many softmaxes were rewritten."""
+    """Emits one attention and reports its sites; returns how many softmaxes were rewritten that had not been before."""
     sites = [_site(soft, job) for soft in item.softs]
     status, reason = LEFT, item.reason
     attention, walk = item.attention, item.walk
@@ -190,35 +192,33 @@ def _apply(trace: Trace, item: Found, job: _Job, dead: list[Node]) -> int:
         except Exception as error:
             log.debug("emitting %s failed", attention, exc_info=True)
             reason = f"the pass failed on it ({type(error).__name__}: {error})"
-    for site, ready in zip(sites, item.ready or [None] * len(sites), strict=False):  # type: ignore[list-item]
+    done = 0
+    for soft, site, ready in zip(item.softs, sites, item.ready or [None] * len(sites), strict=False):  # type: ignore[list-item]
+        if site.status == REWRITTEN:
+            continue
         tier, mask, form = 0, "none", "sdpa" if item.softs[0].op is SDPA else "softmax"
         if ready is not None and attention is not None and walk is not None:
             tier = 2 if ready.tier == 2 or bias_is_dense(walk, ready) else 1
             mask, form = ready.plan.kind, attention.form
-        job.report.add(
-            Site(
-                site.module,
-                site.source,
-                site.ordinal,
-                form,
-                tier if status == REWRITTEN else 0,
-                mask,
-                status,
-                reason,
-                site.number,
-            )
-        )
-    return len(item.softs) if status == REWRITTEN else 0
+        tier = tier if status == REWRITTEN else 0
+        known = dataclasses.replace(site, form=form, tier=tier, mask=mask, status=status, reason=reason)
+        job.sites[soft] = known
+        job.report.add(known)
+        done += status == REWRITTEN
+    return done
 
 
 def _site(soft: Value, job: _Job) -> Site:
     assert soft.home is not None
+    if soft in job.sites:
+        return job.sites[soft]
     module, source = locate(soft.home)
     ordinal = job.seen.get((module, source), 0)
     job.seen[module, source] = ordinal + 1
     site = Site(module, source, ordinal)
     site = Site(module, source, ordinal, number=job.report.number(site.key))
     job.report.add(site)
+    job.sites[soft] = site
     job.result.sites.append(site.key)
     return site
 
@@ -228,9 +228,7 @@ def _emit(trace: Trace, attention: Attention, ready: list[Ready], numbers: list[
     target, layout = end_of_views(trace, attention.out, attention.layout)
     before = target.node if target.node is not None else target.home
     assert before is not None
-    attention = Attention(
-        target, layout, attention.terms, attention.value, attention.form, attention.visited, attention.causal
-    )
+    attention = dataclasses.replace(attention, out=target, layout=layout)
     build = Builder(context, before)
     device = target.fake.device
     c, places, seed = job.draws.get(context, device, before, build.node(attention.value.value), numbers)

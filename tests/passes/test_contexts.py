@@ -211,3 +211,55 @@ def test_nothing_as_large_as_the_scores_is_left() -> None:
     torch.compile(f, backend=Spy(c=2, compiler="eager"))(*tensors(SHAPE, SHAPE, SHAPE))
     names = [str(n.target) for n in seen[0].graph.nodes if n.op != "placeholder"]
     assert not any(word in name for name in names for word in ("softmax", "matmul", "masked_fill", "imul", "gt"))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + attention(*self.qkv(x).chunk(3, -1))
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            torch._dynamo.graph_break()
+        return x
+
+
+def test_layers_that_share_one_graph_count_each() -> None:
+    torch._dynamo.reset()
+    model, backend = Broken(), SUSBackend(c=2, compiler="eager")
+    compiled = torch.compile(model, backend=backend)
+    for n in (6, 6, 9):  # the third is compiled again
+        compiled(torch.randn(2, n, 8)).sum().backward()
+    assert backend.report.rewritten == 3
+    assert "3 of 3 attentions" in str(backend.report)
+    assert explain(model, torch.randn(2, 6, 8)).rewritten == 3
+
+
+def test_a_mask_that_is_used_again_is_not_taken_for_written() -> None:
+    def f(q, k, v):
+        seen = (q[:, :1, :, :1] > -1) & torch.ones(10, 10, dtype=torch.bool).tril()
+        both = seen & torch.ones(10, 10, dtype=torch.bool).triu(-3)
+        return F.scaled_dot_product_attention(F.scaled_dot_product_attention(q, k, v, both), k, v, seen)
+
+    assert compare(f, *tensors(SHAPE, SHAPE, SHAPE)).rewritten == 2
+
+
+def test_mask_of_nn_transformer_breaks_no_graph() -> None:
+    torch._dynamo.reset()
+    model = nn.Transformer(16, 2, 1, 1, 16, dropout=0.0, batch_first=True)
+    mask = nn.Transformer.generate_square_subsequent_mask(6)
+    source, target = torch.randn(2, 7, 16), torch.randn(2, 6, 16)
+    right = model(source, target, tgt_mask=mask)
+    backend = SUSBackend(c=float("inf"), compiler="eager")
+    torch.testing.assert_close(torch.compile(model, backend=backend)(source, target, tgt_mask=mask), right)
+    assert backend.report.rewritten == 3
