@@ -1,7 +1,8 @@
 """Axes: what a dimension means, kept through views, permutations and broadcasts.
 
 A layout gives, for each dimension of a tensor, the axes that it runs over, outermost first. A dimension of size 1 runs
-over none, unless a product sums over it: that of a single key is an axis, too. Where a view splits a dimension, its axis gets parts, and every layout that names the axis names the parts.
+over none, unless a product sums over it: that of a single key is an axis, too. Where a view splits a dimension, its
+axis gets parts, and every layout that names the axis names the parts.
 """
 
 from __future__ import annotations

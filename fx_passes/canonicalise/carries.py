@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
 from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, all_axes, broadcast, known, leaves
@@ -13,7 +15,20 @@ from fx_passes.find.trace import Value, partly_written
 
 aten = torch.ops.aten
 _LIMIT = 200
-_RANGES = {aten.slice.Tensor, aten.constant_pad_nd.default, aten.cat.default, aten.roll.default, aten.gather.default}
+# What mixes along dimensions that it keeps: what it makes of scores is scores.
+_KEEPING = {
+    aten.tril.default, aten.triu.default, aten.cumsum.default, aten.flip.default, aten.convolution.default,
+    aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.index_put.default, aten.masked_scatter.default,
+    aten.native_layer_norm.default, aten.native_batch_norm.default, aten.native_group_norm.default,
+    aten.index_select.default, aten.index.Tensor, aten.slice_scatter.default, aten.select_scatter.default,
+}  # fmt: skip
+_RANGES = _KEEPING | {
+    aten.slice.Tensor,
+    aten.constant_pad_nd.default,
+    aten.cat.default,
+    aten.roll.default,
+    aten.gather.default,
+}
 
 
 def is_activations_product(context: Context, c: Contraction, keys: Dim) -> bool:
@@ -28,6 +43,8 @@ def is_activations_product(context: Context, c: Contraction, keys: Dim) -> bool:
 def carries(context: Context, value: Value, layout: Layout, keys: Dim, seen: set[int] | None = None) -> bool:
     """Whether a value is, elementwise or rearranged, made of a product of two activations that runs over `keys`."""
     seen = set() if seen is None else seen
+    if value.op is operator.getitem and value.args[1] == 0:
+        value = Value(value.args[0].op, value.args[0].args, value.args[0].kwargs, value.fake)
     if id(value) in seen or len(seen) > _LIMIT or value.op is None or not isinstance(value.fake, torch.Tensor):
         return False
     seen.add(id(value))

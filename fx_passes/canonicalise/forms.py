@@ -24,7 +24,7 @@ BIG = -1e4  # a mask value at or below it leaves a weight of exactly zero beside
 
 @dataclass(frozen=True)
 class Factor:
-    """A tensor, or a symbolic number (a SymFloat or SymInt as `fake`), that multiplies (power 1) or divides (power -1)."""
+    """A tensor, or a symbolic number (`fake` is a SymFloat or SymInt), that multiplies (power 1) or divides (-1)."""
 
     value: Value
     layout: Layout
@@ -72,7 +72,7 @@ class Sink:
 class Scores:
     """Logits in canonical form; `product` is None where only the logits as a whole are known (tier 2).
 
-    `wide` is set where they have columns without a value that are no sink: all columns, and where those of the keys start.
+    `wide` is set where they have columns without a value that are no sink: all columns, and the first of the keys'.
     """
 
     whole: Operand
@@ -84,6 +84,7 @@ class Scores:
     softcap: float = 0.0
     biases: list[Bias] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
+    zeroed: list[Factor] = field(default_factory=list)  # constants of 0 and 1, until a mask is added where they are 0
     sink: Sink | None = None
     wide: tuple[Dim, int] | None = None
     why: str = ""  # for tier 2: what was not expressible
@@ -103,6 +104,7 @@ class Term:
     masks: list[Mask] = field(default_factory=list)  # acting on the weights: zero where masked
     shared_dropout: Value | None = None
     extension: tuple[Dim, int] | None = None  # the keys proper and their place among the softmax's columns
+    sink: Sink | None = None  # a number added to the row sum
     scores: Scores | None = None
 
 

@@ -43,12 +43,21 @@ class Places:
         return ", ".join(parts)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A key is visible where ``(operand != 0) == keep``, or, with `additive`, where the operand is no mask value."""
+
+    operand: Operand
+    keep: bool
+    additive: bool = False
+
+
 @dataclass
 class Plan:
     """What the operator gets: places, bool masks, biases, and fills that are added where a mask has a finite value."""
 
     places: Places = field(default_factory=Places)
-    keep: list[tuple[Operand, bool]] = field(default_factory=list)
+    keep: list[Seen] = field(default_factory=list)
     biases: list[Bias] = field(default_factory=list)
     fills: list[Mask] = field(default_factory=list)
 
@@ -62,8 +71,7 @@ class Plan:
 
 @dataclass
 class _Part:
-    operand: Operand
-    keep: bool
+    seen: Seen
     matrix: Tensor | None  # visible [M, N], if places and constants alone decide it
 
 
@@ -109,7 +117,7 @@ def _decide(walk: Walk, result: Plan, hard: list[Mask], soft: list[Mask], rows: 
     if places is not None:
         result.places = places
         hard_parts = [p for p in hard_parts if p.matrix is None]
-    result.keep += [(p.operand, p.keep) for p in hard_parts]
+    result.keep += [p.seen for p in hard_parts]
 
 
 def _same_condition(a: Mask, b: Mask) -> bool:
@@ -153,14 +161,14 @@ def _parts(walk: Walk, mask: Mask, rows: Dim, keys: Dim) -> list[_Part]:
     if mask.value.dtype.is_floating_point and mask.origin is not None:
         constant = walk.constant(mask.value)
         matrix = None if constant is None else _matrix(constant > BIG, mask.layout, rows, keys)
-        return [_Part(Operand(mask.value, mask.layout), True, matrix)]
+        return [_Part(Seen(Operand(mask.value, mask.layout), True, additive=True), matrix)]
     found = []
     for operand, keep in conjunction(walk, mask.value, mask.layout, mask.keep):
         constant = walk.constant(operand.value)
         matrix = None
         if constant is not None:
             matrix = _matrix((constant != 0) == keep, operand.layout, rows, keys)
-        found.append(_Part(operand, keep, matrix))
+        found.append(_Part(Seen(operand, keep), matrix))
     return found
 
 

@@ -6,8 +6,9 @@ import math
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from fx_passes.canonicalise.axes import Dim, Layout, NotUnderstood, all_axes, broadcast, known, leaves
+from fx_passes.canonicalise.axes import Dim, Layout, NotUnderstood, all_axes, broadcast, known, leaves, resolve
 from fx_passes.canonicalise.carries import carries, is_activations_product
 from fx_passes.canonicalise.contraction import Operand, contraction, is_contraction
 from fx_passes.canonicalise.forms import BIG, Bias, Factor, Mask, Scores, Sink, Term, Walk
@@ -26,7 +27,7 @@ def scores(walk: Walk, term: Term) -> Scores:
     value, layout, keys = term.source.value, term.source.layout, term.keys
     if not carries(walk.context, value, layout, keys):
         raise NotUnderstood("softmax is not taken of a product of two activations")
-    sink = None
+    sink = term.sink
     if term.extension is not None:
         mark = len(walk.visited)
         try:
@@ -39,6 +40,8 @@ def scores(walk: Walk, term: Term) -> Scores:
     mark = len(walk.visited)
     try:
         found = _spine(walk, value, layout, keys, sink is None)
+        if found.zeroed:
+            found = _with_factor(replace(found, zeroed=[]), found.zeroed[0])
         _check_axes(found, keys)
         return replace(found, whole=whole, sink=sink)
     except NotUnderstood as reason:
@@ -140,6 +143,8 @@ def _times(s: Scores, number: float) -> Scores:
     if number < 0 and any(m.fill < 0 for m in s.masks):
         raise NotUnderstood("masked scores are multiplied by a negative number")
     biases = [replace(b, scale=b.scale * number) for b in s.biases]
+    if s.zeroed and number < 0:
+        raise NotUnderstood("the scores are multiplied by zeros")
     if s.softcap:
         # softcap * tanh(x / softcap) with another height h: h * tanh((x * h / softcap) / h).
         return replace(s, softcap=s.softcap * number, scale=s.scale * number, biases=biases, masks=masks)
@@ -177,6 +182,11 @@ def _sum(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: bool) -> S
             found = found if sign == 1.0 else _times(found, sign)
             if shifts and not set(leaves(keys)) & set(all_axes(outer)):
                 return found
+            if found.zeroed:
+                masked = _mask_of_zeroed(walk, found, Bias(side, outer, scale))
+                if masked is None:
+                    raise NotUnderstood("the scores are multiplied by zeros")
+                return masked
             return replace(found, biases=[*found.biases, Bias(side, outer, scale)])
         except NotUnderstood as why:
             del walk.visited[mark:]
@@ -204,10 +214,34 @@ def _multiplied(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: boo
         return _with_factor(found, Factor.number(b, -1 if divides else 1))
     if carries(walk.context, b, broadcast(layout, b.shape), keys):
         raise NotUnderstood("two products of activations are multiplied with one another")
-    return _with_factor(found, Factor(b, broadcast(layout, b.shape), -1 if divides else 1))
+    factor = Factor(b, broadcast(layout, b.shape), -1 if divides else 1)
+    if _zeroing(walk, factor) and not (found.masks or found.biases or found.softcap or found.zeroed):
+        return replace(found, zeroed=[factor])
+    return _with_factor(found, factor)
+
+
+def _zeroing(walk: Walk, factor: Factor) -> bool:
+    constant = walk.constant(factor.value) if factor.power == 1 and isinstance(factor.value.fake, Tensor) else None
+    return constant is not None and bool(((constant == 0) | (constant == 1)).all()) and not bool(constant.all())
+
+
+def _mask_of_zeroed(walk: Walk, found: Scores, bias: Bias) -> Scores | None:
+    """``scores * ones + fill * (1 - ones)``, as in GPT-1, is a mask; None where it is not that."""
+    if len(found.zeroed) != 1 or found.masks or found.biases:
+        return None
+    zeroed = found.zeroed[0]
+    ones, added = walk.constant(zeroed.value), walk.constant(bias.value)
+    if ones is None or added is None or ones.shape != added.shape or resolve(zeroed.layout) != resolve(bias.layout):
+        return None
+    fills = added[ones == 0] * bias.scale
+    if bool(added[ones == 1].any()) or bool((fills != fills[0]).any()) or float(fills[0]) > BIG:
+        return None
+    return replace(found, zeroed=[], masks=[Mask(zeroed.value, zeroed.layout, True, float(fills[0]))])
 
 
 def _with_factor(found: Scores, factor: Factor) -> Scores:
+    if found.zeroed:
+        raise NotUnderstood("the scores are multiplied by zeros")
     if found.masks:
         raise NotUnderstood("masked scores are multiplied by a tensor")
     if found.softcap:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from dataclasses import dataclass
+
 import torch
 
 from fx_passes.canonicalise.axes import Dim, Layout, leaves, resolve
@@ -45,44 +48,65 @@ def _minus_logsumexp(value: Value) -> tuple[Value, int] | None:
     return None if squeezed and dim != over else (value.args[0], over)
 
 
-def sum_of(value: Value, layout: Layout) -> tuple[Value, Layout, tuple[int, ...]] | None:
-    """For a row sum, seen through views: the summed value, the layout of what is left, and the positions summed.
+@dataclass(frozen=True)
+class RowSum:
+    """A sum over `summed`, the axes of the keys, plus a number."""
 
-    The third is a tuple of dimensions of the summed value, not of axes.
-    """
-    while value.op is not None and value.op is not aten.sum.dim_IntList:
-        if is_view(value):
-            layout = before(value, layout)
-        elif (not is_cast(value) and value.op is not aten.clamp_min.default) or value.op is aten.clamp_min.default:
-            return None
-        value = value.args[0]
-    if value.op is None or not value.args[1]:
-        return None
-    rank = len(value.args[0].shape)
-    dims = tuple(sorted(d % rank for d in value.args[1]))
-    keepdim = len(value.args) > 2 and bool(value.args[2])
-    rest = tuple(dim for i, dim in enumerate(layout) if i not in dims) if keepdim else layout
-    return value.args[0], rest, dims
+    summed: Dim
+    extra: float = 0.0
 
 
-def is_row_sum(
+def row_sum(
     denominator: Value, layout: Layout, numerator: Value, numerator_layout: Layout, keys: Dim | None
-) -> Dim | None:
-    """Whether `denominator` is the sum of `numerator` over some of its axes; these axes, or None.
+) -> RowSum | None:
+    """Whether `denominator` is the sum of `numerator` over some of its axes, and perhaps a number; else None.
 
     Args:
         denominator, layout: the divisor and its layout.
         numerator, numerator_layout: what was divided, and its layout.
         keys: if given, the axes must be these.
     """
-    found = sum_of(denominator, layout)
-    if found is None or through(found[0]) is not through(numerator):
+    value, extra = denominator, 0.0
+    while value.op is not aten.sum.dim_IntList:
+        if is_view(value):
+            layout = before(value, layout)
+        elif value.op is aten.add.Tensor and isinstance(value.args[1], (int, float)) and not value.kwargs:
+            extra += float(value.args[1])
+        elif not is_cast(value) and not (value.op in _CLAMPS and _is_idle(value, numerator)):
+            return None
+        value = value.args[0]
+        if value.op is None:
+            return None
+    if not value.args[1] or through(value.args[0]) is not through(numerator) or extra < 0:
         return None
-    source, rest, dims = found
-    if len(source.shape) != len(numerator_layout):
+    rank = len(value.args[0].shape)
+    dims = {d % rank for d in value.args[1]}
+    rest = layout
+    if len(value.args) > 2 and bool(value.args[2]):
+        rest = tuple(dim for i, dim in enumerate(layout) if i not in dims)
+    if rank != len(numerator_layout):
         return None
     left = tuple(dim for i, dim in enumerate(numerator_layout) if i not in dims)
     summed = leaves(axis for i, dim in enumerate(numerator_layout) if i in dims for axis in dim)
     if resolve(left) != resolve(rest) or (keys is not None and set(leaves(keys)) != set(summed)):
         return None
-    return summed
+    return RowSum(summed, extra)
+
+
+_CLAMPS = {aten.clamp_min.default, aten.clamp.default}
+
+
+def _is_idle(clamp: Value, numerator: Value) -> bool:
+    """Whether a clamp of a row sum changes nothing: the largest term of a row is exp(0), hence the sum at least 1."""
+    numerator = through(numerator)
+    if numerator.op is not aten.exp.default or not isinstance(clamp.args[1], (int, float)) or clamp.args[1] > 1:
+        return False
+    shifted = through(numerator.args[0])
+    if len(clamp.args) > 2 and clamp.args[2] is not None:
+        return False
+    if shifted.op is not aten.sub.Tensor or not isinstance(shifted.args[1], Value) or shifted.kwargs:
+        return False
+    top = through(shifted.args[1])
+    while top.op in (aten.detach.default, operator.getitem):
+        top = top.args[0]
+    return top.op in (aten.amax.default, aten.max.dim) and through(top.args[0]) is through(shifted.args[0])

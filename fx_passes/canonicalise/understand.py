@@ -12,7 +12,7 @@ from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.contraction import Operand, contraction
 from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Scores, Term, Walk, level
 from fx_passes.canonicalise.scores import scores
-from fx_passes.canonicalise.softmax import is_row_sum, softmax_input
+from fx_passes.canonicalise.softmax import row_sum, softmax_input
 from fx_passes.canonicalise.views import after, is_cast, is_view
 from fx_passes.canonicalise.weights import leads_to_softmax, weights
 from fx_passes.find.context import Level
@@ -22,13 +22,13 @@ aten = torch.ops.aten
 
 
 def is_attention_softmax(walk: Walk, soft: Value) -> bool:
-    """Whether a softmax is taken of a product of two activations."""
-    found = softmax_input(soft)
-    if found is None:
+    """Whether a softmax, or an exponential that may be a part of one, is taken of a product of two activations."""
+    source, dim = softmax_input(soft) or (soft.args[0], len(soft.shape) - 1)
+    if not source.shape:
         return False
-    layout, keys = fresh(found[0].shape), (Axis(found[0].shape[found[1]]),)
-    layout = (*layout[: found[1]], keys, *layout[found[1] + 1 :])
-    return carries(walk.context, found[0], layout, keys)
+    layout, keys = fresh(source.shape), (Axis(source.shape[dim]),)
+    layout = (*layout[:dim], keys, *layout[dim + 1 :])
+    return carries(walk.context, source, layout, keys)
 
 
 def understand(trace: Trace, constants: Constants, product: Value) -> tuple[Attention, Walk]:
@@ -85,8 +85,12 @@ def _normalised_later(
         walk.visit(user)
         if user.op is aten.div.Tensor and user.args[0] is value and isinstance(user.args[1], Value):
             side = broadcast(layout, user.args[1].shape)
-            found = is_row_sum(user.args[1], side, term.soft, term.source.layout, summed)
-            if found is None or not all(known(a == b) for a, b in zip(user.shape, value.shape, strict=True)):
+            found = row_sum(user.args[1], side, term.soft, term.source.layout, summed)
+            if (
+                found is None
+                or found.extra
+                or not all(known(a == b) for a, b in zip(user.shape, value.shape, strict=True))
+            ):
                 break
             return user, layout, [replace(term, normalised=True)]
         moved = after(user, layout) if is_view(user) and user.args[0] is value else layout if is_cast(user) else None

@@ -10,8 +10,8 @@ import torch
 
 from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, broadcast, known, leaves
 from fx_passes.canonicalise.contraction import Operand
-from fx_passes.canonicalise.forms import Factor, Mask, Term, Walk
-from fx_passes.canonicalise.softmax import is_row_sum, softmax_input
+from fx_passes.canonicalise.forms import Factor, Mask, Sink, Term, Walk
+from fx_passes.canonicalise.softmax import row_sum, softmax_input, through
 from fx_passes.canonicalise.views import before, is_cast, is_view
 from fx_passes.find.trace import Value, partly_written
 
@@ -111,14 +111,18 @@ def _product(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
         return [replace(t, scale=t.scale / b if divides else t.scale * b) for t in weights(walk, a, inner, keys)]
     side = broadcast(layout, b.shape)
     terms = weights(walk, a, inner, keys)
-    if divides and is_row_sum(b, side, a, inner, keys) is not None:
-        return [_normalise(walk, terms, keys)]
+    total = row_sum(b, side, a, inner, keys) if divides else None
+    if total is not None:
+        return [_normalise(walk, terms, keys, total.extra)]
     factor = Factor(b, side, -1 if divides else 1)
     return [replace(t, factors=[*t.factors, factor]) for t in terms]
 
 
-def _normalise(walk: Walk, terms: list[Term], keys: Dim) -> Term:
-    """A term over its own row sum: constant factors of 0 and 1 become masks, those without keys cancel."""
+def _normalise(walk: Walk, terms: list[Term], keys: Dim, extra: float) -> Term:
+    """A term over its own row sum: constant factors of 0 and 1 become masks, those without keys cancel.
+
+    A number added to the sum is a sink, whose logit is the number's logarithm.
+    """
     if len(terms) != 1:
         raise NotUnderstood("a sum of softmaxes is normalised")
     term = terms[0]
@@ -134,7 +138,11 @@ def _normalise(walk: Walk, terms: list[Term], keys: Dim) -> Term:
         masks.append(Mask(factor.value, factor.layout, True, -math.inf))
     if term.scale <= 0:
         raise NotUnderstood("the weights are scaled by a number that is not positive, and normalised again")
+    if extra and (term.normalised or term.factors or term.scale != 1):
+        raise NotUnderstood("the weights are divided by their sum and a number")
     kept = [replace(m, fill=-math.inf) for m in masks]
+    if extra:
+        return replace(term, masks=kept, normalised=True, sink=Sink(None, math.log(extra)))
     return replace(term, factors=[], masks=kept, scale=1.0, normalised=True)
 
 
@@ -186,6 +194,8 @@ def _filled(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
     for kept, fill, condition, keep in choices(walk, value):
         if fill != 0 or not leads_to_softmax(kept):
             continue
+        if not keep and condition.op is aten.isnan.default and through(condition.args[0]) is through(kept):
+            return weights(walk, kept, broadcast(layout, kept.shape), keys)  # as nan_to_num
         mask = Mask(condition, broadcast(layout, condition.shape), keep, 0.0)
         terms = weights(walk, kept, broadcast(layout, kept.shape), keys)
         if any(t.dropout for t in terms):

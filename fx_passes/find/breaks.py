@@ -1,8 +1,8 @@
 """Graph breaks inside of torch itself that would hide attention, and what Dynamo traces in their place.
 
-nn.TransformerEncoder and nn.TransformerDecoder look at the values of a mask to learn whether it is causal, as a hint for
-faster kernels. That breaks the graph, and Dynamo then skips all of their layers, for their code belongs to torch.nn. The
-hint changes no result, so that under Dynamo it is given only where the caller has given it.
+nn.TransformerEncoder and nn.TransformerDecoder look at the values of a mask to learn whether it is causal, as a hint
+for faster kernels. That breaks the graph, and Dynamo then skips all of their layers, for their code belongs to
+torch.nn. The hint changes no result, so that under Dynamo it is given only where the caller has given it.
 """
 
 from __future__ import annotations

@@ -77,12 +77,14 @@ class Builder:
         found = self._existing(wanted)
         if found is not None:
             return found
-        known = {s: self._existing(s) for s in wanted.free_symbols}
-        if wanted.is_symbol or None in known.values():
-            raise NotUnderstood("a dynamic size could not be expressed")
-        tracer = GraphAppendingTracer(self.graph)
+        tracer, known = GraphAppendingTracer(self.graph), dict[Any, Proxy]()
+        for symbol in wanted.free_symbols:
+            node = None if wanted.is_symbol else self._existing(symbol)
+            if node is None:
+                raise NotUnderstood("a dynamic size could not be expressed")
+            known[symbol] = Proxy(node, tracer)
         with self.graph.inserting_before(self.before):
-            result = sympy_interp(PythonReferenceAnalysis, {s: Proxy(n, tracer) for s, n in known.items()}, wanted)
+            result = sympy_interp(PythonReferenceAnalysis, known, wanted)
         return result.node if isinstance(result, Proxy) else result
 
     def _existing(self, expression: Any) -> Node | None:
@@ -93,7 +95,7 @@ class Builder:
                 break
             fake = node.meta.get("example_value")
             if isinstance(fake, (torch.SymInt, torch.SymFloat)) and fake.node.expr == expression:
-                return node
+                return node  # type: ignore[no-any-return]
             if sized is None and isinstance(fake, torch.Tensor):
                 sized = next(
                     (

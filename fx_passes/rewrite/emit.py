@@ -13,8 +13,8 @@ from torch.fx import Node
 
 from fx_passes.canonicalise.axes import Dim, NotUnderstood, all_axes, leaves
 from fx_passes.canonicalise.contraction import Operand
-from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Scores, Sink, Term, Walk, level
-from fx_passes.canonicalise.masks import Places, Plan, plan
+from fx_passes.canonicalise.forms import BIG, Attention, Bias, Factor, Mask, Scores, Sink, Term, Walk, level
+from fx_passes.canonicalise.masks import Places, Plan, Seen, plan
 from fx_passes.canonicalise.roles import Roles, peeled, roles
 from fx_passes.canonicalise.scores import wide
 from fx_passes.find.context import Level
@@ -116,6 +116,8 @@ def _peeled_bias(bias: Bias) -> Bias:
 def bias_is_dense(walk: Walk, ready: Ready) -> bool:
     """Whether the scores have a term, made of activations, for each query and key: its gradient is M x N."""
     own, keys = set(leaves(ready.roles.rows)), set(leaves(ready.roles.keys))
+    if any(not keys & set(all_axes(b.layout)) for b in ready.plan.biases):
+        return True  # the maximum of each row, which beside a sink does not cancel
     return any(
         own & set(all_axes(b.layout))
         and keys & set(all_axes(b.layout))
@@ -260,9 +262,8 @@ class Emitter:
                 ids = build.call(torch.arange, build.total(axes), device=device)
                 ids = build.call(operator.floordiv, ids, places.chunk)
                 options[name] = build.call(aten.unsqueeze.default, ids, 0)
-        for operand, keep in found.keep:
-            mask = build.arrange(operand, groups, (False,) * 4)
-            mask = self._condition(mask, operand, keep)
+        for seen in found.keep:
+            mask = self._condition(build.arrange(seen.operand, groups, (False,) * 4), seen)
             options["attn_mask"] = (
                 build.call(operator.and_, options["attn_mask"], mask) if "attn_mask" in options else mask
             )
@@ -280,14 +281,13 @@ class Emitter:
             options["attn_bias"] = total
         return options
 
-    def _condition(self, node: Node, operand: Operand, keep: bool) -> Node:
+    def _condition(self, node: Node, seen: Seen) -> Node:
         """A bool node that is true where a key is visible."""
-        value = operand.value
-        if value.dtype.is_floating_point:
-            return self.build.call(operator.gt, node, -1e4) if keep else self.build.call(operator.eq, node, 0)
-        if value.dtype != torch.bool:
-            return self.build.call(operator.ne if keep else operator.eq, node, 0)
-        return node if keep else self.build.call(torch.logical_not, node)
+        if seen.additive:
+            return self.build.call(operator.gt, node, BIG)
+        if seen.operand.value.dtype != torch.bool:
+            return self.build.call(operator.ne if seen.keep else operator.eq, node, 0)
+        return node if seen.keep else self.build.call(torch.logical_not, node)
 
     def _bias(self, bias: Bias, groups: list[Dim], dtype: torch.dtype) -> Node:
         build = self.build

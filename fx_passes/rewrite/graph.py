@@ -154,8 +154,9 @@ def _of(trace: Trace, constants: Constants, soft: Value, before: list[Found]) ->
             reasons.append(item.reason)
     if found:
         return found
-    if reasons and is_attention_softmax(Walk(trace, constants), soft) and reasons[0] != _PARAMETER:
-        return [Found([soft], reason=reasons[0])]
+    others = [why for why in reasons if why != _PARAMETER]
+    if (others or not reasons) and is_attention_softmax(Walk(trace, constants), soft):
+        return [Found([soft], reason=others[0] if others else "its weights enter no product with value")]
     return []
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -302,6 +301,57 @@ def two_kinds_of_keys(q, k, v):
     return p[..., :5] @ v[:, :, :5] + p[..., 5:] @ v[:, :, 5:]
 
 
+@form(mask="causal")
+def masked_by_zeros_and_ones(q, k, v):
+    seen = band().to(q.dtype)
+    return ((q @ k.mT * seen - 1e4 * (1 - seen)) * 0.5).softmax(-1) @ v
+
+
+@form(mask="mask")
+def masked_by_zeros_and_ones_anywhere(q, k, v):
+    seen = ((torch.arange(M)[:, None] * 7 + torch.arange(N) * 5) % 3 > 0).to(q.dtype)
+    return (q @ k.mT * seen - 1e4 * (1 - seen)).softmax(-1) @ v
+
+
+@form(mask="mask")
+def weights_times_zeros_and_ones(q, k, v):
+    seen = ((torch.arange(M)[:, None] * 7 + torch.arange(N) * 5) % 3).clamp(max=1).to(q.dtype)
+    e = (q @ k.mT).exp() * seen
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@form(mask="none")
+def sum_clamped_below_its_least(q, k, v):
+    s = q @ k.mT
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    return (e / e.sum(-1, keepdim=True).clamp_min(1e-6)) @ v
+
+
+@form()
+def sum_with_a_number(q, k, v):
+    e = (q @ k.mT / 4).exp()
+    return (e / (e.sum(-1, keepdim=True) + 0.5)) @ v
+
+
+@form()
+def quiet_softmax(q, k, v):
+    s = q @ k.mT
+    e = (s - s.max(-1, keepdim=True).values).exp()
+    return (e / (1 + e.sum(-1, keepdim=True))) @ v
+
+
+@form()
+def without_nan(q, k, v):
+    p = (q @ k.mT).masked_fill((k.sum((1, 3)) > 3)[:, None, None], -INF).softmax(-1)
+    return p.masked_fill(p.isnan(), 0.0) @ v
+
+
+@form()
+def convolved_scores(q, k, v):
+    kernel = torch.linspace(-1, 1, H * 9, dtype=q.dtype).view(H, 1, 3, 3)
+    return F.conv2d(q @ k.mT, kernel, padding=1, groups=H).softmax(-1) @ v
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_form_is_rewritten(name: str) -> None:
     f, sites, mask = FORMS[name]
@@ -321,6 +371,8 @@ def test_tiers() -> None:
     assert tiers("plain") == {1}
     assert tiers("talking_before") == {2}
     assert tiers("relative_keys") == {2}
+    assert tiers("sum_with_a_number") == {1}
+    assert tiers("quiet_softmax") == {2}
 
 
 @pytest.mark.parametrize("shape", [(9, 5), (3, 9, 5), (2, 2, 2, 9, 5)])
