@@ -114,7 +114,7 @@ def _spine(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: bool) ->
     if value.op in PRODUCTS:
         return _multiplied(walk, value, layout, keys, shifts)
     if value.op is aten.tanh.default:
-        return _capped(_spine(walk, value.args[0], layout, keys, shifts))
+        return _capped(_spine(walk, value.args[0], layout, keys, False))
     if value.op in FILLS:
         return _filled(walk, value, layout, keys, shifts)
     raise NotUnderstood(f"the scores go through {name(value)}")
@@ -207,6 +207,8 @@ def _multiplied(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: boo
     if not isinstance(a, Value) or not carries(walk.context, a, broadcast(layout, a.shape), keys):
         raise NotUnderstood("the scores divide")
     number = number_of(walk, b, buffers=False)
+    if isinstance(b, Value) and set(leaves(keys)) & set(all_axes(broadcast(layout, b.shape))):
+        shifts = False  # what is the same for all keys is so no more behind this
     found = _spine(walk, a, broadcast(layout, a.shape), keys, shifts)
     if number is not None:
         return _times(found, 1.0 / number if divides and number else number)

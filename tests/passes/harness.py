@@ -28,7 +28,10 @@ def run(f: Callable[..., Any], args: tuple[Any, ...], seed: int = 0) -> tuple[li
 def compare(
     f: Callable[..., Any], *args: Any, compiler: str = "eager", dynamic: bool = False, tol: float = 1e-9
 ) -> Report:
-    """The report of compiling `f`; asserts exactness at c = inf, and at c = 2 the same forward and other gradients."""
+    """The report of compiling `f`; asserts exactness at c = inf, and at c = 2 the same forward and other gradients.
+
+    NaN must stand where it stands without the rewrite: the gradient of what multiplies -inf is one.
+    """
     torch._dynamo.reset()
     backend = SUSBackend(c=float("inf"), compiler=compiler)
     compiled = torch.compile(f, backend=backend, dynamic=dynamic)

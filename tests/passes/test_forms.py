@@ -301,6 +301,18 @@ def two_kinds_of_keys(q, k, v):
     return p[..., :5] @ v[:, :, :5] + p[..., 5:] @ v[:, :, 5:]
 
 
+@form(mask="bias")
+def shifted_before_a_factor_over_keys(q, k, v):
+    s = q @ k.mT / 2
+    return ((s - s.amax(-1, keepdim=True)) * (1 + k.mean(-1) ** 2)[..., None, :]).softmax(-1) @ v
+
+
+@form()
+def shifted_before_softcap(q, k, v):
+    s = q @ k.mT / 2
+    return torch.tanh(s - s.mean(-1, keepdim=True)).softmax(-1) @ v
+
+
 @form(mask="causal")
 def masked_by_zeros_and_ones(q, k, v):
     seen = band().to(q.dtype)

@@ -80,8 +80,5 @@ def test_exact_or_left(first: str, mask: str, second: str, cast: str, after: str
     assert all(site.reason for site in report.sites if site.status == "left")
     if after == "entry gate":
         assert report.rewritten == 0
-    elif (after, layout) != (
-        "key gate",
-        "grouped",
-    ):  # a gate per key of repeated key heads is left, see docs/matching.md
+    elif (after, layout) != ("key gate", "grouped"):  # that one is left, see docs/matching.md
         assert report.rewritten == 1, str(report)
