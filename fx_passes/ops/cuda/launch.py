@@ -38,44 +38,35 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
 
 
 def shared_arguments(problem: Problem, dropout_seed: Tensor) -> dict[str, Any]:
-    """The arguments that say what acts on the logits, under the names that every kernel has for them."""
+    """The arguments that make the kernels' `Rules`, and head sizes; None where a rule is off."""
     s, mask, bias = problem.static, problem.attn_mask, problem.attn_bias
-    natural = bias is not None or s.softcap != 0
-    none = dict.fromkeys(("b", "h", "m", "n"), 0)
-    kind = 0 if mask is None else (1 if all(mask.shape[i] == 1 or mask.stride(i) == 0 for i in (1, 2)) else 2)
+    none = dict.fromkeys(("b", "h", "m", "n"))
     arguments: dict[str, Any] = {
         "mask_ptr": None if mask is None else mask.view(torch.uint8),
         **({f"mask_{k}": v for k, v in none.items()} if mask is None else _strides("mask", mask)),
         "bias_ptr": bias,
         **({f"bias_{k}": v for k, v in none.items()} if bias is None else _strides("bias", bias)),
-        "scale": s.scale if natural else s.scale * _LOG2E,
-        "softcap": float(s.softcap),
-        "left": s.left or 0,
-        "right": s.right or 0,
+        "scale": s.scale if bias is not None or s.softcap else s.scale * _LOG2E,
+        "softcap": float(s.softcap) if s.softcap else None,
+        "left": s.left,
+        "right": s.right,
         "diagonal": problem.diagonal,
         "dropout_seed_ptr": dropout_seed if s.dropout_p else None,
-        "dropout_stream": stream_word(s.site, STREAM_DROPOUT),
-        "dropout_threshold": int(s.dropout_p * (1 << 32)),
-        "dropout_inverse": 1 / (1 - s.dropout_p),
+        "dropout_stream": stream_word(s.site, STREAM_DROPOUT) if s.dropout_p else None,
+        "dropout_threshold": int(s.dropout_p * (1 << 32)) if s.dropout_p else None,
+        "dropout_inverse": 1 / (1 - s.dropout_p) if s.dropout_p else None,
         "D": problem.query.shape[-1],
         "E": problem.value.shape[-1],
         "BD": padded(problem.query.shape[-1]),
         "BE": padded(problem.value.shape[-1]),
-        "NATURAL": natural,
-        "SOFTCAP": s.softcap != 0,
-        "BIAS": bias is not None,
-        "MASK": kind,
-        "IDS": problem.query_ids is not None and problem.key_ids is not None,
-        "PREFIX": problem.prefix is not None,
-        "LEFT": s.left is not None,
-        "RIGHT": s.right is not None,
-        "DROPOUT": s.dropout_p != 0,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
     }
+    if mask is not None and all(mask.shape[i] == 1 or mask.stride(i) == 0 for i in (1, 2)):
+        arguments |= {"mask_h": None, "mask_m": None}  # a function of the key alone
     for name, ids in (("qid", problem.query_ids), ("kid", problem.key_ids), ("prefix", problem.prefix)):
         ids = None if ids is None else ids.contiguous()
         arguments[f"{name}_ptr"] = ids
-        arguments[f"{name}_b"] = 0 if ids is None or ids.shape[0] == 1 else ids.stride(0)
+        arguments[f"{name}_b"] = None if ids is None else 0 if ids.shape[0] == 1 else ids.stride(0)
     return arguments
 
 
@@ -112,7 +103,7 @@ def launch_forward(
         counts_ptr=lists.counts if lists else None, capacity=lists.capacity if lists else 0,
         batches=b, heads=h, group=problem.group, m=m, n=n, tiles=tiles, scratch_tiles=scratch_tiles,
         blocks=blocks, programs=programs,
-        BM=sizes.bm, BN=sizes.bn, SUB=sizes.sub, TC=sizes.tc, SINKS=problem.sinks is not None,
+        BM=sizes.bm, BN=sizes.bn, SUB=sizes.sub, TC=sizes.tc,
         OUT=with_out, SAMPLE=sample, num_warps=sizes.forward[0], num_stages=sizes.forward[1],
         **shared_arguments(problem, dropout_seed),
     )  # fmt: skip

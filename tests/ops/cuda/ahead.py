@@ -54,7 +54,8 @@ def _source(kernel: Any, call: dict[str, Any]) -> ASTSource:
             signature[name] = "fp32"
         else:
             signature[name] = "i64" if x >= 1 << 31 else "i32"
-        if signature[name] != "constexpr" and (isinstance(x, torch.Tensor) or (isinstance(x, int) and x % 16 == 0)):
+        aligned = isinstance(x, torch.Tensor) and not kernel.params[index].do_not_specialize_on_alignment
+        if signature[name] != "constexpr" and (aligned or (isinstance(x, int) and x % 16 == 0)):
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
 
