@@ -5,7 +5,7 @@ They were chosen by ahead-of-time compilation for sm_90 (spills, wgmma, shared m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,7 +18,8 @@ class Config:
         bm, bn: query rows and keys of the forward's tiles; bn is a multiple of sub.
         tc: tiles of keys that the selection treats at a time.
         bi: points that `columns` treats at a time.
-        forward: (num_warps, num_stages); columns: the same.
+        bk: keys that the backward of the block sampler treats at a time.
+        forward, columns, block_select, block_backward: (num_warps, num_stages) of these kernels.
     """
 
     sub: int
@@ -26,8 +27,22 @@ class Config:
     bn: int
     tc: int
     bi: int
+    bk: int
     forward: tuple[int, int]
     columns: tuple[int, int]
+    block_select: tuple[int, int]
+    block_backward: tuple[int, int]
+
+
+# Products in float32 run on no tensor core and hold their operands in registers: small tiles.
+_FLOAT32 = Config(
+    sub=64, bm=32, bn=64, tc=16, bi=16, bk=32,
+    forward=(8, 1), columns=(8, 1), block_select=(8, 1), block_backward=(8, 1),
+)  # fmt: skip
+_HALF = Config(
+    sub=64, bm=128, bn=64, tc=16, bi=128, bk=64,
+    forward=(8, 2), columns=(8, 1), block_select=(4, 2), block_backward=(8, 1),
+)  # fmt: skip
 
 
 def padded(width: int) -> int:
@@ -38,10 +53,7 @@ def padded(width: int) -> int:
 def config(dtype: torch.dtype, d: int, e: int) -> Config:
     width = max(padded(d), padded(e))
     if dtype == torch.float32:
-        # Products in float32 run on no tensor core and hold their operands in registers: small tiles.
         if width <= 64:
-            return Config(sub=64, bm=32, bn=64, tc=16, bi=16, forward=(8, 1), columns=(8, 1))
-        return Config(sub=16, bm=32 if width <= 128 else 16, bn=32, tc=16, bi=16, forward=(8, 1), columns=(8, 1))
-    if width <= 128:
-        return Config(sub=64, bm=128, bn=64, tc=16, bi=128, forward=(8, 2), columns=(8, 1))
-    return Config(sub=32, bm=128, bn=64, tc=8, bi=64, forward=(8, 2), columns=(8, 1))
+            return _FLOAT32
+        return replace(_FLOAT32, sub=16, bm=32 if width <= 128 else 16, bn=32, bk=16)
+    return _HALF if width <= 128 else replace(_HALF, sub=32, tc=8, bi=64, bk=32)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fx_passes.ops.cuda.columns import attention_columns
 from fx_passes.ops.cuda.config import Config, config, padded
 from fx_passes.ops.cuda.forward import attention_forward
-from fx_passes.ops.cuda.lists import Lists
+from fx_passes.ops.cuda.lists import Lists, c_limit
 from fx_passes.ops.cuda.rows import attention_delta, attention_rows, place_points
 from fx_passes.ops.draws import STREAM_DROPOUT, STREAM_ROW, stream_word
 from fx_passes.ops.problem import Gradients, Problem, Softmax
@@ -70,12 +70,12 @@ def shared_arguments(problem: Problem, dropout_seed: Tensor) -> dict[str, Any]:
     return arguments
 
 
-def _programs(device: torch.device, sizes: Config, work: int) -> int:
-    """Persistent programs: two per multiprocessor where registers allow it."""
+def programs_for(device: torch.device, warps: int, work: int) -> int:
+    """Persistent programs: 16 warps per multiprocessor, which is what registers allow."""
     if device.type != "cuda":
         return min(work, 3)  # the interpreter: several blocks per program, so that a reused scratch is tested
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(work, count * max(1, 16 // sizes.forward[0]))
+    return min(work, count * max(1, 16 // warps))
 
 
 def launch_forward(
@@ -88,7 +88,7 @@ def launch_forward(
     out = q.new_empty((b, m, h, v.shape[-1])).transpose(1, 2) if with_out else None
     softmax = Softmax(*(q.new_empty((b, h, m), dtype=torch.float32) for _ in range(2)))
     blocks, tiles = -(-m // sizes.bm), -(-n // sizes.sub)
-    programs = _programs(q.device, sizes, b * h * blocks)
+    programs = programs_for(q.device, sizes.forward[0], b * h * blocks)
     scratch_tiles = -(-n // sizes.bn) * (sizes.bn // sizes.sub)
     sample = lists is not None
     scratch = q.new_empty(programs * scratch_tiles * sizes.bm, dtype=torch.float32) if sample else None
@@ -96,7 +96,7 @@ def launch_forward(
         q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
         out, *(out.stride()[:3] if out is not None else (0, 0, 0)),
         softmax.maximum, softmax.total, problem.sinks,
-        c_ptr=c, c_limit=lists.c_limit if lists else 1.0, seed_ptr=seed,
+        c_ptr=c, c_limit=c_limit(lists.capacity) if lists else 1.0, seed_ptr=seed,
         row_stream=stream_word(problem.static.site, STREAM_ROW), scratch_ptr=scratch,
         tile_ptr=lists.tile if lists else None, rank_ptr=lists.rank if lists else None,
         place_ptr=lists.place if lists else None, units_ptr=lists.units if lists else None,
@@ -143,6 +143,16 @@ def _overflow(start: Tensor, slots: int, block: int) -> tuple[int, Tensor, Tenso
     return chunk, over, torch.where(tile < tiles, tile, -1)
 
 
+def launch_delta(grad: Tensor, out: Tensor) -> Tensor:
+    """dO . O of every row, float32 [B, H, M]; both have unit stride in the last dimension."""
+    b, h, m, e = out.shape
+    delta = out.new_empty((b, h, m), dtype=torch.float32)
+    attention_delta[(-(-b * h * m // _ROWS),)](
+        grad, *grad.stride()[:3], out, *out.stride()[:3], delta, b * h * m, m, h, E=e, BE=padded(e), BR=_ROWS
+    )
+    return delta
+
+
 def launch_backward(
     problem: Problem, grad: Tensor, out: Tensor, softmax: Softmax, lists: Lists, dropout_seed: Tensor
 ) -> tuple[Gradients, Tensor, Tensor, Tensor]:
@@ -151,11 +161,8 @@ def launch_backward(
     b, h, m, d = q.shape
     (_, groups, n, e), sizes, rows = v.shape, sizes_of(problem), b * h * m
     new = q.new_empty
-    delta = new((b, h, m), dtype=torch.float32)
+    delta = launch_delta(grad, out)
     blocks_of_rows = (-(-rows // _ROWS),)
-    attention_delta[blocks_of_rows](
-        grad, *grad.stride()[:3], out, *out.stride()[:3], delta, rows, m, h, E=e, BE=padded(e), BR=_ROWS
-    )
     order, start = _order(problem, lists)
     tiles = lists.counts.shape[-1]
     chunk, over, over_tile = _overflow(start, lists.tile.numel(), sizes.bi)

@@ -10,6 +10,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -86,8 +87,9 @@ PATCHES: dict[str, tuple[Callable[[], bool], Callable[[], None]]] = {
 }
 
 
+@cache
 def install() -> dict[str, bool]:
-    """Applies the patches that this Triton needs; says which did."""
+    """Applies the patches that this Triton needs, once; says which did."""
     needed = {name: check() for name, (check, _) in PATCHES.items()}
     for name, (_, patch) in PATCHES.items():
         if needed[name]:
