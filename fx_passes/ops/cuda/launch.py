@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops.cuda.columns import attention_columns
-from fx_passes.ops.cuda.config import Config, config, padded
+from fx_passes.ops.cuda.config import Config, config, has_large_tiles, padded
 from fx_passes.ops.cuda.forward import attention_forward
 from fx_passes.ops.cuda.lists import Lists, c_limit
 from fx_passes.ops.cuda.rows import attention_delta, attention_rows, place_points
@@ -24,7 +24,8 @@ _SHORTEST = 1024
 
 
 def sizes_of(problem: Problem) -> Config:
-    return config(problem.query.dtype, problem.query.shape[-1], problem.value.shape[-1])
+    large = has_large_tiles(problem.query.device)
+    return config(problem.query.dtype, problem.query.shape[-1], problem.value.shape[-1], large)
 
 
 def dense_last(x: Tensor) -> Tensor:

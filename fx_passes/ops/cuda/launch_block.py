@@ -21,7 +21,7 @@ def launch_select(problem: Problem, softmax: Softmax, c: Tensor, seed: Tensor, l
     q, k = dense_last(problem.query), dense_last(problem.key)
     (b, h, m, _), n, sizes, blocks = q.shape, k.shape[2], sizes_of(problem), lists.counts.shape[2]
     programs = programs_for(q.device, sizes.block_select[0], b * h * blocks)
-    scratch_keys = -(-n // sizes.bn) * sizes.bn
+    scratch_keys = -(-n // sizes.bs) * sizes.bs
     shared = shared_arguments(problem, seed)
     for name in ("E", "BE", "dropout_seed_ptr", "dropout_stream", "dropout_threshold", "dropout_inverse"):
         del shared[name]
@@ -32,7 +32,7 @@ def launch_select(problem: Problem, softmax: Softmax, c: Tensor, seed: Tensor, l
         scratch_ptr=q.new_empty(programs * scratch_keys, dtype=torch.float32),
         found_ptr=lists.found, inverse_ptr=lists.inverse, count_ptr=lists.counts, capacity=lists.capacity,
         batches=b, heads=h, group=problem.group, m=m, n=n, scratch_keys=scratch_keys, blocks=blocks, programs=programs,
-        BM=ROWS, BN=sizes.bn, TK=_KEYS, num_warps=sizes.block_select[0], num_stages=sizes.block_select[1], **shared,
+        BM=ROWS, BN=sizes.bs, TK=_KEYS, num_warps=sizes.block_select[0], num_stages=sizes.block_select[1], **shared,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Points per row, and keys per block of rows; a larger c is served by the tiled path.
 LARGEST_CAPACITY = {"systematic": 1024, "block": 8192}
 _LARGEST_HEAD = 256
+_LARGEST_BLOCK_FLOAT32 = 128  # 64 rows of more do not fit into registers, and nothing else feeds float32 products
 _LARGEST_INDEX = 1 << 31
 
 
@@ -26,6 +27,8 @@ def unsupported(problem: Problem) -> str | None:
         return "empty tensors"
     if s.sampler not in LARGEST_CAPACITY:
         return f"sampler {s.sampler!r}"
+    if s.sampler == "block" and q.dtype == torch.float32 and max(d, e) > _LARGEST_BLOCK_FLOAT32:
+        return f"float32 heads above {_LARGEST_BLOCK_FLOAT32} with sampler 'block'"
     if s.softcap and problem.attn_bias is not None:
         return "softcap together with a bias"
     if s.sampler == "systematic" and problem.key.shape[2] > config(q.dtype, d, e).sub << 16:

@@ -100,7 +100,7 @@ _KERNELS = {
 
 def record(
     n: int = 32768, heads: int = 8, groups: int = 8, d: int = 128, dtype: str = "bfloat16", c: float = 30.0,
-    sampler: str = "systematic", features: tuple[str, ...] = ("causal",),
+    sampler: str = "systematic", features: tuple[str, ...] = ("causal",), arch: int = 90,
 ) -> list[tuple[Any, dict[str, Any]]]:  # fmt: skip
     """The launches of one forward and backward on meta tensors."""
     recorders = [(module, Recorder(getattr(module, name))) for module, names in _KERNELS.items() for name in names]
@@ -109,6 +109,7 @@ def record(
         for module, recorder in recorders:
             patch.setattr(module, recorder.kernel.__name__, recorder)
         patch.setattr(attention, "_host_c", lambda *_: c)
+        patch.setattr(launch, "has_large_tiles", lambda _: arch in (90, 100))
         torch.use_deterministic_algorithms("fixed" in features)
         try:
             _call(n, heads, groups, d, getattr(torch, dtype), sampler, features)
@@ -150,7 +151,7 @@ def _call(n: int, heads: int, groups: int, d: int, dtype: torch.dtype, sampler: 
 
 
 def main(arch: int, options: dict[str, Any], only: str = "") -> None:
-    for kernel, call in record(**options):
+    for kernel, call in record(**options, arch=arch):
         if only in kernel.__name__ and not call.get("OVERFLOW"):
             print(json.dumps(inspect(kernel, call, arch)), flush=True)
 

@@ -59,6 +59,11 @@ def test_peaked_rows() -> None:
     check(problem(spread=6.0), 60.0)
 
 
+def test_a_budget_beyond_all_keys_keeps_each_however_small_its_weight() -> None:
+    p = problem(attn_bias=torch.linspace(0, -80, 160).view(1, 1, 1, 160), spread=0.1)
+    assert (check(p, 170.0)["lists"].counts == 160).all()
+
+
 def test_padding_and_blocks_that_see_nothing() -> None:
     mask = torch.rand(2, 1, 1, 130, generator=torch.Generator().manual_seed(0)) < 0.6
     mask[1] = False
