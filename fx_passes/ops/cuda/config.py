@@ -66,5 +66,5 @@ def config(dtype: torch.dtype, d: int, e: int, large: bool = True) -> Config:
         return replace(_FLOAT32, sub=16, bm=32 if width <= 128 else 16, bn=32)
     if width <= 128:
         return _HALF if large else replace(_HALF, bi=64, bk=32)
-    wide = replace(_HALF, sub=32, tc=8, bi=32, bk=16)
-    return wide if large else replace(wide, bm=64, forward=(8, 1))
+    wide = replace(_HALF, sub=32, bn=32, tc=8, bi=32, bk=16)
+    return wide if large else replace(wide, bm=64, bn=64, forward=(8, 1))
