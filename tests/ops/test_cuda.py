@@ -141,19 +141,14 @@ def _problem(sampler: str, n: int = 4096, d: int = 128, dtype: torch.dtype = tor
     return Problem(q, k, v, *[None] * 6, static=Static(scale=1.0, sampler=sampler))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("sampler", "c", "limit"), [("systematic", 30.0, 512), ("block", 256.0, 40)])
-@pytest.mark.parametrize("n", [8192, 32768])
+@pytest.mark.parametrize(("sampler", "c", "limit"), [("systematic", 30.0, 496), ("block", 256.0, 33)])
+@pytest.mark.parametrize("n", [8192, 131072])
 def test_bytes_kept_per_token_and_head(sampler: str, c: float, limit: int, n: int) -> None:
-    """What lies between forward and backward beside out and softmax; counts per tile are the only part that grows."""
-    from fx_passes.ops.cuda.launch import sizes_of
-
+    """What lies between forward and backward beside the output and 8 bytes of softmax: the issue allows 512."""
     p = _problem(sampler, n)
     capacity = capacity_for(p, c)
     assert capacity is not None
-    lists = new_lists(p, sizes_of(p), capacity)
-    rows = p.query.shape[:3].numel()
-    assert (lists.buffer.numel() - 4 * lists.counts.numel()) / rows <= limit
-    assert 4 * lists.counts.numel() / rows <= 16
+    assert new_lists(p, capacity).buffer.numel() / p.query.shape[:3].numel() <= limit + 1
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 from fx_passes.mirror import capturing
 from fx_passes.ops import tiled
 from fx_passes.ops.cuda import library
-from fx_passes.ops.cuda.launch import launch_backward, launch_forward, sizes_of
+from fx_passes.ops.cuda.launch import launch_backward, launch_forward
 from fx_passes.ops.cuda.launch_block import launch_block_backward, launch_select
 from fx_passes.ops.cuda.lists import BlockLists, Lists, c_limit, capacity_for, find_lists, new_lists
 from fx_passes.ops.problem import Gradients, Problem, Softmax
@@ -22,7 +22,7 @@ def forward(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> 
     """Out, softmax, and the byte behind which the lists lie. See `schema.attention`."""
     s = problem.static
     capacity = capacity_for(problem, _host_c(problem, c)) if s.sample else None
-    lists = None if capacity is None else new_lists(problem, sizes_of(problem), capacity)
+    lists = None if capacity is None else new_lists(problem, capacity)
     if s.sample and capturing(problem.query.device) and (state := get_state(s.state)) is not None:
         state.captured(s.site, math.inf if capacity is None else c_limit(capacity))
     c, seed, dropout_seed = (x.to(problem.query.device) for x in (c, seed, dropout_seed))
@@ -50,7 +50,7 @@ def backward(
     bias_grad: bool,
 ) -> tuple[Gradients, int | Tensor]:
     """Gradients, and the number of entries used. See `schema.attention_backward`."""
-    lists = find_lists(kept, problem, sizes_of(problem))
+    lists = find_lists(kept, problem)
     if lists is None:
         # No points were drawn because c was infinite or huge, or the lists were lost when `kept` was copied. Only
         # here the host waits for the device, to learn which; in a capture it cannot.
@@ -61,7 +61,7 @@ def backward(
             if exact:
                 return library.backward(problem, grad), tiled.dense_entries(problem)
             return tiled.backward(problem, grad, out, softmax, c, seed, dropout_seed, bias_grad)
-        lists = new_lists(problem, sizes_of(problem), capacity)
+        lists = new_lists(problem, capacity)
         c, seed, dropout_seed = (x.to(problem.query.device) for x in (c, seed, dropout_seed))
         if isinstance(lists, BlockLists):
             launch_select(problem, softmax, c, seed, lists)

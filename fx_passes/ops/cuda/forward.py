@@ -75,13 +75,13 @@ def attention_forward(
     scale, softcap, left, right, diagonal,
     dropout_seed_ptr, dropout_stream, dropout_threshold, dropout_inverse,
     c_ptr, c_limit, seed_ptr, row_stream,
-    scratch_ptr, tile_ptr, rank_ptr, place_ptr, units_ptr, counts_ptr, capacity,
+    scratch_ptr, tile_ptr, rank_ptr, place_ptr, units_ptr, capacity,
     batches, heads, group, m, n, tiles, scratch_tiles, blocks, programs,
     D: tl.constexpr, E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, SUB: tl.constexpr, TC: tl.constexpr,
     PRECISION: tl.constexpr, OUT: tl.constexpr, SAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """Out, maximum and total of every row; with `SAMPLE` also the lists of points and their counts per tile."""
+    """Out, maximum and total of every row; with `SAMPLE` also the lists of points."""
     program = tl.program_id(0)
     NATURAL: tl.constexpr = bias_ptr is not None or softcap is not None
     # A mask that no place decides alone.
@@ -155,7 +155,7 @@ def attention_forward(
                 scratch, shift, total, reset, row_word(tl.load(seed_ptr), row_stream, head + batch * heads, rows),
                 inside, (c * 4294967296.0).to(tl.float32),
                 low // SUB, tl.minimum(tiles, tl.cdiv(high, BN) * (BN // SUB)),
-                capacity, at * capacity, counts_ptr + (plane * blocks + block) * tiles,
+                capacity, at * capacity,
                 tile_ptr, rank_ptr, place_ptr, units_ptr, BM, TC,
             )  # fmt: skip
             tl.debug_barrier()  # the next block overwrites them

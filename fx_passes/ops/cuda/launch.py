@@ -11,7 +11,7 @@ from fx_passes.ops.cuda.columns import attention_columns
 from fx_passes.ops.cuda.config import Config, config, has_large_tiles, padded
 from fx_passes.ops.cuda.forward import attention_forward
 from fx_passes.ops.cuda.lists import Lists, c_limit
-from fx_passes.ops.cuda.rows import attention_delta, attention_rows, place_points
+from fx_passes.ops.cuda.rows import attention_delta, attention_rows, count_points, place_points
 from fx_passes.ops.draws import STREAM_DROPOUT, STREAM_ROW, stream_word
 from fx_passes.ops.problem import Gradients, Problem, Softmax
 
@@ -101,7 +101,7 @@ def launch_forward(
         row_stream=stream_word(problem.static.site, STREAM_ROW), scratch_ptr=scratch,
         tile_ptr=lists.tile if lists else None, rank_ptr=lists.rank if lists else None,
         place_ptr=lists.place if lists else None, units_ptr=lists.units if lists else None,
-        counts_ptr=lists.counts if lists else None, capacity=lists.capacity if lists else 0,
+        capacity=lists.capacity if lists else 0,
         batches=b, heads=h, group=problem.group, m=m, n=n, tiles=tiles, scratch_tiles=scratch_tiles,
         blocks=blocks, programs=programs,
         BM=sizes.bm, BN=sizes.bn, SUB=sizes.sub, TC=sizes.tc,
@@ -113,17 +113,19 @@ def launch_forward(
 
 def _order(problem: Problem, lists: Lists) -> tuple[Tensor, Tensor]:
     """Numbers of the points grouped by (key head, tile), and where each group starts: [key heads * tiles + 1]."""
-    b, h, blocks, tiles = lists.counts.shape
-    groups, sizes = problem.key.shape[1], sizes_of(problem)
-    counts = lists.counts.view(b * groups, -1, tiles)
+    (b, h, m, _), (_, groups, n, _), sizes = problem.query.shape, problem.key.shape, sizes_of(problem)
+    blocks, tiles, slots = -(-m // sizes.bm), -(-n // sizes.sub), lists.tile.numel()
+    counts = torch.zeros((b * groups, problem.group * blocks, tiles), dtype=torch.int32, device=lists.tile.device)
+    count_points[(-(-slots // _POINTS),)](
+        lists.tile, counts, slots, lists.capacity, m, blocks, tiles, BM=sizes.bm, BLOCK=_POINTS
+    )
     start = torch.zeros(b * groups * tiles + 1, dtype=torch.int64, device=counts.device)
     torch.cumsum(counts.sum(1).view(-1), 0, out=start[1:])
     before = counts.cumsum(1, dtype=torch.int32).sub_(counts)
-    slots = lists.tile.numel()
     order = torch.empty(slots, dtype=torch.int32 if slots < 1 << 31 else torch.int64, device=counts.device)
     place_points[(-(-slots // _POINTS),)](
         lists.tile, lists.rank, start, before, order,
-        slots, lists.capacity, problem.query.shape[2], h, problem.group, blocks, tiles,
+        slots, lists.capacity, m, h, problem.group, blocks, tiles,
         BM=sizes.bm, BLOCK=_POINTS,
     )  # fmt: skip
     return order, start
@@ -165,7 +167,7 @@ def launch_backward(
     delta = launch_delta(grad, out)
     blocks_of_rows = (-(-rows // _ROWS),)
     order, start = _order(problem, lists)
-    tiles = lists.counts.shape[-1]
+    tiles = -(-n // sizes.sub)
     chunk, over, over_tile = _overflow(start, lists.tile.numel(), sizes.bi)
     partial_key = new((len(over_tile), sizes.sub, padded(d)), dtype=torch.float32)
     partial_value = new((len(over_tile), sizes.sub, padded(e)), dtype=torch.float32)

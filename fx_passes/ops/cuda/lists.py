@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fx_passes.ops.cuda.config import Config
 from fx_passes.ops.cuda.support import LARGEST_CAPACITY
 from fx_passes.ops.problem import Problem
 from fx_passes.ops.tiled.block import ROWS
@@ -25,7 +24,7 @@ _SLACK = 1.002  # the masses of a row sum to 1 within 1e-4; a list must hold eve
 
 def c_limit(capacity: int) -> float:
     """The largest c whose points fit. A larger one on the device becomes this one: less is kept, still unbiased."""
-    return (capacity - 1) / _SLACK
+    return capacity / _SLACK  # points c and a start below 1: at most floor(c * _SLACK + start) of them
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,6 @@ class Lists:
     Attributes:
         buffer: uint8, all of it.
         tile, rank, place: int32 [rows * capacity]; units: float32 [rows * capacity].
-        counts: int32 [B, H, blocks, tiles], points of each block of rows in each tile.
         capacity: slots per row.
     """
 
@@ -44,7 +42,6 @@ class Lists:
     rank: Tensor
     place: Tensor
     units: Tensor
-    counts: Tensor
     capacity: int
 
 
@@ -70,49 +67,48 @@ def capacity_for(problem: Problem, c: float) -> int | None:
     """Slots per row (or block) for c; None where lists do not pay, and infinity is not for lists at all."""
     if math.isinf(c) or c > LARGEST_CAPACITY[problem.static.sampler]:
         return None
-    return -(-math.ceil(c * _SLACK + 1) // 8) * 8
+    return math.ceil(c * _SLACK)
 
 
-def _layout(problem: Problem, sizes: Config) -> tuple[int, int, tuple[int, ...]]:
-    """How many lists there are, 4-byte words per slot, and the shape of the counts behind them."""
+def _layout(problem: Problem) -> tuple[int, int, int]:
+    """How many lists there are, 4-byte words per slot, and words of counts behind the slots."""
     b, h, m, _ = problem.query.shape
     if problem.static.sampler == "block":
-        blocks = (b, h, -(-m // ROWS))
-        return math.prod(blocks), 2, blocks
-    return b * h * m, 4, (b, h, -(-m // sizes.bm), -(-problem.key.shape[2] // sizes.sub))
+        blocks = b * h * -(-m // ROWS)
+        return blocks, 2, blocks
+    return b * h * m, 4, 0
 
 
-def _views(buffer: Tensor, problem: Problem, sizes: Config, capacity: int) -> Lists | BlockLists:
-    lists, words, shape = _layout(problem, sizes)
+def _views(buffer: Tensor, problem: Problem, capacity: int) -> Lists | BlockLists:
+    lists, words, _ = _layout(problem)
     data = buffer[_HEADER:].view(torch.int32)
     parts = data[: words * lists * capacity].view(words, -1)
-    counts = data[words * lists * capacity :].view(shape)
     if problem.static.sampler == "block":
+        shape = (*problem.query.shape[:2], -1)
         found, inverse = (x.view(*shape, capacity) for x in parts)
-        return BlockLists(buffer, found, inverse.view(torch.float32), counts, capacity)
+        return BlockLists(buffer, found, inverse.view(torch.float32), data[parts.numel() :].view(shape), capacity)
     tile, rank, place, units = parts
-    return Lists(buffer, tile, rank, place, units.view(torch.float32), counts, capacity)
+    return Lists(buffer, tile, rank, place, units.view(torch.float32), capacity)
 
 
-def new_lists(problem: Problem, sizes: Config, capacity: int) -> Lists | BlockLists:
+def new_lists(problem: Problem, capacity: int) -> Lists | BlockLists:
     """Empty lists for the problem's sampler."""
-    lists, words, shape = _layout(problem, sizes)
-    size = _HEADER + 4 * (words * lists * capacity + math.prod(shape))
-    made = _views(torch.empty(size, dtype=torch.uint8, device=problem.query.device), problem, sizes, capacity)
+    lists, words, counts = _layout(problem)
+    size = _HEADER + 4 * (words * lists * capacity + counts)
+    made = _views(torch.empty(size, dtype=torch.uint8, device=problem.query.device), problem, capacity)
     if isinstance(made, Lists):
         made.tile.fill_(-1)
-        made.counts.zero_()
     else:
         made.found.zero_()  # the kernels write the slots in use, and who indexes by the others must find a key
     return made
 
 
-def find_lists(kept: Tensor, problem: Problem, sizes: Config) -> Lists | BlockLists | None:
+def find_lists(kept: Tensor, problem: Problem) -> Lists | BlockLists | None:
     """The lists behind the operator's byte, or None where it was copied and they are lost."""
     storage = kept.untyped_storage()
-    lists, words, shape = _layout(problem, sizes)
-    capacity, rest = divmod((storage.nbytes() - _HEADER) // 4 - math.prod(shape), words * lists)
+    lists, words, counts = _layout(problem)
+    capacity, rest = divmod((storage.nbytes() - _HEADER) // 4 - counts, words * lists)
     if kept.storage_offset() or rest or capacity <= 0:
         return None
     buffer = torch.empty(0, dtype=torch.uint8, device=kept.device).set_(storage, 0, (storage.nbytes(),), (1,))
-    return _views(buffer, problem, sizes, capacity)
+    return _views(buffer, problem, capacity)

@@ -93,7 +93,14 @@ def inspect(kernel: Any, call: dict[str, Any], arch: int) -> dict[str, Any]:
 
 
 _KERNELS = {
-    launch: ("attention_forward", "place_points", "attention_columns", "attention_rows", "attention_delta"),
+    launch: (
+        "attention_forward",
+        "count_points",
+        "place_points",
+        "attention_columns",
+        "attention_rows",
+        "attention_delta",
+    ),
     launch_block: ("block_select", "block_backward"),
 }
 

@@ -149,10 +149,10 @@ def test_c_beyond_the_lists_is_lowered_and_unbiased(monkeypatch: pytest.MonkeyPa
     p = problem()
     monkeypatch.setattr(attention, "_host_c", lambda *_: 12.0)
     r = run(p, 100.0)
-    assert r["lists"].capacity == 16
-    assert (r["lists"].counts <= 16).all()
+    assert r["lists"].capacity == 13
+    assert (r["lists"].counts <= 13).all()
     monkeypatch.setattr("tests.ops.cuda.block_calls.run", lambda p, c: r)
-    check(p, float(attention.c_limit(16)))
+    check(p, float(attention.c_limit(13)))
 
 
 @pytest.mark.slow

@@ -183,10 +183,10 @@ def test_c_beyond_the_lists_is_lowered_and_unbiased(monkeypatch: pytest.MonkeyPa
     p = problem()
     monkeypatch.setattr(attention, "_host_c", lambda *_: 4.0)
     r = run(p, 100.0)
-    assert r["lists"].capacity == 8
+    assert r["lists"].capacity == 5
     weights = dense(p).weights(dense(p).logits())
     matrix = kept_matrix(p, r["key"])
-    right = sus_gradients(dense(p), r["grad"], matrix / (c_limit(8) * weights).clamp(max=1))
+    right = sus_gradients(dense(p), r["grad"], matrix / (c_limit(5) * weights).clamp(max=1))
     assert error(r["gradients"].key, right["key"]) < 1e-4
 
 
