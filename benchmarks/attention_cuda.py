@@ -35,7 +35,10 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass
 class Row:
-    """One kernel at one length: medians in milliseconds, memory above the inputs in bytes."""
+    """One kernel at one length: medians in milliseconds, memory above the inputs in bytes.
+
+    `variance` is what SUS adds to the spread of the gradients over inputs, for dQ, dK and dV; see `variance`.
+    """
 
     name: str
     n: int
@@ -43,6 +46,7 @@ class Row:
     backward_ms: float | None = None
     both_ms: float | None = None
     peak_bytes: int | None = None
+    variance: dict[str, float] | None = None
     note: str = ""
 
 
@@ -86,8 +90,12 @@ def flash_attn(options: argparse.Namespace) -> Attention:
     return call
 
 
+def sus_name(c: float) -> str:
+    return f"sus c={c:g}"
+
+
 def candidates(options: argparse.Namespace, n: int) -> dict[str, Callable[[], Attention]]:
-    found: dict[str, Callable[[], Attention]] = {f"sus c={c:g}": lambda c=c: sus(options, c) for c in options.c}  # type: ignore[misc]
+    found: dict[str, Callable[[], Attention]] = {sus_name(c): lambda c=c: sus(options, c) for c in options.c}  # type: ignore[misc]
     on_gpu = options.device == "cuda"
     backends = ["FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"] if on_gpu else ["FLASH_ATTENTION"]
     if n <= 4096:
@@ -220,8 +228,10 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
 def show(row: Row) -> str:
     if row.note:
         return f"{row.name:26} {row.n:>8} {row.note}"
-    peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:10.1f}"
-    return f"{row.name:26} {row.n:>8} {row.forward_ms:10.3f} {row.backward_ms:10.3f} {row.both_ms:10.3f} {peak:>10}"
+    peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}"
+    times = "".join(f" {ms:10.3f}" for ms in (row.forward_ms, row.backward_ms, row.both_ms))
+    spread = "" if row.variance is None else " ".join(f"{x:8.2e}" for x in row.variance.values())
+    return f"{row.name:26} {row.n:>8}{times} {peak:>10}  {spread}".rstrip()
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -262,19 +272,18 @@ def main(arguments: list[str] | None = None) -> int:
         print("gradients are wrong, nothing is timed:", *wrong, sep="\n  ")
         return 1
     print(f"gradients agree with float64; c = {', '.join(f'{c:g}' for c in options.c)}, {options.sampler}")
-    print(f"{'':26} {'n':>8} {'forward':>10} {'backward':>10} {'both (ms)':>10} {'peak (MB)':>10}")
-    rows, spread = [], []
+    print("variance: what SUS adds to the spread of dQ, dK, dV over inputs, for the same c and inputs as the times")
+    print(f"{'':26} {'n':>8} {'forward':>10} {'backward':>10} {'both (ms)':>10} {'peak (MB)':>10}  variance")
+    rows = []
     for n in options.n:
+        spread = {sus_name(c): variance(options, n, c) for c in options.c}
         for name, make in candidates(options, n).items():
             rows.append(measure(name, make, options, n))
+            rows[-1].variance = spread.get(name)
             print(show(rows[-1]), flush=True)
-        for c in options.c:
-            spread.append({"n": n, "c": c, **variance(options, n, c)})
-            print("  added variance / spread over inputs:", {k: float(f"{v:.3g}") for k, v in spread[-1].items()})
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {**what, "rows": [asdict(r) for r in rows], "variance": spread}
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json.dumps({**what, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
     return 0
 
 

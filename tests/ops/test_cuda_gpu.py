@@ -15,6 +15,7 @@ from fx_passes.state import State, draw
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from tests.ops.cuda import block_calls
 from tests.ops.cuda.calls import check, problem, run
 
 pytestmark = pytest.mark.gpu
@@ -40,15 +41,30 @@ def test_features(name: str, dtype: torch.dtype) -> None:
     check(problem(m=700, n=1000, d=64, e=64, dtype=dtype, **FEATURES[name]), 30.0)
 
 
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_features_of_the_block_sampler(name: str, dtype: torch.dtype) -> None:
+    block_calls.check(block_calls.problem(m=700, n=1000, d=64, e=64, dtype=dtype, **FEATURES[name]), 128.0)
+
+
 @pytest.mark.parametrize("d", [16, 32, 80, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_head_sizes_and_groups(d: int, dtype: torch.dtype) -> None:
-    check(problem(b=2, h=4, g=2, m=513, n=513, d=d, e=d, dtype=dtype, static={"right": 0}), 30.0)
+    sizes: dict[str, Any] = {"b": 2, "h": 4, "g": 2, "m": 513, "n": 513, "d": d, "e": d, "dtype": dtype}
+    check(problem(**sizes, static={"right": 0}), 30.0)
+    if d <= 128 or dtype != torch.float32:
+        block_calls.check(block_calls.problem(**sizes, static={"right": 0}), 128.0)
 
 
-def test_deterministic() -> None:
-    p = problem(m=2000, n=2000, d=64, e=64, dtype=torch.bfloat16, static={"right": 0}, spread=4.0)
-    first, second = run(p, 30.0), run(p, 30.0)
+@pytest.mark.parametrize("sampler", ["systematic", "block"])
+def test_deterministic(sampler: str) -> None:
+    static = {"right": 0, "sampler": sampler}
+    p = problem(m=2000, n=2000, d=64, e=64, dtype=torch.bfloat16, static=static, spread=4.0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = run(p, 30.0), run(p, 30.0)
+    finally:
+        torch.use_deterministic_algorithms(False)
     for name in ("query", "key", "value"):
         assert torch.equal(getattr(first["gradients"], name), getattr(second["gradients"], name))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fx_passes.ops.cuda.scores import LOG2E, capped, dropout_entries, power, scores
+from fx_passes.ops.cuda.scores import LOG2E, Rules, capped, dropout_entries, load_rows, power, scores
 
 RESOLUTION = tl.constexpr(1 << 29)  # times 24 bits of a tile's length is exact in float64
 
@@ -76,11 +76,16 @@ def attention_columns(
     heads, groups, group, m, n, tiles,
     D: tl.constexpr, E: tl.constexpr,
     BI: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, SUB: tl.constexpr,
-    NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, IDS: tl.constexpr,
-    PREFIX: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, OVERFLOW: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile's keys and values, and (key, dS * scale) of each point, in the place of the point."""
+    NATURAL: tl.constexpr = bias_ptr is not None or softcap is not None
+    dropout_seed = tl.load(dropout_seed_ptr) if dropout_seed_ptr is not None else None
+    rules = Rules(
+        mask_ptr, mask_b, mask_h, mask_m, mask_n, bias_ptr, bias_b, bias_h, bias_m, bias_n,
+        qid_ptr, qid_b, kid_ptr, kid_b, prefix_ptr, prefix_b, scale, softcap, left, right, diagonal,
+        dropout_seed, dropout_stream, dropout_threshold, dropout_inverse,
+    )  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     number = program
     if OVERFLOW:
@@ -95,14 +100,9 @@ def attention_columns(
     e = tl.arange(0, BE)
     lane = tl.arange(0, SUB)
     keys = (tile * SUB + lane).to(tl.int32)
-    wide = keys.to(tl.int64)
     has_key = keys < n
-    key_mask = has_key[:, None] & (d < D)[None, :]
-    value_mask = has_key[:, None] & (e < E)[None, :]
-    key = tl.load(key_ptr + batch * k_b + key_head * k_h + wide[:, None] * k_n + d[None, :], mask=key_mask, other=0.0)
-    value = tl.load(
-        value_ptr + batch * v_b + key_head * v_h + wide[:, None] * v_n + e[None, :], mask=value_mask, other=0.0
-    )
+    key = load_rows(key_ptr + batch * k_b + key_head * k_h, keys, k_n, has_key, D, BD, True)
+    value = load_rows(value_ptr + batch * v_b + key_head * v_h, keys, v_n, has_key, E, BE, True)
     dkey = tl.zeros((SUB, BD), tl.float32)
     dvalue = tl.zeros((SUB, BE), tl.float32)
     first = tl.load(start_ptr + number)
@@ -115,7 +115,6 @@ def attention_columns(
             dkey += tl.load(partial_key_ptr + slot * SUB * BD + lane[:, None] * BD + d[None, :])
             dvalue += tl.load(partial_value_ptr + slot * SUB * BE + lane[:, None] * BE + e[None, :])
     stop = tl.minimum(stop, first + chunk)
-    dropout_seed = tl.load(dropout_seed_ptr) if DROPOUT else 0
     for begin in range(first, stop, BI):
         at = begin + tl.arange(0, BI)
         valid = at < stop
@@ -125,16 +124,10 @@ def attention_columns(
         plane_of_row = row_number // m
         rows = (row_number - plane_of_row * m).to(tl.int32)
         head = (plane_of_row - batch * heads).to(tl.int64)
-        query = tl.load(
-            query_ptr + (batch * q_b + head * q_h + rows.to(tl.int64) * q_m)[:, None] + d[None, :],
-            mask=valid[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
-        grad = tl.load(
-            grad_ptr + (batch * o_b + head * o_h + rows.to(tl.int64) * o_m)[:, None] + e[None, :],
-            mask=valid[:, None] & (e < E)[None, :],
-            other=0.0,
-        )
+        query_at = batch * q_b + head * q_h + rows.to(tl.int64) * q_m
+        query = load_rows(query_ptr, query_at, 1, valid, D, BD, True)
+        grad_at = batch * o_b + head * o_h + rows.to(tl.int64) * o_m
+        grad = load_rows(grad_ptr, grad_at, 1, valid, E, BE, True)
         top = tl.load(maximum_ptr + row_number, mask=valid, other=0.0)
         total = tl.load(total_ptr + row_number, mask=valid, other=1.0)
         delta = tl.load(delta_ptr + row_number, mask=valid, other=0.0)
@@ -142,14 +135,7 @@ def attention_columns(
         place = tl.load(place_ptr + item, mask=valid, other=0)
         units = tl.load(units_ptr + item, mask=valid, other=1.0)
         product = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        x = scores(
-            product, head, rows, keys, batch, m, n,
-            mask_ptr, mask_b, mask_h, mask_m, mask_n,
-            bias_ptr, bias_b, bias_h, bias_m, bias_n,
-            qid_ptr, qid_b, kid_ptr, kid_b, prefix_ptr, prefix_b,
-            scale, softcap, left, right, diagonal,
-            SOFTCAP, BIAS, MASK, IDS, PREFIX, LEFT, RIGHT, True,
-        )  # fmt: skip
+        x = scores(product, head, rows, keys, batch, m, n, rules, True)
         shown = top if NATURAL else top * LOG2E
         weights = power(x - shown[:, None], NATURAL)  # times total; only ratios matter until one is chosen
         at_lane, q, is_first = _point(place, index, units, weights)
@@ -160,14 +146,12 @@ def attention_columns(
         chosen = at_lane + (tile * SUB).to(tl.int32)
         dweight = tl.sum(tl.where(hit, tl.dot(grad, tl.trans(value), input_precision=PRECISION), 0.0), 1)
         used = weight
-        if DROPOUT:
-            drop = dropout_entries(
-                dropout_seed, dropout_stream, plane_of_row, rows, chosen, dropout_threshold, dropout_inverse
-            )
+        if dropout_seed is not None:
+            drop = dropout_entries(rules, plane_of_row, rows, chosen)
             dweight *= drop
             used *= drop
         dlogit = weight * (dweight - delta)
-        if SOFTCAP:
+        if softcap is not None:
             ratio = capped(tl.sum(tl.where(hit, product, 0.0), 1) * scale, softcap) / softcap
             dlogit *= 1.0 - ratio * ratio
         tl.store(found_ptr + item, tl.where(kept, chosen, -1), mask=valid)
@@ -184,6 +168,10 @@ def attention_columns(
         tl.store(
             dkey_ptr + out[:, None] * D + d[None, :],
             (dkey * grad_scale).to(dkey_ptr.dtype.element_ty),
-            mask=key_mask,
+            mask=has_key[:, None] & (d < D)[None, :],
         )
-        tl.store(dvalue_ptr + out[:, None] * E + e[None, :], dvalue.to(dvalue_ptr.dtype.element_ty), mask=value_mask)
+        tl.store(
+            dvalue_ptr + out[:, None] * E + e[None, :],
+            dvalue.to(dvalue_ptr.dtype.element_ty),
+            mask=has_key[:, None] & (e < E)[None, :],
+        )

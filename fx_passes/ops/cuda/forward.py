@@ -12,98 +12,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fx_passes.ops.cuda.scores import LN2, LOG2E, dropout_tile, power, row_word, scores
+from fx_passes.ops.cuda.scores import LN2, LOG2E, Rules, bounds, dropout_tile, load_rows, power, row_word, scores
 from fx_passes.ops.cuda.select import select
 
 
 @triton.jit
 def _sweep(
-    acc,
-    top,
-    total,
-    anchor,
-    reset,
-    query,
-    low,
-    high,
-    key_ptr,
-    k_n,
-    value_ptr,
-    v_n,
-    scratch,
-    batch,
-    head,
-    rows,
-    m,
-    n,
-    mask_ptr,
-    mask_b,
-    mask_h,
-    mask_m,
-    mask_n,
-    bias_ptr,
-    bias_b,
-    bias_h,
-    bias_m,
-    bias_n,
-    qid_ptr,
-    qid_b,
-    kid_ptr,
-    kid_b,
-    prefix_ptr,
-    prefix_b,
-    scale,
-    softcap,
-    left,
-    right,
-    diagonal,
-    dropout_seed,
-    dropout_stream,
-    dropout_threshold,
-    dropout_inverse,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-    SUB: tl.constexpr,
-    NATURAL: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BIAS: tl.constexpr,
-    MASK: tl.constexpr,
-    IDS: tl.constexpr,
-    PREFIX: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    OUT: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    acc, top, total, anchor, reset, query, low, high,
+    key_ptr, k_n, value_ptr, v_n, scratch,
+    batch, head, rows, m, n, rules,
+    D: tl.constexpr, E: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, SUB: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr, SAMPLE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Online softmax over the keys [low, high), `low` a multiple of BN."""
-    d = tl.arange(0, BD)
-    e = tl.arange(0, BE)
     for start in range(low, high, BN):
         keys = start + tl.arange(0, BN)
-        wide = keys.to(tl.int64)
-        key_at = key_ptr + wide[:, None] * k_n + d[None, :]
-        if MASKED:
-            key = tl.load(key_at, mask=(keys < n)[:, None] & (d < D)[None, :], other=0.0)
-        elif BD == D:
-            key = tl.load(key_at)
-        else:
-            key = tl.load(key_at, mask=(d < D)[None, :], other=0.0)
+        key = load_rows(key_ptr, keys, k_n, keys < n, D, BD, MASKED)
         product = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        x = scores(
-            product, head, rows, keys, batch, m, n,
-            mask_ptr, mask_b, mask_h, mask_m, mask_n,
-            bias_ptr, bias_b, bias_h, bias_m, bias_n,
-            qid_ptr, qid_b, kid_ptr, kid_b, prefix_ptr, prefix_b,
-            scale, softcap, left, right, diagonal,
-            SOFTCAP, BIAS, MASK, IDS, PREFIX, LEFT, RIGHT, MASKED,
-        )  # fmt: skip
+        x = scores(product, head, rows, keys, batch, m, n, rules, MASKED)
         new = tl.maximum(top, tl.max(x, 1))
         base = tl.where(new == float("-inf"), 0.0, new)
         alpha = power(top - base, NATURAL)
@@ -124,51 +51,17 @@ def _sweep(
         else:
             total = total * alpha + tl.sum(p, 1)
         if OUT:
-            value_at = value_ptr + wide[:, None] * v_n + e[None, :]
-            if MASKED:
-                value = tl.load(value_at, mask=(keys < n)[:, None] & (e < E)[None, :], other=0.0)
-            elif BE == E:
-                value = tl.load(value_at)
-            else:
-                value = tl.load(value_at, mask=(e < E)[None, :], other=0.0)
-            if DROPOUT:
-                p *= dropout_tile(
-                    dropout_seed, dropout_stream, head, rows, start, dropout_threshold, dropout_inverse, BN
-                )
+            value = load_rows(value_ptr, keys, v_n, keys < n, E, BE, MASKED)
+            if rules.dropout_seed is not None:
+                p *= dropout_tile(rules, head, rows, start, BN)
             acc = acc * alpha[:, None]
             acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)
         top = new
     return acc, top, total, anchor, reset
 
 
-@triton.jit
-def _bounds(
-    first, n, left, right, diagonal, prefix,
-    BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PREFIX: tl.constexpr,
-    ANY: tl.constexpr,
-):  # fmt: skip
-    """Keys [low, high) that a block of rows sees, and [a, b) inside, whose tiles need no mask; low, a, b at tiles."""
-    low = 0
-    high = n
-    if RIGHT:
-        high = tl.minimum(n, tl.maximum(first + BM + diagonal + right, 0))
-    if PREFIX:
-        high = tl.maximum(high, tl.minimum(n, prefix))
-    elif LEFT:
-        low = tl.maximum(first + diagonal - left, 0) // BN * BN
-    a = low
-    b = high // BN * BN
-    if LEFT:
-        a = tl.maximum(low, tl.cdiv(tl.maximum(first + BM - 1 + diagonal - left, 0), BN) * BN)
-        a = tl.minimum(a, tl.maximum(low, tl.cdiv(high, BN) * BN))
-    if RIGHT:
-        b = tl.minimum(b, tl.maximum(first + diagonal + right + 1, 0) // BN * BN)
-    if ANY:
-        b = a
-    return low, a, tl.maximum(a, b), high
-
-
-@triton.jit
+# c of a site is an element of a vector: its alignment says nothing, and must not cost a compilation.
+@triton.jit(do_not_specialize_on_alignment=["c_ptr"])
 def attention_forward(
     query_ptr, q_b, q_h, q_m,
     key_ptr, k_b, k_h, k_n,
@@ -182,18 +75,23 @@ def attention_forward(
     scale, softcap, left, right, diagonal,
     dropout_seed_ptr, dropout_stream, dropout_threshold, dropout_inverse,
     c_ptr, c_limit, seed_ptr, row_stream,
-    scratch_ptr, tile_ptr, rank_ptr, place_ptr, units_ptr, counts_ptr, capacity,
+    scratch_ptr, tile_ptr, rank_ptr, place_ptr, units_ptr, capacity,
     batches, heads, group, m, n, tiles, scratch_tiles, blocks, programs,
     D: tl.constexpr, E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, SUB: tl.constexpr, TC: tl.constexpr,
-    NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, IDS: tl.constexpr,
-    PREFIX: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, OUT: tl.constexpr, SAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """Out, maximum and total of every row; with `SAMPLE` also the lists of points and their counts per tile."""
+    """Out, maximum and total of every row; with `SAMPLE` also the lists of points."""
     program = tl.program_id(0)
-    ANY: tl.constexpr = PREFIX or IDS or MASK > 0  # a mask that no place decides alone
-    d = tl.arange(0, BD)
+    NATURAL: tl.constexpr = bias_ptr is not None or softcap is not None
+    # A mask that no place decides alone.
+    ANY: tl.constexpr = prefix_ptr is not None or qid_ptr is not None or mask_ptr is not None
+    dropout_seed = tl.load(dropout_seed_ptr) if dropout_seed_ptr is not None else None
+    rules = Rules(
+        mask_ptr, mask_b, mask_h, mask_m, mask_n, bias_ptr, bias_b, bias_h, bias_m, bias_n,
+        qid_ptr, qid_b, kid_ptr, kid_b, prefix_ptr, prefix_b, scale, softcap, left, right, diagonal,
+        dropout_seed, dropout_stream, dropout_threshold, dropout_inverse,
+    )  # fmt: skip
     e = tl.arange(0, BE)
     for work in range(program, batches * heads * blocks, programs):
         plane = (work // blocks).to(tl.int64)
@@ -204,18 +102,12 @@ def attention_forward(
         rows = first + tl.arange(0, BM)
         far = rows.to(tl.int64)
         inside = rows < m
-        query = tl.load(
-            query_ptr + batch * q_b + head * q_h + far[:, None] * q_m + d[None, :],
-            mask=inside[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
-        prefix = 0
-        if PREFIX:
-            prefix = tl.load(prefix_ptr + batch * prefix_b).to(tl.int32)
-        low, a, b, high = _bounds(first, n, left, right, diagonal, prefix, BM, BN, LEFT, RIGHT, PREFIX, ANY)
+        query = load_rows(query_ptr + batch * q_b + head * q_h, rows, q_m, inside, D, BD, True)
+        prefix = tl.load(prefix_ptr + batch * prefix_b).to(tl.int32) if prefix_ptr is not None else None
+        low, a, b, high = bounds(first, n, left, right, diagonal, prefix, BM, BN, ANY)
         top = tl.full((BM,), float("-inf"), tl.float32)
         total = tl.zeros((BM,), tl.float32)
-        if SINKS:
+        if sinks_ptr is not None:
             sink = tl.load(sinks_ptr + head).to(tl.float32)
             top = tl.zeros((BM,), tl.float32) + (sink if NATURAL else sink * LOG2E)
             total = tl.where(top == float("-inf"), 0.0, 1.0)
@@ -227,21 +119,14 @@ def attention_forward(
         scratch = scratch_ptr
         if SAMPLE:
             scratch += program.to(tl.int64) * scratch_tiles * BM
-        dropout_seed = tl.load(dropout_seed_ptr) if DROPOUT else 0
         for part in tl.static_range(3):
-            if part == 2 or (part == 1 and not ANY) or (part == 0 and LEFT):
+            if part == 2 or (part == 1 and not ANY) or (part == 0 and left is not None):
                 start = low if part == 0 else (a if part == 1 else b)
                 stop = a if part == 0 else (b if part == 1 else high)
                 acc, top, total, anchor, reset = _sweep(
                     acc, top, total, anchor, reset, query, start, stop,
-                    keys_of, k_n, values_of, v_n, scratch, batch, head, rows, m, n,
-                    mask_ptr, mask_b, mask_h, mask_m, mask_n,
-                    bias_ptr, bias_b, bias_h, bias_m, bias_n,
-                    qid_ptr, qid_b, kid_ptr, kid_b, prefix_ptr, prefix_b,
-                    scale, softcap, left, right, diagonal,
-                    dropout_seed, dropout_stream, dropout_threshold, dropout_inverse,
-                    D, E, BM, BN, BD, BE, SUB, NATURAL, SOFTCAP, BIAS, MASK, IDS, PREFIX, LEFT, RIGHT, DROPOUT,
-                    PRECISION, OUT, SAMPLE, part != 1,
+                    keys_of, k_n, values_of, v_n, scratch, batch, head, rows, m, n, rules,
+                    D, E, BM, BN, BD, BE, SUB, NATURAL, PRECISION, OUT, SAMPLE, part != 1,
                 )  # fmt: skip
         # The maximum that is stored is the one that others subtract, rounding included: total follows it.
         empty = top == float("-inf")
@@ -270,7 +155,7 @@ def attention_forward(
                 scratch, shift, total, reset, row_word(tl.load(seed_ptr), row_stream, head + batch * heads, rows),
                 inside, (c * 4294967296.0).to(tl.float32),
                 low // SUB, tl.minimum(tiles, tl.cdiv(high, BN) * (BN // SUB)),
-                capacity, at * capacity, counts_ptr + (plane * blocks + block) * tiles,
+                capacity, at * capacity,
                 tile_ptr, rank_ptr, place_ptr, units_ptr, BM, TC,
             )  # fmt: skip
             tl.debug_barrier()  # the next block overwrites them

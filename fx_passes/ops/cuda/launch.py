@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops.cuda.columns import attention_columns
-from fx_passes.ops.cuda.config import Config, config, padded
+from fx_passes.ops.cuda.config import Config, config, has_large_tiles, padded
 from fx_passes.ops.cuda.forward import attention_forward
-from fx_passes.ops.cuda.lists import Lists
-from fx_passes.ops.cuda.rows import attention_delta, attention_rows, place_points
+from fx_passes.ops.cuda.lists import Lists, c_limit
+from fx_passes.ops.cuda.rows import attention_delta, attention_rows, count_points, place_points
 from fx_passes.ops.draws import STREAM_DROPOUT, STREAM_ROW, stream_word
 from fx_passes.ops.problem import Gradients, Problem, Softmax
 
@@ -24,7 +24,8 @@ _SHORTEST = 1024
 
 
 def sizes_of(problem: Problem) -> Config:
-    return config(problem.query.dtype, problem.query.shape[-1], problem.value.shape[-1])
+    large = has_large_tiles(problem.query.device)
+    return config(problem.query.dtype, problem.query.shape[-1], problem.value.shape[-1], large)
 
 
 def dense_last(x: Tensor) -> Tensor:
@@ -38,53 +39,44 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
 
 
 def shared_arguments(problem: Problem, dropout_seed: Tensor) -> dict[str, Any]:
-    """The arguments that say what acts on the logits, under the names that every kernel has for them."""
+    """The arguments that make the kernels' `Rules`, and head sizes; None where a rule is off."""
     s, mask, bias = problem.static, problem.attn_mask, problem.attn_bias
-    natural = bias is not None or s.softcap != 0
-    none = dict.fromkeys(("b", "h", "m", "n"), 0)
-    kind = 0 if mask is None else (1 if all(mask.shape[i] == 1 or mask.stride(i) == 0 for i in (1, 2)) else 2)
+    none = dict.fromkeys(("b", "h", "m", "n"))
     arguments: dict[str, Any] = {
         "mask_ptr": None if mask is None else mask.view(torch.uint8),
         **({f"mask_{k}": v for k, v in none.items()} if mask is None else _strides("mask", mask)),
         "bias_ptr": bias,
         **({f"bias_{k}": v for k, v in none.items()} if bias is None else _strides("bias", bias)),
-        "scale": s.scale if natural else s.scale * _LOG2E,
-        "softcap": float(s.softcap),
-        "left": s.left or 0,
-        "right": s.right or 0,
+        "scale": s.scale if bias is not None or s.softcap else s.scale * _LOG2E,
+        "softcap": float(s.softcap) if s.softcap else None,
+        "left": s.left,
+        "right": s.right,
         "diagonal": problem.diagonal,
         "dropout_seed_ptr": dropout_seed if s.dropout_p else None,
-        "dropout_stream": stream_word(s.site, STREAM_DROPOUT),
-        "dropout_threshold": int(s.dropout_p * (1 << 32)),
-        "dropout_inverse": 1 / (1 - s.dropout_p),
+        "dropout_stream": stream_word(s.site, STREAM_DROPOUT) if s.dropout_p else None,
+        "dropout_threshold": int(s.dropout_p * (1 << 32)) if s.dropout_p else None,
+        "dropout_inverse": 1 / (1 - s.dropout_p) if s.dropout_p else None,
         "D": problem.query.shape[-1],
         "E": problem.value.shape[-1],
         "BD": padded(problem.query.shape[-1]),
         "BE": padded(problem.value.shape[-1]),
-        "NATURAL": natural,
-        "SOFTCAP": s.softcap != 0,
-        "BIAS": bias is not None,
-        "MASK": kind,
-        "IDS": problem.query_ids is not None and problem.key_ids is not None,
-        "PREFIX": problem.prefix is not None,
-        "LEFT": s.left is not None,
-        "RIGHT": s.right is not None,
-        "DROPOUT": s.dropout_p != 0,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
     }
+    if mask is not None and all(mask.shape[i] == 1 or mask.stride(i) == 0 for i in (1, 2)):
+        arguments |= {"mask_h": None, "mask_m": None}  # a function of the key alone
     for name, ids in (("qid", problem.query_ids), ("kid", problem.key_ids), ("prefix", problem.prefix)):
         ids = None if ids is None else ids.contiguous()
         arguments[f"{name}_ptr"] = ids
-        arguments[f"{name}_b"] = 0 if ids is None or ids.shape[0] == 1 else ids.stride(0)
+        arguments[f"{name}_b"] = None if ids is None else 0 if ids.shape[0] == 1 else ids.stride(0)
     return arguments
 
 
-def _programs(device: torch.device, sizes: Config, work: int) -> int:
-    """Persistent programs: two per multiprocessor where registers allow it."""
+def programs_for(device: torch.device, warps: int, work: int) -> int:
+    """Persistent programs: 16 warps per multiprocessor, which is what registers allow."""
     if device.type != "cuda":
         return min(work, 3)  # the interpreter: several blocks per program, so that a reused scratch is tested
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(work, count * max(1, 16 // sizes.forward[0]))
+    return min(work, count * max(1, 16 // warps))
 
 
 def launch_forward(
@@ -97,7 +89,7 @@ def launch_forward(
     out = q.new_empty((b, m, h, v.shape[-1])).transpose(1, 2) if with_out else None
     softmax = Softmax(*(q.new_empty((b, h, m), dtype=torch.float32) for _ in range(2)))
     blocks, tiles = -(-m // sizes.bm), -(-n // sizes.sub)
-    programs = _programs(q.device, sizes, b * h * blocks)
+    programs = programs_for(q.device, sizes.forward[0], b * h * blocks)
     scratch_tiles = -(-n // sizes.bn) * (sizes.bn // sizes.sub)
     sample = lists is not None
     scratch = q.new_empty(programs * scratch_tiles * sizes.bm, dtype=torch.float32) if sample else None
@@ -105,14 +97,14 @@ def launch_forward(
         q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
         out, *(out.stride()[:3] if out is not None else (0, 0, 0)),
         softmax.maximum, softmax.total, problem.sinks,
-        c_ptr=c, c_limit=lists.c_limit if lists else 1.0, seed_ptr=seed,
+        c_ptr=c, c_limit=c_limit(lists.capacity) if lists else 1.0, seed_ptr=seed,
         row_stream=stream_word(problem.static.site, STREAM_ROW), scratch_ptr=scratch,
         tile_ptr=lists.tile if lists else None, rank_ptr=lists.rank if lists else None,
         place_ptr=lists.place if lists else None, units_ptr=lists.units if lists else None,
-        counts_ptr=lists.counts if lists else None, capacity=lists.capacity if lists else 0,
+        capacity=lists.capacity if lists else 0,
         batches=b, heads=h, group=problem.group, m=m, n=n, tiles=tiles, scratch_tiles=scratch_tiles,
         blocks=blocks, programs=programs,
-        BM=sizes.bm, BN=sizes.bn, SUB=sizes.sub, TC=sizes.tc, SINKS=problem.sinks is not None,
+        BM=sizes.bm, BN=sizes.bn, SUB=sizes.sub, TC=sizes.tc,
         OUT=with_out, SAMPLE=sample, num_warps=sizes.forward[0], num_stages=sizes.forward[1],
         **shared_arguments(problem, dropout_seed),
     )  # fmt: skip
@@ -121,17 +113,19 @@ def launch_forward(
 
 def _order(problem: Problem, lists: Lists) -> tuple[Tensor, Tensor]:
     """Numbers of the points grouped by (key head, tile), and where each group starts: [key heads * tiles + 1]."""
-    b, h, blocks, tiles = lists.counts.shape
-    groups, sizes = problem.key.shape[1], sizes_of(problem)
-    counts = lists.counts.view(b * groups, -1, tiles)
+    (b, h, m, _), (_, groups, n, _), sizes = problem.query.shape, problem.key.shape, sizes_of(problem)
+    blocks, tiles, slots = -(-m // sizes.bm), -(-n // sizes.sub), lists.tile.numel()
+    counts = torch.zeros((b * groups, problem.group * blocks, tiles), dtype=torch.int32, device=lists.tile.device)
+    count_points[(-(-slots // _POINTS),)](
+        lists.tile, counts, slots, lists.capacity, m, blocks, tiles, BM=sizes.bm, BLOCK=_POINTS
+    )
     start = torch.zeros(b * groups * tiles + 1, dtype=torch.int64, device=counts.device)
     torch.cumsum(counts.sum(1).view(-1), 0, out=start[1:])
     before = counts.cumsum(1, dtype=torch.int32).sub_(counts)
-    slots = lists.tile.numel()
     order = torch.empty(slots, dtype=torch.int32 if slots < 1 << 31 else torch.int64, device=counts.device)
     place_points[(-(-slots // _POINTS),)](
         lists.tile, lists.rank, start, before, order,
-        slots, lists.capacity, problem.query.shape[2], h, problem.group, blocks, tiles,
+        slots, lists.capacity, m, h, problem.group, blocks, tiles,
         BM=sizes.bm, BLOCK=_POINTS,
     )  # fmt: skip
     return order, start
@@ -152,6 +146,16 @@ def _overflow(start: Tensor, slots: int, block: int) -> tuple[int, Tensor, Tenso
     return chunk, over, torch.where(tile < tiles, tile, -1)
 
 
+def launch_delta(grad: Tensor, out: Tensor) -> Tensor:
+    """dO . O of every row, float32 [B, H, M]; both have unit stride in the last dimension."""
+    b, h, m, e = out.shape
+    delta = out.new_empty((b, h, m), dtype=torch.float32)
+    attention_delta[(-(-b * h * m // _ROWS),)](
+        grad, *grad.stride()[:3], out, *out.stride()[:3], delta, b * h * m, m, h, E=e, BE=padded(e), BR=_ROWS
+    )
+    return delta
+
+
 def launch_backward(
     problem: Problem, grad: Tensor, out: Tensor, softmax: Softmax, lists: Lists, dropout_seed: Tensor
 ) -> tuple[Gradients, Tensor, Tensor, Tensor]:
@@ -160,13 +164,10 @@ def launch_backward(
     b, h, m, d = q.shape
     (_, groups, n, e), sizes, rows = v.shape, sizes_of(problem), b * h * m
     new = q.new_empty
-    delta = new((b, h, m), dtype=torch.float32)
+    delta = launch_delta(grad, out)
     blocks_of_rows = (-(-rows // _ROWS),)
-    attention_delta[blocks_of_rows](
-        grad, *grad.stride()[:3], out, *out.stride()[:3], delta, rows, m, h, E=e, BE=padded(e), BR=_ROWS
-    )
     order, start = _order(problem, lists)
-    tiles = lists.counts.shape[-1]
+    tiles = -(-n // sizes.sub)
     chunk, over, over_tile = _overflow(start, lists.tile.numel(), sizes.bi)
     partial_key = new((len(over_tile), sizes.sub, padded(d)), dtype=torch.float32)
     partial_value = new((len(over_tile), sizes.sub, padded(e)), dtype=torch.float32)

@@ -10,6 +10,18 @@ import triton.language as tl
 
 
 @triton.jit
+def count_points(
+    tile_ptr, counts_ptr, total, capacity, m, blocks, tiles, BM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Adds to the number of points of every block of rows in every tile: integers, whose order does not matter."""
+    item = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    word = tl.load(tile_ptr + item, mask=item < total, other=-1)
+    row_number = item // capacity
+    at = row_number // m * blocks + row_number % m // BM
+    tl.atomic_add(counts_ptr + at * tiles + (word & 0xFFFF), 1, mask=word >= 0, sem="relaxed")
+
+
+@triton.jit
 def place_points(
     tile_ptr, rank_ptr, start_ptr, before_ptr, order_ptr,
     total, capacity, m, heads, group, blocks, tiles,

@@ -1,4 +1,4 @@
-"""Device functions that every kernel shares: logits with all that acts before softmax, dropout, and exp in one unit.
+"""Device functions that every kernel shares: tiles of rows, logits with all that acts before softmax, dropout, and exp.
 
 A logit is kept in units of log2(e) (exp is then one exp2 and one multiplication is folded into the scale), or, where a
 bias or a softcap may make it huge, in natural units (`NATURAL`): a row of -1e9 must stay a row of equal logits.
@@ -9,11 +9,46 @@ bias or a softcap may make it huge, in natural units (`NATURAL`): a row of -1e9 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Rules(NamedTuple):
+    """What acts on the logits and the weights of a call. None switches a rule off when a kernel is compiled.
+
+    `mask_m` is None where a mask is a function of the key alone. See `launch.shared_arguments`.
+    """
+
+    mask_ptr: Any
+    mask_b: Any
+    mask_h: Any
+    mask_m: Any
+    mask_n: Any
+    bias_ptr: Any
+    bias_b: Any
+    bias_h: Any
+    bias_m: Any
+    bias_n: Any
+    qid_ptr: Any
+    qid_b: Any
+    kid_ptr: Any
+    kid_b: Any
+    prefix_ptr: Any
+    prefix_b: Any
+    scale: Any
+    softcap: Any
+    left: Any
+    right: Any
+    diagonal: Any
+    dropout_seed: Any
+    dropout_stream: Any
+    dropout_threshold: Any
+    dropout_inverse: Any
 
 
 @triton.jit
@@ -29,79 +64,89 @@ def capped(x, softcap):
 
 
 @triton.jit
-def scores(
-    product,  # query @ key^T, float32 [R, S]
-    heads,  # int64, scalar or [R]
-    rows,  # int32 [R]
-    keys,  # int32 [S]
-    batch,  # int64
-    m,
-    n,
-    mask_ptr,
-    mask_b,
-    mask_h,
-    mask_m,
-    mask_n,
-    bias_ptr,
-    bias_b,
-    bias_h,
-    bias_m,
-    bias_n,
-    qid_ptr,
-    qid_b,
-    kid_ptr,
-    kid_b,
-    prefix_ptr,
-    prefix_b,
-    scale,
-    softcap,
-    left,
-    right,
-    diagonal,
-    SOFTCAP: tl.constexpr,
-    BIAS: tl.constexpr,
-    MASK: tl.constexpr,  # 0: none, 1: a function of the key alone, 2: any
-    IDS: tl.constexpr,
-    PREFIX: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    MASKED: tl.constexpr,  # False where the caller knows that every row sees every key of the tile
-):
-    """Logits of a tile in the unit of its kernel, -inf where masked."""
-    x = product * scale
-    if SOFTCAP:
-        x = capped(x, softcap)
+def load_rows(ptr, rows, stride, there, W: tl.constexpr, BW: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of a matrix of width W and unit stride in it, [R, BW]: zero beyond W and, if `MASKED`, where not `there`."""
+    lane = tl.arange(0, BW)
+    at = ptr + rows.to(tl.int64)[:, None] * stride + lane[None, :]
+    if MASKED:
+        return tl.load(at, mask=there[:, None] & (lane < W)[None, :], other=0.0)
+    elif BW == W:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(lane < W)[None, :], other=0.0)
+
+
+@triton.jit
+def bounds(
+    first, n, left, right, diagonal, prefix, BM: tl.constexpr, BN: tl.constexpr, ANY: tl.constexpr
+):  # fmt: skip
+    """Keys [low, high) that a block of rows sees, and [a, b) inside, whose tiles need no mask; low, a, b at tiles."""
+    low = 0
+    high = n
+    if right is not None:
+        high = tl.minimum(n, tl.maximum(first + BM + diagonal + right, 0))
+    if prefix is not None:
+        high = tl.maximum(high, tl.minimum(n, prefix))
+    elif left is not None:
+        low = tl.maximum(first + diagonal - left, 0) // BN * BN
+    a = low
+    b = high // BN * BN
+    if left is not None:
+        a = tl.maximum(low, tl.cdiv(tl.maximum(first + BM - 1 + diagonal - left, 0), BN) * BN)
+        a = tl.minimum(a, tl.maximum(low, tl.cdiv(high, BN) * BN))
+    if right is not None:
+        b = tl.minimum(b, tl.maximum(first + diagonal + right + 1, 0) // BN * BN)
+    if ANY:
+        b = a
+    return low, a, tl.maximum(a, b), high
+
+
+@triton.jit
+def scores(product, heads, rows, keys, batch, m, n, rules, MASKED: tl.constexpr):
+    """Logits of a tile in the unit of its kernel, -inf where masked.
+
+    Args:
+        product: query @ key^T, float32 [R, S].
+        heads: int64, scalar or [R].
+        rows, keys: int32 [R] and [S].
+        batch: int64.
+        MASKED: False where the caller knows that every row sees every key of the tile.
+    """
+    x = product * rules.scale
+    if rules.softcap is not None:
+        x = capped(x, rules.softcap)
     inside = (rows < m)[:, None] & (keys < n)[None, :]
-    if BIAS:
-        row_at = batch * bias_b + heads * bias_h + rows.to(tl.int64) * bias_m
-        at = row_at[:, None] + (keys.to(tl.int64) * bias_n)[None, :]
-        x += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if rules.bias_ptr is not None:
+        row_at = batch * rules.bias_b + heads * rules.bias_h + rows.to(tl.int64) * rules.bias_m
+        at = row_at[:, None] + (keys.to(tl.int64) * rules.bias_n)[None, :]
+        x += tl.load(rules.bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if MASKED:
         seen = (keys < n)[None, :] & (rows >= 0)[:, None]
-        if RIGHT:
-            seen = seen & (keys[None, :] <= (rows + (diagonal + right))[:, None])
-        if LEFT:
-            seen = seen & (keys[None, :] >= (rows + (diagonal - left))[:, None])
-        if PREFIX:
-            seen = (seen | (keys < tl.load(prefix_ptr + batch * prefix_b))[None, :]) & (keys < n)[None, :]
-        if IDS:
-            query_id = tl.load(qid_ptr + batch * qid_b + rows, mask=rows < m, other=0)
-            key_id = tl.load(kid_ptr + batch * kid_b + keys, mask=keys < n, other=0)
+        if rules.right is not None:
+            seen = seen & (keys[None, :] <= (rows + (rules.diagonal + rules.right))[:, None])
+        if rules.left is not None:
+            seen = seen & (keys[None, :] >= (rows + (rules.diagonal - rules.left))[:, None])
+        if rules.prefix_ptr is not None:
+            prefix = tl.load(rules.prefix_ptr + batch * rules.prefix_b)
+            seen = (seen | (keys < prefix)[None, :]) & (keys < n)[None, :]
+        if rules.qid_ptr is not None:
+            query_id = tl.load(rules.qid_ptr + batch * rules.qid_b + rows, mask=rows < m, other=0)
+            key_id = tl.load(rules.kid_ptr + batch * rules.kid_b + keys, mask=keys < n, other=0)
             seen = seen & (query_id[:, None] == key_id[None, :])
-        if MASK == 1:
-            open_ = tl.load(mask_ptr + batch * mask_b + keys.to(tl.int64) * mask_n, mask=keys < n, other=0)
-            seen = seen & (open_ != 0)[None, :]
-        if MASK == 2:
-            row_at = batch * mask_b + heads * mask_h + rows.to(tl.int64) * mask_m
-            at = row_at[:, None] + (keys.to(tl.int64) * mask_n)[None, :]
-            seen = seen & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
+        if rules.mask_ptr is not None:
+            key_at = batch * rules.mask_b + keys.to(tl.int64) * rules.mask_n
+            if rules.mask_m is None:
+                seen = seen & (tl.load(rules.mask_ptr + key_at, mask=keys < n, other=0) != 0)[None, :]
+            else:
+                at = (heads * rules.mask_h + rows.to(tl.int64) * rules.mask_m)[:, None] + key_at[None, :]
+                seen = seen & (tl.load(rules.mask_ptr + at, mask=inside, other=0) != 0)
         x = tl.where(seen, x, float("-inf"))
     return x
 
 
 @triton.jit
 def row_word(seed, stream, head, rows):
-    """The systematic sampler's word of every row, as `draws.row_words`: uint32."""
+    """The word of every row (or block of rows), as `draws.row_words`: uint32."""
     rows = rows.to(tl.uint32)
     zero = rows * 0
     word, _, _, _ = tl.philox(seed, zero, rows, zero + head.to(tl.uint32), zero + stream)
@@ -109,21 +154,25 @@ def row_word(seed, stream, head, rows):
 
 
 @triton.jit
-def dropout_tile(seed, stream, head, rows, first_key, threshold, inverse, BN: tl.constexpr):
+def dropout_tile(rules, head, rows, first_key, BN: tl.constexpr):
     """Dropout factors [rows, BN] of the keys from `first_key` (a multiple of 4), as `draws.entry_words` has them."""
     groups = (first_key // 4 + tl.arange(0, BN // 4)).to(tl.uint32)[None, :]
     rows = rows.to(tl.uint32)[:, None]
     zero = rows * 0 + groups * 0
-    w0, w1, w2, w3 = tl.philox(seed, zero + groups, zero + rows, zero + head.to(tl.uint32), zero + stream)
+    w0, w1, w2, w3 = tl.philox(
+        rules.dropout_seed, zero + groups, zero + rows, zero + head.to(tl.uint32), zero + rules.dropout_stream
+    )
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (rows.shape[0], BN))
-    return tl.where(words >= threshold.to(tl.uint32), inverse, 0.0)
+    return tl.where(words >= rules.dropout_threshold.to(tl.uint32), rules.dropout_inverse, 0.0)
 
 
 @triton.jit
-def dropout_entries(seed, stream, heads, rows, keys, threshold, inverse):
-    """Dropout factors of single entries: one key per row."""
+def dropout_entries(rules, heads, rows, keys):
+    """Dropout factors of single entries: heads, rows and keys of the same shape."""
     groups = (keys // 4).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, groups, rows.to(tl.uint32), heads.to(tl.uint32), groups * 0 + stream)
+    w0, w1, w2, w3 = tl.philox(
+        rules.dropout_seed, groups, rows.to(tl.uint32), heads.to(tl.uint32), groups * 0 + rules.dropout_stream
+    )
     lane = keys % 4
     word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
-    return tl.where(word >= threshold.to(tl.uint32), inverse, 0.0)
+    return tl.where(word >= rules.dropout_threshold.to(tl.uint32), rules.dropout_inverse, 0.0)

@@ -28,7 +28,6 @@ def select(
     last_tile,
     capacity,
     items,  # int64 [BM]: index of slot 0 of every row
-    counts,  # of this block of rows, [tiles]
     tile_ptr,
     rank_ptr,
     place_ptr,
@@ -36,7 +35,7 @@ def select(
     BM: tl.constexpr,
     TC: tl.constexpr,
 ):
-    """Writes the lists of a block of rows and its number of points per tile."""
+    """Writes the lists of a block of rows."""
     lane = tl.arange(0, BM)
     carry = phase.to(tl.int64)
     for start in range(first_tile, last_tile, TC):
@@ -51,13 +50,12 @@ def select(
         length = units.to(tl.int64)
         ends = tl.cumsum(length, 1) + carry[:, None]
         # Never reached while a row's masses sum to 1 (`Lists.c_limit`); it guards memory, not the estimate.
-        last = (capacity.to(tl.int64) << 32) - 1
+        last = ((capacity.to(tl.int64) + 1) << 32) - 1
         begins = tl.minimum(ends - length, last)
         ends = tl.minimum(ends, last)
         slot = (begins >> 32).to(tl.int32)
         points = (ends >> 32).to(tl.int32) - slot
         rank = tl.cumsum(points, 0) - points
-        tl.store(counts + tiles, tl.sum(points, 0), mask=tiles < last_tile)
         # First point of the tile: distance from the tile's left end, which is below 2^32; the others lie 2^32 apart.
         place = (-1 - begins).to(tl.int32)
         for k in range(0, tl.max(tl.max(points, 1), 0)):

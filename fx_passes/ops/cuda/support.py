@@ -8,8 +8,10 @@ from fx_passes.ops.cuda.config import config
 from fx_passes.ops.problem import Problem
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LARGEST_CAPACITY = 1024  # points per row; a larger c is served by the tiled path
+# Points per row, and keys per block of rows; a larger c is served by the tiled path.
+LARGEST_CAPACITY = {"systematic": 1024, "block": 8192}
 _LARGEST_HEAD = 256
+_LARGEST_BLOCK_FLOAT32 = 128  # 64 rows of more do not fit into registers, and nothing else feeds float32 products
 _LARGEST_INDEX = 1 << 31
 
 
@@ -23,11 +25,13 @@ def unsupported(problem: Problem) -> str | None:
         return f"head sizes {d} and {e}: the kernels take 1 to {_LARGEST_HEAD}"
     if q.numel() == 0 or problem.key.numel() == 0:
         return "empty tensors"
-    if s.sampler != "systematic":
+    if s.sampler not in LARGEST_CAPACITY:
         return f"sampler {s.sampler!r}"
+    if s.sampler == "block" and q.dtype == torch.float32 and max(d, e) > _LARGEST_BLOCK_FLOAT32:
+        return f"float32 heads above {_LARGEST_BLOCK_FLOAT32} with sampler 'block'"
     if s.softcap and problem.attn_bias is not None:
         return "softcap together with a bias"
-    if problem.key.shape[2] > config(q.dtype, d, e).sub << 16:
+    if s.sampler == "systematic" and problem.key.shape[2] > config(q.dtype, d, e).sub << 16:
         return f"{problem.key.shape[2]} keys"
     if max(q.shape[:3].numel(), problem.key.shape[2]) >= _LARGEST_INDEX:
         return "more than 2^31 rows"

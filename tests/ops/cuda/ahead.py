@@ -14,14 +14,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fx_passes.ops.cuda import launch
-from fx_passes.ops.cuda.lists import capacity_for, new_lists
-from fx_passes.ops.problem import Problem, Softmax, Static
+from fx_passes.ops.cuda import attention, launch, launch_block
+from fx_passes.ops.problem import Problem, Static
 
 _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
@@ -54,7 +54,8 @@ def _source(kernel: Any, call: dict[str, Any]) -> ASTSource:
             signature[name] = "fp32"
         else:
             signature[name] = "i64" if x >= 1 << 31 else "i32"
-        if signature[name] != "constexpr" and (isinstance(x, torch.Tensor) or (isinstance(x, int) and x % 16 == 0)):
+        aligned = isinstance(x, torch.Tensor) and not kernel.params[index].do_not_specialize_on_alignment
+        if signature[name] != "constexpr" and (aligned or (isinstance(x, int) and x % 16 == 0)):
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
 
@@ -91,58 +92,73 @@ def inspect(kernel: Any, call: dict[str, Any], arch: int) -> dict[str, Any]:
     }
 
 
+_KERNELS = {
+    launch: (
+        "attention_forward",
+        "count_points",
+        "place_points",
+        "attention_columns",
+        "attention_rows",
+        "attention_delta",
+    ),
+    launch_block: ("block_select", "block_backward"),
+}
+
+
 def record(
     n: int = 32768, heads: int = 8, groups: int = 8, d: int = 128, dtype: str = "bfloat16", c: float = 30.0,
-    features: tuple[str, ...] = ("causal",),
+    sampler: str = "systematic", features: tuple[str, ...] = ("causal",), arch: int = 90,
 ) -> list[tuple[Any, dict[str, Any]]]:  # fmt: skip
     """The launches of one forward and backward on meta tensors."""
-    names = ("attention_forward", "place_points", "attention_columns", "attention_rows", "attention_delta")
-    recorders = [Recorder(getattr(launch, name)) for name in names]
-    originals = [r.kernel for r in recorders]
-    with torch.device("meta"):
-
-        def new(*shape: int) -> torch.Tensor:
-            return torch.empty(*shape, dtype=getattr(torch, dtype))
-
-        tensors: dict[str, Any] = dict.fromkeys(("attn_mask", "attn_bias", "sinks", "query_ids", "key_ids", "prefix"))
-        if "padding" in features:
-            tensors["attn_mask"] = torch.empty(1, 1, 1, n, dtype=torch.bool)
-        if "mask" in features:
-            tensors["attn_mask"] = torch.empty(1, 1, n, n, dtype=torch.bool)
-        if "bias" in features:
-            tensors["attn_bias"] = new(1, heads, n, n)
-        if "sinks" in features:
-            tensors["sinks"] = new(heads)
-        if "ids" in features:
-            tensors["query_ids"] = tensors["key_ids"] = torch.empty(1, n, dtype=torch.int32)
-        if "prefix" in features:
-            tensors["prefix"] = torch.empty(1, dtype=torch.int64)
-        static = Static(
-            scale=d**-0.5,
-            left=1024 if "window" in features else None,
-            right=0 if "causal" in features else None,
-            softcap=30.0 if "softcap" in features else 0.0,
-            dropout_p=0.1 if "dropout" in features else 0.0,
-        )
-        problem = Problem(new(1, heads, n, d), new(1, groups, n, d), new(1, groups, n, d), **tensors, static=static)
-        c_tensor, seed = torch.empty((), dtype=torch.float64), torch.empty((), dtype=torch.int64)
-        capacity = capacity_for(c)
-        assert capacity
-        lists = new_lists(problem, launch.sizes_of(problem), capacity)
+    recorders = [(module, Recorder(getattr(module, name))) for module, names in _KERNELS.items() for name in names]
+    fixed = torch.are_deterministic_algorithms_enabled()
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        for module, recorder in recorders:
+            patch.setattr(module, recorder.kernel.__name__, recorder)
+        patch.setattr(attention, "_host_c", lambda *_: c)
+        patch.setattr(launch, "has_large_tiles", lambda _: arch in (90, 100))
+        torch.use_deterministic_algorithms("fixed" in features)
         try:
-            for recorder in recorders:
-                setattr(launch, recorder.kernel.__name__, recorder)
-            out, softmax = launch.launch_forward(problem, c_tensor, seed, seed, lists, "library" not in features)
-            out = new(1, heads, n, d) if out is None else out
-            launch.launch_backward(problem, out, out, Softmax(softmax.maximum, softmax.total), lists, seed)
+            _call(n, heads, groups, d, getattr(torch, dtype), sampler, features)
         finally:
-            for name, kernel in zip(names, originals, strict=True):
-                setattr(launch, name, kernel)
-    return [(r.kernel, call) for r in recorders for call in r.calls]
+            torch.use_deterministic_algorithms(fixed)
+    return [(r.kernel, call) for _, r in recorders for call in r.calls]
+
+
+def _call(n: int, heads: int, groups: int, d: int, dtype: torch.dtype, sampler: str, features: tuple[str, ...]) -> None:
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype)
+
+    tensors: dict[str, Any] = dict.fromkeys(("attn_mask", "attn_bias", "sinks", "query_ids", "key_ids", "prefix"))
+    if "padding" in features:
+        tensors["attn_mask"] = torch.empty(1, 1, 1, n, dtype=torch.bool)
+    if "mask" in features:
+        tensors["attn_mask"] = torch.empty(1, 1, n, n, dtype=torch.bool)
+    if "bias" in features:
+        tensors["attn_bias"] = new(1, heads, n, n)
+    if "sinks" in features:
+        tensors["sinks"] = new(heads)
+    if "ids" in features:
+        tensors["query_ids"] = tensors["key_ids"] = torch.empty(1, n, dtype=torch.int32)
+    if "prefix" in features:
+        tensors["prefix"] = torch.empty(1, dtype=torch.int64)
+    static = Static(
+        scale=d**-0.5,
+        left=1024 if "window" in features else None,
+        right=0 if "causal" in features else None,
+        softcap=30.0 if "softcap" in features else 0.0,
+        dropout_p=0.1 if "dropout" in features else 0.0,
+        sampler=sampler,
+        forward="library" if "library" in features else "auto",
+    )
+    problem = Problem(new(1, heads, n, d), new(1, groups, n, d), new(1, groups, n, d), **tensors, static=static)
+    c, seed = torch.empty((), dtype=torch.float64), torch.empty((), dtype=torch.int64)
+    out, softmax, kept = attention.forward(problem, c, seed, seed)
+    attention.backward(problem, out, out, softmax, kept, c, seed, seed, "bias" in features)
 
 
 def main(arch: int, options: dict[str, Any], only: str = "") -> None:
-    for kernel, call in record(**options):
+    for kernel, call in record(**options, arch=arch):
         if only in kernel.__name__ and not call.get("OVERFLOW"):
             print(json.dumps(inspect(kernel, call, arch)), flush=True)
 

@@ -73,7 +73,7 @@ def run(p: Problem, c: float, grad: Tensor | None = None) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "launch_backward", spy)
         gradients, count = attention.backward(p, grad, out, softmax, kept, c_tensor, SEED, SEED, bias_grad)
-    found = lists.find_lists(kept, p, launch.sizes_of(p))
+    found = lists.find_lists(kept, p)
     key = results[0][1].view(*p.query.shape[:3], -1).long() if results else None
     return {
         "out": out,

@@ -14,6 +14,7 @@ import torch
 
 from fx_passes.ops import tiled
 from fx_passes.ops.cuda import attention, launch
+from fx_passes.ops.cuda.lists import c_limit
 from fx_passes.ops.problem import Problem, Softmax
 from fx_passes.ops.reference import sus_gradients
 from fx_passes.ops.tiled.sample import row_offsets, systematic
@@ -119,16 +120,21 @@ def test_rows_that_are_masked_at_a_finite_value_are_uniform() -> None:
     assert (r["key"][:, :, ::2] >= 0).sum(-1).double().mean() == pytest.approx(8, abs=0.2)
 
 
+def kept_by_the_reference_path(p: Problem, c: float) -> torch.Tensor:
+    weights = dense(p).weights(dense(p).logits())
+    (b, h, m, n), flat = weights.shape, weights.flatten(0, 1).float()
+    entries, _ = systematic(flat, c, row_offsets(SEED, 0, b * h, slice(0, m)), (launch.sizes_of(p).sub, 1))
+    kept = torch.zeros(b * h, m, n, dtype=torch.int64)
+    kept[entries.head, entries.row, entries.key] = 1
+    return kept.view(b, h, m, n)
+
+
 def test_the_set_is_the_one_of_the_reference_path() -> None:
     p, c = problem(h=4, g=2, static={"right": 0}, m=130, n=130), 10.0
-    r = run(p, c)
-    weights = dense(p).weights(dense(p).logits()).flatten(0, 1)
-    entries, _ = systematic(weights.float(), c, row_offsets(SEED, 0, 4, slice(0, 130)), (launch.sizes_of(p).sub, 1))
-    right = torch.zeros_like(weights, dtype=torch.int64)
-    right[entries.head, entries.row, entries.key] = 1
-    differing = (kept_matrix(p, r["key"]).flatten(0, 1) != right).sum()
+    right = kept_by_the_reference_path(p, c)
     assert right.sum() > 3000
-    assert differing <= 4  # a boundary that float32 rounds to the other side of a point
+    # A boundary that float32 rounds to the other side of a point.
+    assert (kept_matrix(p, run(p, c)["key"]) != right).sum() <= 4
 
 
 @pytest.mark.slow
@@ -182,10 +188,13 @@ def test_c_beyond_the_lists_is_lowered_and_unbiased(monkeypatch: pytest.MonkeyPa
     p = problem()
     monkeypatch.setattr(attention, "_host_c", lambda *_: 4.0)
     r = run(p, 100.0)
-    assert r["lists"].capacity == 8
+    assert r["lists"].capacity == 5
     weights = dense(p).weights(dense(p).logits())
     matrix = kept_matrix(p, r["key"])
-    right = sus_gradients(dense(p), r["grad"], matrix / (r["lists"].c_limit * weights).clamp(max=1))
+    full = kept_by_the_reference_path(p, c_limit(5))
+    assert (full.sum(-1) == 5).double().mean() > 0.7  # lists that are full, and nothing is dropped from them
+    assert (matrix != full).sum() <= 4
+    right = sus_gradients(dense(p), r["grad"], matrix / (c_limit(5) * weights).clamp(max=1))
     assert error(r["gradients"].key, right["key"]) < 1e-4
 
 

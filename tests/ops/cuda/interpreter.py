@@ -10,6 +10,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from triton.runtime import interpreter
 
 _builder = interpreter.InterpreterBuilder
 _create_dot, _cast_impl = _builder.create_dot, _builder.cast_impl
+_patch_lang_tensor = interpreter._patch_lang_tensor
 
 
 @triton.jit
@@ -33,6 +35,21 @@ def _dot_kernel(a_ptr, b_ptr, out_ptr):
 def _round_kernel(a_ptr, out_ptr):
     i = tl.arange(0, 16)
     tl.store(out_ptr + i, tl.load(a_ptr + i).to(tl.bfloat16))
+
+
+@triton.jit
+def _range_kernel(out_ptr, n):
+    for i in range(0, n + tl.program_id(0)):
+        tl.store(out_ptr + i, 1.0)
+
+
+def range_is_wrong() -> bool:
+    """A number known at run time is no bound of a range: an array of one element, which NumPy 2.4 makes no int of."""
+    try:
+        _range_kernel[(1,)](torch.empty(2), 2)
+    except Exception:
+        return True
+    return False
 
 
 def dot_is_wrong() -> bool:
@@ -71,6 +88,15 @@ def _cast(self: Any, src: Any, dst_type: Any) -> Any:
     return _cast_impl(self, src, dst_type)
 
 
+def _tensor_with_index(tensor: Any, scope: Any) -> None:
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+
+def _patch_range() -> None:
+    interpreter._patch_lang_tensor = _tensor_with_index
+
+
 def _patch_dot() -> None:
     _builder.create_dot = _dot
 
@@ -80,16 +106,22 @@ def _patch_rounding() -> None:
     # These were bound to the class with `self.cast_impl` inside: they find the new one by themselves.
 
 
+# Defects of the newest Triton, and those of older ones that are still supported.
 PATCHES: dict[str, tuple[Callable[[], bool], Callable[[], None]]] = {
     "dot": (dot_is_wrong, _patch_dot),
     "rounding": (rounding_is_wrong, _patch_rounding),
 }
+OLD_PATCHES: dict[str, tuple[Callable[[], bool], Callable[[], None]]] = {
+    "range": (range_is_wrong, _patch_range),  # before 3.9
+}
 
 
+@cache
 def install() -> dict[str, bool]:
-    """Applies the patches that this Triton needs; says which did."""
-    needed = {name: check() for name, (check, _) in PATCHES.items()}
-    for name, (_, patch) in PATCHES.items():
+    """Applies the patches that this Triton needs, once; says for those of `PATCHES` which did."""
+    needed = {}
+    for name, (check, patch) in {**OLD_PATCHES, **PATCHES}.items():
+        needed[name] = check()
         if needed[name]:
             patch()
-    return needed
+    return {name: needed[name] for name in PATCHES}
