@@ -66,6 +66,9 @@ CASES = {
     "hidden chunk": Case(batch=2, m=50, n=700, padded=500),
     "all hidden": Case(batch=2, m=50, n=50, padded=50),
     "bfloat16": Case(batch=2, m=150, n=150, d=64, e=64, right=0, dtype=torch.bfloat16),
+    # Beyond 8192 keys the sampler computes weights again instead of keeping them.
+    "long": Case(heads=1, groups=1, m=100, n=8300, right=0, bottom_right=True, scale=0.4),
+    "long padded": Case(heads=2, groups=1, m=50, n=8500, padded=5000, dtype=torch.bfloat16),
     "causal 1000": Case(m=1000, n=1000, d=64, e=64, right=0, scale=0.4),
 }
 

@@ -69,7 +69,7 @@ def library() -> ctypes.CDLL | None:
     found.sus_forward.argtypes, found.sus_forward.restype = [POINTER(_Forward)], c_void_p
     found.sus_backward.argtypes, found.sus_backward.restype = [POINTER(_Backward)], ctypes.c_int
     found.sus_lists_count.argtypes, found.sus_lists_count.restype = [c_void_p], c_int64
-    found.sus_lists_export.argtypes, found.sus_lists_export.restype = [c_void_p] * 4, None
+    found.sus_lists_export.argtypes, found.sus_lists_export.restype = [*(c_void_p,) * 4, c_int32], None
     found.sus_lists_free.argtypes, found.sus_lists_free.restype = [c_void_p], None
     return found
 
@@ -122,7 +122,7 @@ class Lists:
 
     def export(self, offsets: Tensor, keys: Tensor, weights: Tensor) -> None:
         """Copy: offsets int64 [rows + 1], keys int32 [count], weights float32 [count]."""
-        self._native.sus_lists_export(self._handle, offsets.data_ptr(), keys.data_ptr(), weights.data_ptr())
+        self._native.sus_lists_export(self._handle, offsets.data_ptr(), keys.data_ptr(), weights.data_ptr(), _threads())
 
 
 def forward(

@@ -21,6 +21,7 @@ struct Block {
   std::vector<int32_t> counts;  // per row
   std::vector<int32_t> keys;
   std::vector<float> weights;
+  int64_t first_row, first_entry;  // counted over all blocks
 };
 
 struct SusLists {
