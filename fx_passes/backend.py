@@ -60,7 +60,7 @@ class SUSBackend:
             raise TypeError(f"seed must be an int or None, but it is {seed!r}")
         self.sampler, self.compiler, self.forward = sampler, compiler, forward
         self.state = State(c, seed)
-        self.report = Report()
+        self.report = Report(state=self.state.id)
 
     @property
     def c(self) -> float:

@@ -16,20 +16,43 @@ _LARGEST_WIDTH = 256
 _LARGEST_C = float(1 << 30)  # that of tiled.backward
 
 
-def supports(problem: Problem) -> bool:
-    """Whether the native kernel computes this problem (and there is one).
+def unsupported(problem: Problem) -> str | None:
+    """Why the native kernel does not compute this problem, or None if it does.
 
-    float32 or bfloat16; head_dim and value dim multiples of 16 up to 256; a mask per key or none; no window to the
-    left, bias, sinks, softcap, dropout, document ids or prefix; a positive scale.
+    It takes float32 or bfloat16; head_dim and value dim multiples of 16 up to 256; a mask per key or none; no window to
+    the left, bias, sinks, softcap, dropout, document ids or prefix; a positive scale.
     """
     q, k, v, s, mask = problem.query, problem.key, problem.value, problem.static, problem.attn_mask
-    others = (problem.attn_bias, problem.sinks, problem.query_ids, problem.prefix)
-    plain = all(x is None for x in others) and s.left is None and s.softcap == 0 and s.dropout_p == 0
-    widths = all(x.shape[-1] % 16 == 0 and 0 < x.shape[-1] <= _LARGEST_WIDTH for x in (q, v))
-    sizes = q.numel() > 0 and k.numel() > 0 and k.shape[2] < 1 << 31 and s.scale > 0
-    per_key = mask is None or (mask.shape[1:3] == (1, 1) and mask.shape[3] == k.shape[2])
-    types = q.device.type == "cpu" and q.dtype in bind.DTYPES
-    return types and plain and widths and sizes and per_key and bind.library() is not None
+    if q.device.type != "cpu":
+        return f"device {q.device.type}"
+    if q.dtype not in bind.DTYPES:
+        return str(q.dtype)
+    features = {
+        "attn_bias": problem.attn_bias is not None,
+        "sinks": problem.sinks is not None,
+        "document ids": problem.query_ids is not None,
+        "prefix": problem.prefix is not None,
+        "sliding window": s.left is not None,
+        "softcap": s.softcap != 0,
+        "dropout": s.dropout_p != 0,
+        "attn_mask per query or head": mask is not None
+        and not (mask.shape[1:3] == (1, 1) and mask.shape[3] == k.shape[2]),
+        f"scale {s.scale:g}": not s.scale > 0,
+        "empty tensors": q.numel() == 0 or k.numel() == 0,
+        f"{k.shape[2]} keys": k.shape[2] >= 1 << 31,
+    }
+    found = [name for name, has in features.items() if has]
+    for name, width in (("head_dim", q.shape[-1]), ("value dim", v.shape[-1])):
+        if width % 16 or not 0 < width <= _LARGEST_WIDTH:
+            found.append(f"{name} {width}")
+    if not found and bind.library() is None:
+        found.append("no native kernel on this machine")
+    return ", ".join(found) or None
+
+
+def supports(problem: Problem) -> bool:
+    """Whether the native kernel computes this problem (and there is one)."""
+    return unsupported(problem) is None
 
 
 def samples(problem: Problem, c: Tensor) -> bool:
