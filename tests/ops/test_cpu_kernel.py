@@ -255,14 +255,16 @@ def test_bits_repeat_for_a_number_of_threads(threads: int) -> None:
     case = Case(batch=1, heads=3, groups=3, m=700, n=700, d=64, e=64, right=0)
     problem, grad = case.problem(), case.grad()
     try:
-        torch.set_num_threads(threads)
         runs = []
-        for _ in range(6):
+        for number in (1, *(threads,) * 6):
+            torch.set_num_threads(number)
             found = run(problem, 20.0, 7)
             gradients, _ = cpu.backward(problem, grad, found.out, found.cache, tensor(20.0), torch.tensor(7))
             runs.append((found.out, gradients.query, gradients.key, gradients.value))
-        for other in runs[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+        for other in runs[2:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[1], other, strict=True))
+        # With 2 threads and 3 heads, each head is cut into slices whose shares of dK and dV are added up.
+        assert all(float((a - b).norm() / a.norm()) < 32 * UNIT for a, b in zip(runs[0], runs[1], strict=True))
     finally:
         torch.set_num_threads(before)
 
