@@ -63,7 +63,7 @@ class SUSBackend:
         mend_graph_breaks()
         self.sampler, self.compiler, self.forward = sampler, compiler, forward
         self.state = State(c, seed)
-        self.report = Report()
+        self.report = Report(state=self.state.id)
 
     @property
     def c(self) -> float:

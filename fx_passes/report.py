@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+
+from fx_passes.ops.dispatch import left_to_pytorch
 
 REWRITTEN = "rewritten"
 LEFT = "left"
@@ -49,12 +51,14 @@ class Site:
 class Report:
     """The sites of all graphs that a backend has compiled; a site that is compiled again counts once.
 
-    `rewritten` and `left` count attentions: a site as many times as there are modules that have run it.
+    `rewritten` and `left` count attentions: a site as many times as there are modules that have run it. Printed, it also
+    says which sites had calls that no native or Triton kernel takes, and why: that is known once they have run.
     """
 
     _sites: dict[Key, Site] = field(default_factory=dict)
     _owners: dict[Key, set[int]] = field(default_factory=dict)
     verb: str = "rewritten"
+    state: int = 0  # whose calls it reports on; 0 is none
 
     def number(self, key: Key) -> int:
         """The number of the site with this key: that of an earlier compilation, or the next free one."""
@@ -85,15 +89,18 @@ class Report:
     def __str__(self) -> str:
         if not self._sites:
             return "No softmax attention was found."
+        slow = left_to_pytorch(self.state) if self.state else {}
         rows: list[tuple[str, ...]] = [("module", "source", "form", "tier", "mask", "status")]
-        rows += [_row(site) for site in self._sites.values()]
+        rows += [_row(site, slow.get(site.number, {})) for site in self._sites.values()]
         head = f"{self.rewritten} of {self.rewritten + self.left} attentions {self.verb}"
         return "\n".join([head, *_table(rows)])
 
 
-def _row(site: Site) -> tuple[str, ...]:
+def _row(site: Site, slow: Mapping[str, int]) -> tuple[str, ...]:
     status = site.status if not site.reason else f"{site.status}: {site.reason}"
     status += f" (in {site.modules} modules)" if site.modules > 1 else ""
+    if site.status == REWRITTEN and slow:
+        status += " (PyTorch path: " + "; ".join(f"{reason}, {count} calls" for reason, count in slow.items()) + ")"
     return site.module or "-", site.source or "-", site.form, str(site.tier or "-"), site.mask, status
 
 

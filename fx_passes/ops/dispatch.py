@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import ModuleType
 
 import torch
@@ -22,12 +23,29 @@ def _cuda(problem: Problem) -> ModuleType | None:
     return attention
 
 
+_left: dict[tuple[int, int], Counter[str]] = {}
+
+
+def left_to_pytorch(state: int) -> dict[int, Counter[str]]:
+    """Per site of a state: why calls took the slower PyTorch path, and how many did for each reason."""
+    return {site: reasons for (number, site), reasons in _left.items() if number == state}
+
+
+def _note(problem: Problem, reason: str) -> None:
+    _left.setdefault((problem.static.state, problem.static.site), Counter())[reason] += 1
+
+
 def forward(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> tuple[Tensor, Softmax, Tensor]:
     """Out, softmax and the cache of kept entries. See `schema.attention`."""
     if (cuda := _cuda(problem)) is not None:
         result: tuple[Tensor, Softmax, Tensor] = cuda.forward(problem, c, seed, dropout_seed)
         return result
-    native = cpu.supports(problem)
+    reason = cpu.unsupported(problem)
+    native = reason is None
+    if reason is not None:
+        _note(problem, (support.unsupported(problem) or "no Triton") if problem.query.is_cuda else reason)
+    elif problem.static.sampler != "systematic":
+        _note(problem, f"backward: sampler {problem.static.sampler!r}")
     if native and problem.static.forward == "auto":
         return cpu.forward(problem, c, seed)
     out, softmax = tiled.forward(problem, dropout_seed)
@@ -55,6 +73,8 @@ def backward(
     elif bool(torch.isinf(c)):
         if not bias_grad and tiled.library_backward_applies(problem, softmax):
             found = tiled.library_backward(problem, grad, out, softmax)
+    elif bias_grad and problem.query.device.type == "cpu":
+        _note(problem, "backward: attn_bias with a gradient")
     elif cpu.supports(problem):
         found = cpu.backward(problem, grad, out, kept, c, seed)
     if found is None:

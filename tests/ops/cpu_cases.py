@@ -24,9 +24,13 @@ class Case:
     n: int = 64
     d: int = 32
     e: int = 32
+    left: int | None = None
     right: int | None = None
     bottom_right: bool = False
     padded: int | None = None
+    masked: str = ""  # dimensions of a random mask, such as "bhmn"
+    biased: str = ""  # of a bias
+    fill: float = 0.0  # the bias has it at every third place, and in the first row everywhere
     dtype: torch.dtype = torch.float32
     scale: float = 0.25
 
@@ -43,8 +47,20 @@ class Case:
         if self.padded is not None:
             mask = torch.ones(self.batch, 1, 1, self.n, dtype=torch.bool)
             mask[-1, ..., self.n - self.padded :] = False
-        s = Static(self.scale, right=self.right, bottom_right=self.bottom_right, **static)  # type: ignore[arg-type]
-        return Problem(q, k, v, mask, None, None, None, None, None, s)
+        shape = dict(zip("bhmn", (self.batch, self.heads, self.m, self.n), strict=True))
+        if self.masked:
+            places = torch.rand([size if name in self.masked else 1 for name, size in shape.items()], generator=g) > 0.3
+            mask = places if mask is None else mask & places
+        bias = None
+        if self.biased:
+            bias = torch.randn([size if name in self.biased else 1 for name, size in shape.items()], generator=g)
+            if self.fill:
+                hidden = torch.arange(bias.numel()).view(bias.shape) % 3 == 0
+                hidden[:, :, 0] = True
+                bias = bias.masked_fill(hidden, self.fill)
+            bias = bias.to(self.dtype)
+        options = {"left": self.left, "right": self.right, "bottom_right": self.bottom_right, **static}
+        return Problem(q, k, v, mask, bias, None, None, None, None, Static(self.scale, **options))  # type: ignore[arg-type]
 
     def grad(self) -> Tensor:
         g = torch.Generator().manual_seed(99)
@@ -66,6 +82,21 @@ CASES = {
     "hidden chunk": Case(batch=2, m=50, n=700, padded=500),
     "all hidden": Case(batch=2, m=50, n=50, padded=50),
     "bfloat16": Case(batch=2, m=150, n=150, d=64, e=64, right=0, dtype=torch.bfloat16),
+    # Beyond 8192 keys the sampler computes weights again instead of keeping them.
+    "long": Case(heads=1, groups=1, m=100, n=8300, right=0, bottom_right=True, scale=0.4),
+    "long padded": Case(heads=2, groups=1, m=50, n=8500, padded=5000, dtype=torch.bfloat16),
+    "window": Case(m=700, n=700, left=100, right=0),
+    "window of keys behind": Case(m=90, n=900, left=10, right=20, bottom_right=True),
+    "mask": Case(batch=2, heads=4, groups=2, m=100, n=300, masked="bmn"),
+    "mask per head": Case(m=100, n=300, masked="hn", right=0),
+    "mask and padding": Case(batch=2, m=60, n=530, masked="mn", padded=300),
+    "bias": Case(batch=2, heads=4, groups=2, m=100, n=300, biased="hmn", right=0),
+    "bias per key": Case(batch=2, m=100, n=600, biased="bn", fill=-1e4),
+    "bias of finite masks": Case(batch=2, m=100, n=600, biased="bmn", fill=torch.finfo(torch.float32).min),
+    "bias of -1e9": Case(m=100, n=300, biased="mn", fill=-1e9),
+    "bias of infinite masks": Case(m=100, n=300, biased="mn", fill=-float("inf")),
+    "bias in bfloat16": Case(m=100, n=300, biased="hmn", masked="n", left=50, dtype=torch.bfloat16),
+    "long bias": Case(heads=2, groups=1, m=50, n=8500, biased="hmn", masked="mn", left=6000, bottom_right=True),
     "causal 1000": Case(m=1000, n=1000, d=64, e=64, right=0, scale=0.4),
 }
 
@@ -77,7 +108,9 @@ def dense(problem: Problem) -> Dense:
         problem.key,
         problem.value,
         problem.attn_mask,
+        problem.attn_bias,
         scale=s.scale,
+        left=s.left,
         right=s.right,
         bottom_right=s.bottom_right,
     )

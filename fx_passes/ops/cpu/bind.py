@@ -23,13 +23,21 @@ class _Strides(Structure):
     _fields_ = (("batch", c_int64), ("head", c_int64), ("row", c_int64))
 
 
+class _Places(Structure):
+    _fields_ = tuple((name, c_int64) for name in ("batch", "head", "row", "key"))
+
+
 class _Call(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("query", "key", "value")),
         *((name, _Strides) for name in ("query_strides", "key_strides", "value_strides")),
         ("mask", c_void_p),
         *((name, c_int64) for name in ("mask_batch", "mask_key")),
-        *((name, c_int64) for name in ("batch", "heads", "groups", "m", "n", "dk", "dv", "right")),
+        ("places", c_void_p),
+        ("places_strides", _Places),
+        ("bias", c_void_p),
+        ("bias_strides", _Places),
+        *((name, c_int64) for name in ("batch", "heads", "groups", "m", "n", "dk", "dv", "left", "right")),
         ("scale", c_float),
         *((name, c_int32) for name in ("dtype", "threads", "reserved")),
     )
@@ -69,7 +77,7 @@ def library() -> ctypes.CDLL | None:
     found.sus_forward.argtypes, found.sus_forward.restype = [POINTER(_Forward)], c_void_p
     found.sus_backward.argtypes, found.sus_backward.restype = [POINTER(_Backward)], ctypes.c_int
     found.sus_lists_count.argtypes, found.sus_lists_count.restype = [c_void_p], c_int64
-    found.sus_lists_export.argtypes, found.sus_lists_export.restype = [c_void_p] * 4, None
+    found.sus_lists_export.argtypes, found.sus_lists_export.restype = [*(c_void_p,) * 4, c_int32], None
     found.sus_lists_free.argtypes, found.sus_lists_free.restype = [c_void_p], None
     return found
 
@@ -95,16 +103,31 @@ def _strides(x: Tensor) -> _Strides:
     return _Strides(*x.stride()[:3])
 
 
+def _broadcast(x: Tensor | None) -> tuple[int | None, _Places]:
+    """Where a tensor of four dimensions lies, and its strides, 0 where it is broadcast."""
+    if x is None:
+        return None, _Places()
+    return x.data_ptr(), _Places(*(0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)))
+
+
+def is_per_key(mask: Tensor) -> bool:
+    """Whether a mask is the same for all heads and rows: it is then read when keys are packed, once for all rows."""
+    return mask.shape[1:3] == (1, 1)
+
+
 def call(problem: Problem) -> _Call:
     """The arguments that forward and backward share. The tensors of `problem` must outlive the result."""
     q, k, v, mask, s = problem.query, problem.key, problem.value, problem.attn_mask, problem.static
     sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    left = _NO_BOUND if s.left is None else s.left - problem.diagonal
     right = _NO_BOUND if s.right is None else s.right + problem.diagonal
-    where: tuple[int | None, int, int] = (None, 0, 0)
-    if mask is not None:
-        where = (mask.data_ptr(), 0 if mask.shape[0] == 1 else mask.stride(0), mask.stride(3))
+    per_key: tuple[int | None, int, int] = (None, 0, 0)
+    if mask is not None and is_per_key(mask):
+        where, strides = _broadcast(mask)
+        per_key, mask = (where, strides.batch, strides.key), None
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), _strides(q), _strides(k), _strides(v))
-    return _Call(*pointers, *where, *sizes, right, s.scale, DTYPES[q.dtype], _threads(), 0)
+    effects = (*per_key, *_broadcast(mask), *_broadcast(problem.attn_bias))
+    return _Call(*pointers, *effects, *sizes, left, right, s.scale, DTYPES[q.dtype], _threads(), 0)
 
 
 class Lists:
@@ -122,7 +145,7 @@ class Lists:
 
     def export(self, offsets: Tensor, keys: Tensor, weights: Tensor) -> None:
         """Copy: offsets int64 [rows + 1], keys int32 [count], weights float32 [count]."""
-        self._native.sus_lists_export(self._handle, offsets.data_ptr(), keys.data_ptr(), weights.data_ptr())
+        self._native.sus_lists_export(self._handle, offsets.data_ptr(), keys.data_ptr(), weights.data_ptr(), _threads())
 
 
 def forward(

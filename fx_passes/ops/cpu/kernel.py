@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,20 +17,39 @@ _LARGEST_WIDTH = 256
 _LARGEST_C = float(1 << 30)  # that of tiled.backward
 
 
-def supports(problem: Problem) -> bool:
-    """Whether the native kernel computes this problem (and there is one).
+def unsupported(problem: Problem) -> str | None:
+    """Why the native kernel does not compute this problem, or None if it does.
 
-    float32 or bfloat16; head_dim and value dim multiples of 16 up to 256; a mask per key or none; no window to the
-    left, bias, sinks, softcap, dropout, document ids or prefix; a positive scale.
+    It takes float32 or bfloat16; head_dim and value dim multiples of 16 up to 256; masks, biases (without a gradient,
+    see `dispatch.backward`) and windows; no sinks, softcap, dropout, document ids or prefix; a positive scale.
     """
-    q, k, v, s, mask = problem.query, problem.key, problem.value, problem.static, problem.attn_mask
-    others = (problem.attn_bias, problem.sinks, problem.query_ids, problem.prefix)
-    plain = all(x is None for x in others) and s.left is None and s.softcap == 0 and s.dropout_p == 0
-    widths = all(x.shape[-1] % 16 == 0 and 0 < x.shape[-1] <= _LARGEST_WIDTH for x in (q, v))
-    sizes = q.numel() > 0 and k.numel() > 0 and k.shape[2] < 1 << 31 and s.scale > 0
-    per_key = mask is None or (mask.shape[1:3] == (1, 1) and mask.shape[3] == k.shape[2])
-    types = q.device.type == "cpu" and q.dtype in bind.DTYPES
-    return types and plain and widths and sizes and per_key and bind.library() is not None
+    q, k, v, s = problem.query, problem.key, problem.value, problem.static
+    if q.device.type != "cpu":
+        return f"device {q.device.type}"
+    if q.dtype not in bind.DTYPES:
+        return str(q.dtype)
+    features = {
+        "sinks": problem.sinks is not None,
+        "document ids": problem.query_ids is not None,
+        "prefix": problem.prefix is not None,
+        "softcap": s.softcap != 0,
+        "dropout": s.dropout_p != 0,
+        f"scale {s.scale:g}": not s.scale > 0,
+        "empty tensors": q.numel() == 0 or k.numel() == 0,
+        f"{k.shape[2]} keys": k.shape[2] >= 1 << 31,
+    }
+    found = [name for name, has in features.items() if has]
+    for name, width in (("head_dim", q.shape[-1]), ("value dim", v.shape[-1])):
+        if width % 16 or not 0 < width <= _LARGEST_WIDTH:
+            found.append(f"{name} {width}")
+    if not found and bind.library() is None:
+        found.append("no native kernel on this machine")
+    return ", ".join(found) or None
+
+
+def supports(problem: Problem) -> bool:
+    """Whether the native kernel computes this problem (and there is one)."""
+    return unsupported(problem) is None
 
 
 def samples(problem: Problem, c: Tensor) -> bool:
@@ -42,12 +62,10 @@ def _unit(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _with_unit_strides(problem: Problem) -> Problem:
-    q, k, v = problem.query, problem.key, problem.value
-    if q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
-        return problem
-    static = problem.static
-    return Problem(_unit(q), _unit(k), _unit(v), problem.attn_mask, None, None, None, None, None, static)
+def _as_read(problem: Problem) -> Problem:
+    """With tensors as the native kernel reads them: unit strides in the last dimension, biases in float32."""
+    q, k, v, bias = _unit(problem.query), _unit(problem.key), _unit(problem.value), problem.attn_bias
+    return replace(problem, query=q, key=k, value=v, attn_bias=None if bias is None else bias.float())
 
 
 def _native() -> ctypes.CDLL:
@@ -76,7 +94,7 @@ def _run(problem: Problem, c: Tensor, seed: Tensor, out: Tensor | None, softmax:
     limit, number = (min(float(c), _LARGEST_C), int(seed)) if wanted else (0.0, 0)
     rows = (None, None) if softmax is None else (softmax.maximum, softmax.total)
     stream = stream_word(problem.static.site, STREAM_ROW)
-    with bind.forward(_native(), _with_unit_strides(problem), limit, number, stream, out, *rows) as lists:
+    with bind.forward(_native(), _as_read(problem), limit, number, stream, out, *rows) as lists:
         if not wanted:
             return kept.empty()
         cache, parts = kept.allocate(problem, lists.count, limit, number)
@@ -95,5 +113,5 @@ def backward(
         return None
     inputs = (problem.query, problem.key, problem.value)
     query, key, value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-    bind.backward(_native(), _with_unit_strides(problem), _unit(grad), _unit(out), lists, (query, key, value))
+    bind.backward(_native(), _as_read(problem), _unit(grad), _unit(out), lists, (query, key, value))
     return Gradients(query, key, value, None, None), len(lists[1])

@@ -11,7 +11,8 @@ namespace {
 std::mt19937 random_bits(1);
 
 struct Shape {
-  int64_t batch, heads, groups, m, n, dk, dv, right;
+  int64_t batch, heads, groups, m, n, dk, dv, left, right;
+  int effects;  // 1: a mask per query and key; 2: a bias
   bool bfloat16, masked;
   double c;
   int threads;
@@ -41,10 +42,18 @@ bool run(const Shape& s) {
   Tensor grad(s.batch, s.heads, s.m, s.dv, s.bfloat16);
   std::vector<uint8_t> mask(size_t(s.batch * s.n));
   for (auto& x : mask) x = random_bits() % 4 != 0;
+  // Masks and biases per query and key, also as sizes of 1; some biases hide a whole row.
+  const int64_t mask_rows = s.m % 3 ? s.m : 1, bias_heads = s.n % 2 ? s.heads : 1;
+  std::vector<uint8_t> places(size_t(mask_rows * s.n));
+  for (auto& x : places) x = random_bits() % 4 != 0;
+  std::vector<float> bias(size_t(bias_heads * s.m * s.n));
+  for (size_t i = 0; i < bias.size(); i++) bias[i] = random_bits() % 4 && i % 997 > 200 ? 0.5f : i % 2 ? -3.4e38f : -1e9f;
   const int64_t rows = s.batch * s.heads * s.m;
   std::vector<float> maximum(rows), total(rows);
   SusCall call{query.bytes.data(), key.bytes.data(), value.bytes.data(), query.strides, key.strides, value.strides,
-               s.masked ? mask.data() : nullptr, s.n, 1, s.batch, s.heads, s.groups, s.m, s.n, s.dk, s.dv, s.right,
+               s.masked ? mask.data() : nullptr, s.n, 1,
+               s.effects & 1 ? places.data() : nullptr, {0, 0, mask_rows > 1 ? s.n : 0, 1},
+               s.effects & 2 ? bias.data() : nullptr, {0, bias_heads > 1 ? s.m * s.n : 0, s.n, 1}, s.batch, s.heads, s.groups, s.m, s.n, s.dk, s.dv, s.left, s.right,
                0.2f, s.bfloat16 ? SUS_BFLOAT16 : SUS_FLOAT32, s.threads, 0};
   SusForward forward{call, s.c, 0x123456789abcdefull, 4, 0, out.bytes.data(), out.strides, maximum.data(), total.data()};
   SusLists* lists = sus_forward(&forward);
@@ -53,7 +62,7 @@ bool run(const Shape& s) {
   std::vector<int64_t> offsets(rows + 1);
   std::vector<int32_t> keys(count);
   std::vector<float> weights(count);
-  if (s.c > 0) sus_lists_export(lists, offsets.data(), keys.data(), weights.data());
+  if (s.c > 0) sus_lists_export(lists, offsets.data(), keys.data(), weights.data(), s.threads);
   sus_lists_free(lists);
   CHECK(offsets[rows] == count);
   for (int64_t i = 0; i < rows; i++) {
@@ -83,10 +92,13 @@ int main() {
     auto pick = [](int64_t low, int64_t high) { return low + int64_t(random_bits() % uint32_t(high - low + 1)); };
     Shape s{};
     s.batch = pick(1, 2), s.groups = pick(1, 2), s.heads = s.groups * pick(1, 2);
-    s.m = i < 6 ? 1 : pick(1, 300), s.n = i % 6 == 0 ? 1 : pick(1, 700);
+    s.m = i < 6 ? 1 : pick(1, 300), s.n = i % 6 == 0 ? 1 : i == 17 || i == 29 ? pick(8193, 8500) : pick(1, 700);
     s.dk = widths[pick(0, 6)], s.dv = i % 3 ? s.dk : widths[pick(0, 6)];
     s.right = i % 2 ? none : pick(-5, 5);
+    s.left = i % 7 < 4 ? none : pick(0, 300);
+    s.effects = i % 4;
     s.bfloat16 = i % 4 == 1, s.masked = i % 5 == 2, s.threads = int(pick(1, 3));
+    if (s.n > 8192) s.m = pick(1, 30);
     const double budgets[] = {0, 0.3, 1, 8, 30, 5000, 1073741824.0};
     s.c = budgets[pick(0, 6)];
     if (!run(s)) return fprintf(stderr, "case %d\n", i), 1;

@@ -10,6 +10,10 @@ struct SusStrides {
   int64_t batch, head, row;  // the last dimension has stride 1
 };
 
+struct SusPlaces {
+  int64_t batch, head, row, key;  // 0 where it is broadcast
+};
+
 enum SusDtype : int32_t { SUS_FLOAT32 = 0, SUS_BFLOAT16 = 1 };
 
 // What forward and backward share: B batch entries, H query heads, G key heads, M queries, N keys.
@@ -18,8 +22,12 @@ struct SusCall {
   SusStrides query_strides, key_strides, value_strides;
   const uint8_t* mask;  // bool per (batch, key), 1 takes part; null is no mask
   int64_t mask_batch, mask_key;
+  const uint8_t* places;  // bool per (batch, head, row, key), 1 takes part; null is no mask
+  SusPlaces places_strides;
+  const float* bias;  // added to the logits; null is no bias
+  SusPlaces bias_strides;
   int64_t batch, heads, groups, m, n, dk, dv;
-  int64_t right;  // row i sees keys 0 .. i + right
+  int64_t left, right;  // row i sees keys i - left .. i + right
   float scale;    // above 0
   int32_t dtype;  // SusDtype
   int32_t threads;
@@ -52,7 +60,7 @@ struct SusLists;
 
 SusLists* sus_forward(const SusForward*);
 int64_t sus_lists_count(const SusLists*);
-void sus_lists_export(const SusLists*, int64_t* offsets, int32_t* keys, float* weights);
+void sus_lists_export(const SusLists*, int64_t* offsets, int32_t* keys, float* weights, int32_t threads);
 void sus_lists_free(SusLists*);
 int sus_backward(const SusBackward*);  // 0, or 1 when memory runs out
 }

@@ -21,6 +21,7 @@ struct Block {
   std::vector<int32_t> counts;  // per row
   std::vector<int32_t> keys;
   std::vector<float> weights;
+  int64_t first_row, first_entry;  // counted over all blocks
 };
 
 struct SusLists {
@@ -82,7 +83,7 @@ void parallel(int threads, int64_t tasks, const F& f) {
 // A number of finished tasks that later tasks wait for.
 class Progress {
  public:
-  void add() { count_.fetch_add(1, std::memory_order_release); }
+  int64_t add() { return count_.fetch_add(1, std::memory_order_acq_rel) + 1; }
   void wait(int64_t count) const {
     while (count_.load(std::memory_order_acquire) < count) sched_yield();
   }

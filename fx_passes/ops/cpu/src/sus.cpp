@@ -8,9 +8,13 @@ namespace sus {
 
 namespace {
 
+constexpr int64_t KEPT_CHUNKS = 32;  // up to so many chunks of keys, weights are kept for the sampler: 1.7 MB
+
 struct Thread {
   Scratch scratch;
   Sampler sampler;
+
+  Thread(int64_t weight_rows, bool extras) : scratch(weight_rows, extras) {}
 };
 
 // All tasks of a forward in one parallel region: first those that pack key head 0, then its row blocks, then head 1 ...
@@ -28,8 +32,9 @@ class Forward {
   const SusForward& args_;
   const SusCall& call_;
   SusLists& lists_;
-  const bool sample_;
-  const int64_t chunks_, blocks_, heads_, per_group_;
+  const int64_t chunks_;
+  const Sampling sampling_;
+  const int64_t rows_, blocks_, heads_, per_group_;  // rows_ of a block
   std::vector<std::unique_ptr<Packed>> ring_;  // key head h uses number h modulo the size
   std::vector<std::unique_ptr<Thread>> threads_;
   std::vector<Progress> packed_, done_;  // chunks and row blocks, per key head
@@ -39,9 +44,10 @@ Forward::Forward(const SusForward& args, SusLists& lists)
     : args_(args),
       call_(args.call),
       lists_(lists),
-      sample_(args.c > 0),
       chunks_(ceil_div(call_.n, CHUNK)),
-      blocks_(ceil_div(call_.m, ROWS)),
+      sampling_(args.c <= 0 ? NO_SAMPLING : chunks_ <= KEPT_CHUNKS ? FROM_WEIGHTS : FROM_PRODUCTS),
+      rows_(sampling_ == FROM_WEIGHTS ? KEPT_ROWS : ROWS),
+      blocks_(ceil_div(call_.m, rows_)),
       heads_(call_.batch * call_.groups),
       per_group_(call_.heads / call_.groups),
       packed_(heads_),
@@ -49,14 +55,21 @@ Forward::Forward(const SusForward& args, SusLists& lists)
   // So many heads at a time that threads seldom wait, and few copies of K and V.
   const int64_t together = clamp(ceil_div(8 * call_.threads, blocks_ * per_group_) + 1, 1, heads_);
   for (int64_t i = 0; i < together; i++)
-    ring_.push_back(std::make_unique<Packed>(call_, sample_, args.out != nullptr));
-  for (int i = 0; i < call_.threads; i++) threads_.push_back(std::make_unique<Thread>());
-  if (sample_) lists.blocks.resize(call_.batch * call_.heads * blocks_);
+    ring_.push_back(std::make_unique<Packed>(call_, sampling_ == FROM_PRODUCTS, args.out != nullptr));
+  const int64_t weight_rows = sampling_ == FROM_WEIGHTS ? chunks_ * rows_ : rows_;
+  for (int i = 0; i < call_.threads; i++) threads_.push_back(std::make_unique<Thread>(weight_rows, call_.bias || call_.places));
+  if (sampling_) lists.blocks.resize(call_.batch * call_.heads * blocks_);
 }
 
 void Forward::run() {
   const int64_t tasks = heads_ * (chunks_ + blocks_ * per_group_);
   parallel(call_.threads, tasks, [this](int64_t t, int thread) { task(t, thread); });
+  int64_t row = 0, entry = 0;
+  for (Block& b : lists_.blocks) {
+    b.first_row = row, b.first_entry = entry;
+    row += int64_t(b.counts.size());
+    entry += int64_t(b.keys.size());
+  }
 }
 
 void Forward::task(int64_t task, int thread) {
@@ -80,11 +93,11 @@ void Forward::task(int64_t task, int thread) {
 void Forward::block(int64_t key_head, int64_t task, int thread) {
   const int64_t block = blocks_ - 1 - task / per_group_, batch = key_head / call_.groups;
   const int64_t head = key_head % call_.groups * per_group_ + task % per_group_;
-  const int64_t first = block * ROWS, count = call_.m - first < ROWS ? call_.m - first : ROWS;
-  Rows rows{args_, *ring_[key_head % ring_.size()], batch, head, first, count, threads_[thread]->scratch};
-  rows.run(sample_);
-  if (sample_)
-    threads_[thread]->sampler.run(rows, lists_.blocks[(batch * call_.heads + head) * blocks_ + block]);
+  const int64_t first = block * rows_, count = call_.m - first < rows_ ? call_.m - first : rows_;
+  Thread& at = *threads_[thread];
+  Rows rows{args_, *ring_[key_head % ring_.size()], batch, head, first, count, sampling_, at.scratch};
+  rows.run([&] { at.sampler.start(rows); }, [&](int64_t chunk) { at.sampler.visit(rows, chunk); });
+  if (sampling_) at.sampler.finish(rows, lists_.blocks[(batch * call_.heads + head) * blocks_ + block]);
 }
 
 }  // namespace
@@ -106,22 +119,18 @@ SusLists* sus_forward(const SusForward* args) {
 }
 
 int64_t sus_lists_count(const SusLists* lists) {
-  int64_t count = 0;
-  for (const Block& b : lists->blocks) count += int64_t(b.keys.size());
-  return count;
+  return lists->blocks.empty() ? 0 : lists->blocks.back().first_entry + int64_t(lists->blocks.back().keys.size());
 }
 
-void sus_lists_export(const SusLists* lists, int64_t* offsets, int32_t* keys, float* weights) {
-  int64_t place = 0;
+void sus_lists_export(const SusLists* lists, int64_t* offsets, int32_t* keys, float* weights, int32_t threads) {
   *offsets = 0;
-  for (const Block& b : lists->blocks) {
-    std::copy(b.keys.begin(), b.keys.end(), keys + place);
-    std::copy(b.weights.begin(), b.weights.end(), weights + place);
-    for (int32_t count : b.counts) {
-      place += count;
-      *++offsets = place;
-    }
-  }
+  parallel(threads, int64_t(lists->blocks.size()), [&](int64_t i, int) {
+    const Block& b = lists->blocks[i];
+    std::copy(b.keys.begin(), b.keys.end(), keys + b.first_entry);
+    std::copy(b.weights.begin(), b.weights.end(), weights + b.first_entry);
+    int64_t *place = offsets + b.first_row, end = b.first_entry;
+    for (int32_t count : b.counts) *++place = end += count;
+  });
 }
 
 void sus_lists_free(SusLists* lists) { delete lists; }
