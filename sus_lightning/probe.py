@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,9 +28,9 @@ class Probe:
     """Measures the variance that SUS adds to the gradient of ``training_step``.
 
     On the training batch it takes the exact gradient (c = infinity) and `draws` SUS gradients with the same dropout
-    masks, and on the batch before it another exact gradient. The pair gives the batch gradient's own variance with the
-    shapes that training uses, so nothing is compiled anew: a graph of half the batch would be, and the next training
-    step might then run in that graph, with other rounding.
+    masks, and on each of some earlier batches another exact gradient. Pairs of batches give the batch gradient's own
+    variance with the shapes that training uses, so nothing is compiled anew: a graph of half the batch would be, and
+    the next training step might then run in that graph, with other rounding.
 
     Args:
         trainer: in fit, with optimizers.
@@ -45,32 +45,33 @@ class Probe:
         self.parameters = [p for _, p in named]
         self._gradient = StepGradient(trainer, root, self.parameters)
         self._sharded = is_sharded(trainer)
-        ranks = 1 if self._sharded else trainer.world_size
-        accumulated = trainer.accumulate_grad_batches if root.automatic_optimization else 1
-        self.metric = GradientVariance(
-            ((name, local(p).shape) for name, p in named), batches_per_step=ranks * accumulated
-        )
+        self.metric = GradientVariance((name, local(p).shape) for name, p in named)
         device = root.device
         self.metric.to(device if device.type != "mps" else "cpu")  # mps has no float64
 
-    def __call__(self, batch: Any, previous: tuple[Any, int], batch_idx: int) -> dict[str, float]:
+    def __call__(self, batch: Any, batch_idx: int, earlier: Iterable[tuple[Any, int]]) -> dict[str, float]:
         """The values of `GradientVariance`, reduced over ranks. All ranks must call it at the same step.
 
         Args:
             batch: of the training step to come, on the device.
-            previous: the batch of another step and its index.
             batch_idx: index of `batch`.
+            earlier: other batches with their indices, at least one.
         """
         self.metric.reset()
+        ranks = 1 if self._sharded else self.trainer.world_size
+        # Read here and not in __init__: GradientAccumulationScheduler changes it. Under manual optimization it is 1.
+        self.metric.batches_per_step = ranks * self.trainer.accumulate_grad_batches
         snapshot = Snapshot(self.root, self.backend.state)
         try:
             with muted(self.trainer, self.root):
-                self._measure(snapshot, self._arguments(batch, batch_idx), self._arguments(*previous))
+                self._measure(
+                    snapshot, self._arguments(batch, batch_idx), [self._arguments(*other) for other in earlier]
+                )
         finally:
             snapshot.restore()
         return {name: float(value) for name, value in self.metric.compute().items()}
 
-    def _measure(self, snapshot: Snapshot, this: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    def _measure(self, snapshot: Snapshot, this: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
         state = self.backend.state
         c, counter = state.c, state.counter + _APART
         state.c = math.inf
@@ -81,15 +82,19 @@ class Probe:
             snapshot.restore()  # the same dropout masks, and the same module as the exact gradient saw
             state.c, state.counter = c, counter + (draw << 20)
             self._update(exact, sus=self._gradient(copied(this)))
-        # Other dropout masks than those of the exact gradient: they are part of the batch gradient's variance.
-        snapshot.restore(random=False)
-        state.c = math.inf
-        self._update(exact, other=self._gradient(copied(other)))
+        for other in others:
+            # Other dropout masks than before: they are part of the batch gradient's variance.
+            snapshot.restore(random=False)
+            state.c = math.inf
+            gradient = self._gradient(copied(other))
+            if gradient is not None and self._update(exact, other=gradient):
+                exact = gradient  # pairs of neighbours: two gradients in memory, however many batches there are
 
-    def _update(self, exact: Gradients, sus: Gradients | None = None, other: Gradients | None = None) -> None:
+    def _update(self, exact: Gradients, sus: Gradients | None = None, other: Gradients | None = None) -> bool:
+        """Whether there was something to add: a step may be skipped, and float16 gradients may overflow."""
         gradients = sus if sus is not None else other
         if gradients is None or not _finite(gradients):
-            return  # a step that was skipped, or whose float16 gradients overflowed
+            return False
         weights = None
         if self._sharded:
             weights = [1.0 if g is None else 1.0 / copies(g) for g in exact]
@@ -100,6 +105,7 @@ class Probe:
             weights=weights,
             counts=not self._sharded or self.trainer.is_global_zero,
         )
+        return True
 
     def _arguments(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         takes_index = is_param_in_hook_signature(self.root.training_step, "batch_idx", min_args=2)

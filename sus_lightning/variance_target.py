@@ -19,12 +19,16 @@ class VarianceTarget(Schedule):
     """Holds the relative gradient-variance increase at a target by adapting c after each probe.
 
     Nobody knows the right c beforehand: the same increase of 1% takes c = 30 on a small byte LM and c = 150 on
-    SmolLM2-135M, and it drifts while attention sharpens. After a probe that measured the increase r, ::
+    SmolLM2-135M, and it drifts while attention sharpens. Noise falls about as c ** -p with p = 1.5, so a probe at c that
+    measured the variances ``sus`` and ``batch`` says how much noise there would be at c = 1. Both are averaged over
+    probes, of which the last one has the weight ``smoothing``, and the next c is where their ratio is the target::
 
-        log c  +=  smoothing / 1.5 * (log r - log target)
+        noise  =  (1 - smoothing) * noise   +  smoothing * sus * c ** p
+        spread =  (1 - smoothing) * spread  +  smoothing * batch
+        c      =  (noise / spread / target) ** (1 / p)
 
-    which is integral control in log space: it settles where r equals the target, for any power law r ~ c ** -p with
-    p below 3 / smoothing. The first probe closes the whole gap (warm start), later ones the share ``smoothing`` of it.
+    It settles where the ratio of the averaged variances equals the target, whatever the true exponent is (below
+    2 p / smoothing). The first probe has the weight 1 (warm start).
 
     Note:
         The probes of :class:`~sus_lightning.SUSBackprop` are what this schedule sees, so ``variance_every_n_steps``
@@ -43,14 +47,14 @@ class VarianceTarget(Schedule):
         start: c until the first probe.
         minimum: lower bound of c.
         maximum: upper bound of c, at least `minimum`; finite.
-        smoothing: share of the gap that a probe closes, in (0, 1].
+        smoothing: weight of the last probe in the averages, in (0, 1].
         largest_step: c changes by at most this factor per probe, above 1.
 
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
 
     >>> schedule = VarianceTarget(0.01, start=30)
-    >>> schedule.observe({"relative_variance": 0.08})  # as SmolLM2-135M has at c = 30
+    >>> schedule.observe({"sus_variance": 0.08, "batch_variance": 1.0})  # as SmolLM2-135M has at c = 30
     >>> schedule(1)
     120.0
     """
@@ -83,25 +87,32 @@ class VarianceTarget(Schedule):
         if self.largest_step <= 1:
             raise ValueError(f"largest_step must be above 1, but it is {largest_step}")
         self._c = self.start
+        self._noise = self._spread = 0.0
         self._probes = 0
 
     def __call__(self, step: int) -> float:
         return self._c
 
     def observe(self, variance: Mapping[str, float]) -> None:
-        measured = variance.get("relative_variance" if self.on == "total" else "worst_relative_variance", math.nan)
-        if math.isnan(measured) or math.isinf(measured):
+        noise, spread = self._measured(variance)
+        if not (math.isfinite(noise) and math.isfinite(spread) and spread > 0):
             return  # no batch variance to compare with: keep c
-        share = self.smoothing if self._probes else 1.0
-        limit = math.log(self.largest_step)
-        # A measured 0 (all entries kept) has no logarithm: it asks for the largest step down.
-        gap = (math.log(measured) - math.log(self.target)) / _SLOPE if measured > 0 else -math.inf
-        change = max(-limit, min(limit, share * gap))
-        self._c = round(min(self.maximum, max(self.minimum, self._c * math.exp(change))), 6)
+        weight = self.smoothing if self._probes else 1.0
+        self._noise += weight * (noise * self._c**_SLOPE - self._noise)
+        self._spread += weight * (spread - self._spread)
+        wanted = (self._noise / self._spread / self.target) ** (1 / _SLOPE)
+        low = max(self.minimum, self._c / self.largest_step)
+        self._c = round(min(self.maximum, self._c * self.largest_step, max(low, wanted)), 6)
         self._probes += 1
 
+    def _measured(self, variance: Mapping[str, float]) -> tuple[float, float]:
+        if self.on == "worst":
+            return variance.get("worst_relative_variance", math.nan), 1.0
+        return variance.get("sus_variance", math.nan), variance.get("batch_variance", math.nan)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"c": self._c, "probes": self._probes}
+        return {"c": self._c, "noise": self._noise, "spread": self._spread, "probes": self._probes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._c, self._probes = float(state["c"]), int(state["probes"])
+        self._noise, self._spread = float(state["noise"]), float(state["spread"])
