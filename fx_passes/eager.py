@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from fx_passes.ops.functional import check_choice, sus_attention
 from fx_passes.ops.problem import FORWARDS, SAMPLERS
-from fx_passes.state import State
+from fx_passes.state import State, draw
 
 
 class sus_backward(TorchFunctionMode):
@@ -73,5 +73,7 @@ class sus_backward(TorchFunctionMode):
 
     def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
         self.calls += 1
-        attention = partial(sus_attention, c=self.c, sampler=self.sampler, forward=self.forward)
-        return attention(*args, **kwargs, seed=self.state.next_seed(), state=self.state.id)
+        query = args[0] if args else kwargs["query"]
+        c, seed = draw(query, self.state.id, [0])
+        attention = partial(sus_attention, c=c[0], seed=seed, sampler=self.sampler, forward=self.forward)
+        return attention(*args, **kwargs, state=self.state.id)

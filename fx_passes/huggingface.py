@@ -78,12 +78,12 @@ class register_sus_attention:
     ) -> tuple[Tensor, None]:
         """Signature and result of transformers' attention functions: [B, H, M, D] to [B, M, H, E]."""
         band, mask, bias = _masks(module, query, attention_mask, is_causal, position_bias)
-        c, seed = draw(query, self.state.id)
+        c, seed = draw(query, self.state.id, [0])
         out = attend(
             query,
             key,
             value,
-            c,
+            c[0],
             seed,
             attn_mask=mask,
             attn_bias=bias,

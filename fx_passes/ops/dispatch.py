@@ -62,5 +62,6 @@ def backward(
     gradients, count = found
     state = get_state(problem.static.state)
     if state is not None:
-        state.count(count, problem.query.shape[:3].numel(), tiled.dense_entries(problem))
+        rows = problem.query.shape[:3].numel()
+        state.count(count, rows, tiled.dense_entries(problem), problem.query.device)
     return gradients

@@ -1,13 +1,13 @@
 """Bodies of higher-order operators such as activation checkpointing, and the draw that their calls share.
 
-c and the seed are drawn in the outermost graph and handed into bodies as operands, so that a recomputation sees the
-same numbers. They stand behind the inputs, one draw for each device.
+c of all sites and the seed are drawn in the outermost graph and handed into bodies as operands, so that a recomputation
+sees the same numbers. They stand behind the inputs, one draw for each device.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,13 +52,33 @@ def operands(call: Node) -> tuple[Node, ...]:
 
 @dataclass
 class Draws:
-    """The nodes of c and seed, by graph and device."""
+    """The nodes of c and seed, by graph and device, and the sites whose c the draw of a device returns."""
 
     state: State
     known: dict[tuple[Context, torch.device], tuple[Node, Node]] = field(default_factory=dict)
+    sites: dict[torch.device, list[int]] = field(default_factory=dict)
+    drawn: dict[torch.device, Node] = field(default_factory=dict)
 
-    def get(self, context: Context, device: torch.device, before: Node, like: Node) -> tuple[Node, Node]:
-        """c and seed for a site in front of a node of a graph; `like` is a node of the device there."""
+    def get(
+        self, context: Context, device: torch.device, before: Node, like: Node, sites: Sequence[int]
+    ) -> tuple[Node, list[int], Node]:
+        """The vector of c, the places of these sites in it, and the seed, in front of a node of a graph.
+
+        `like` is a node of the device there.
+        """
+        c, seed = self._nodes(context, device, before, like)
+        all_ = self.sites.setdefault(device, [])
+        all_ += [site for site in sites if site not in all_]
+        drawn = self.drawn[device]
+        drawn.args = (drawn.args[0], self.state.id, list(all_))
+        return c, [all_.index(site) for site in sites], seed
+
+    def prepare(self) -> None:
+        """To be called when all sites are known."""
+        for device, sites in self.sites.items():
+            self.state.prepare(device, sites)
+
+    def _nodes(self, context: Context, device: torch.device, before: Node, like: Node) -> tuple[Node, Node]:
         key = (context, device)
         if key not in self.known:
             self.known[key] = (
@@ -73,14 +93,14 @@ class Draws:
         if on_device:
             like, before = on_device[0], places[-1].next
         with graph.inserting_before(before):
-            both = graph.call_function(torch.ops.sus.draw.default, (like, self.state.id))
+            both = self.drawn[device] = graph.call_function(torch.ops.sus.draw.default, (like, self.state.id, []))
             return graph.call_function(operator.getitem, (both, 0)), graph.call_function(operator.getitem, (both, 1))
 
     def _lift(self, context: Context, device: torch.device) -> tuple[Node, Node]:
         """Two more placeholders of a body, fed by all its calls."""
         assert context.parent is not None
         for i, call in enumerate(context.calls):
-            c, seed = self.get(context.parent, device, call, call)
+            c, seed = self._nodes(context.parent, device, call, call)
             if i:
                 with call.graph.inserting_before(call):
                     seed = call.graph.call_function(operator.add, (seed, i * _STEP))

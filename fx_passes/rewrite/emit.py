@@ -124,10 +124,21 @@ def _wants_gradient(bias: Bias) -> bool:
 
 
 class Emitter:
-    """Emits one attention. `c` and `seed` are nodes of the draw; `options` go to every call."""
+    """Emits one attention.
 
-    def __init__(self, build: Builder, c: Node, seed: Node, options: dict[str, Any], autocast: bool) -> None:
-        self.build, self.c, self.seed, self.options, self.autocast = build, c, seed, options, autocast
+    Args:
+        build: where.
+        c, seed: nodes of the draw.
+        places: by the number of a site, where its c is in `c`.
+        options: go to every call.
+        autocast: the calls stand under autocast.
+    """
+
+    def __init__(
+        self, build: Builder, c: Node, places: dict[int, int], seed: Node, options: dict[str, Any], autocast: bool
+    ) -> None:
+        self.build, self.c, self.places, self.seed = build, c, places, seed
+        self.options, self.autocast = options, autocast
 
     def emit(self, attention: Attention, ready: list[Ready], numbers: list[int]) -> Node:
         total: Node | None = None
@@ -199,7 +210,8 @@ class Emitter:
 
     def _attend(self, first: Node, second: Node, third: Node | None, options: dict[str, Any]) -> Node:
         logits = third is None
-        operands = (first, second, self.c, self.seed) if third is None else (first, second, third, self.c, self.seed)
+        c = self.build.call(aten.select.int, self.c, 0, self.places[options["site"]])
+        operands = (first, second, c, self.seed) if third is None else (first, second, third, c, self.seed)
         if self.autocast:
             return self.build.call(attend_as_is, *operands, **({"logits": True} if logits else {}), **options)
         return self.build.call(attend_logits if logits else attend, *operands, **options)

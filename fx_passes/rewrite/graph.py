@@ -99,6 +99,7 @@ def rewrite_graph(
         FakeTensorProp(gm).propagate(*(example_inputs or ()))
     examples = dict(zip(places, example_inputs or (), strict=False))
     _rewrite(Context(gm, examples), job)
+    job.draws.prepare()
     return job.result
 
 
@@ -228,15 +229,16 @@ def _emit(trace: Trace, attention: Attention, ready: list[Ready], numbers: list[
     attention = Attention(
         target, layout, attention.terms, attention.value, attention.form, attention.visited, attention.causal
     )
-    mark = list(context.gm.graph.nodes)
     build = Builder(context, before)
     device = target.fake.device
-    c, seed = job.draws.get(context, device, before, build.node(attention.value.value))
+    c, places, seed = job.draws.get(context, device, before, build.node(attention.value.value), numbers)
+    mark = list(context.gm.graph.nodes)  # the draw stays: other sites share it
     autocast = bool(context.state[before].autocast) or torch.is_autocast_enabled(device.type)
     shared = {"sampler": options.sampler, "forward": options.forward, "state": options.state.id}
     kept = [(v, v.node, v.version) for v in _values(trace)]
     try:
-        new = Emitter(build, c, seed, shared, autocast).emit(attention, ready, numbers)
+        c_of = dict(zip(numbers, places, strict=True))
+        new = Emitter(build, c, c_of, seed, shared, autocast).emit(attention, ready, numbers)
         replace(trace, build, target, new)
     except Exception:
         for v, node, version in kept:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from fx_passes import SUSBackend
 from fx_passes.ops.functional import attend
 from fx_passes.state import State, draw
 
@@ -52,18 +54,19 @@ def test_deterministic() -> None:
 
 
 def _call(state: State, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    c, seed = draw(q, state.id)
-    return attend(q, k, v, c, seed, right=0, state=state.id)
+    c, seed = draw(q, state.id, [0])
+    return attend(q, k, v, c[0], seed, right=0, state=state.id)
 
 
 def test_the_host_never_waits() -> None:
     state = State(30.0, seed=0)
     q, k, v = (torch.randn(1, 4, 1024, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    c, seed = draw(q, state.id)  # copies two numbers from the host
-    attend(q, k, v, c, seed, right=0, state=state.id).sum().backward()  # compiles
+    _call(state, q, k, v).sum().backward()  # compiles, and makes the state's mirror
     torch.cuda.set_sync_debug_mode("error")
     try:
-        attend(q, k, v, c, seed, right=0, state=state.id).sum().backward()
+        state.c = 20.0
+        state.set_site_c({1: 5.0})
+        _call(state, q, k, v).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -79,15 +82,7 @@ def test_compiled_is_eager() -> None:
         assert torch.equal(eager, compiled)
 
 
-def test_cuda_graph() -> None:
-    """A captured step with c and seed on the device; writing other numbers into them changes the draws of a replay."""
-    state = State(30.0, seed=0)
-    q, k, v = (torch.randn(1, 4, 512, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    c, seed = draw(q, state.id)
-
-    def step() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(attend(q, k, v, c, seed, right=0, state=state.id).sum(), (q, k, v))
-
+def _captured(step: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...]]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -96,14 +91,70 @@ def test_cuda_graph() -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step()
+        result = step()
+    return graph, result
+
+
+@pytest.mark.parametrize("sampler", ["systematic", "block"])
+def test_cuda_graph(sampler: str) -> None:
+    """A captured step draws anew in each replay, obeys c and the counter, and counts what it keeps."""
+    state = State(100.0, seed=0)
+    q, k, v = (torch.randn(1, 4, 512, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+
+    def step() -> tuple[torch.Tensor, ...]:
+        c, seed = draw(q, state.id, [0])
+        out = attend(q, k, v, c[0], seed, right=0, sampler=sampler, state=state.id)
+        return torch.autograd.grad(out.sum(), (q, k, v))
+
+    graph, captured = _captured(step)
+    kept = []
+    for c in (100.0, 30.0, 30.0):
+        state.c = c
+        state.counter = 7
+        state.pop_kept()
+        graph.replay()
+        replayed = [g.clone() for g in captured]
+        kept.append(state.pop_kept())
+        assert state.counter == 8
+        state.counter = 7
+        for found, right in zip(replayed, step(), strict=True):
+            assert torch.equal(found, right)
+        state.pop_kept()
+        graph.replay()
+        assert not torch.equal(replayed[0], captured[0])
+    assert kept[0].entries > 1.5 * kept[1].entries > 0
+    assert kept[1].entries == kept[2].entries
+    assert kept[0].rows == 4 * 512
+    with pytest.warns(UserWarning, match="captured CUDA graph"):
+        state.c = 1000.0
     graph.replay()
-    first = [g.clone() for g in captured]
-    seed.add_(1)
-    graph.replay()
-    assert not torch.equal(first[0], captured[0])
-    for found, right in zip(captured, step(), strict=True):
-        assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("sampler", ["systematic", "block"])
+def test_reduce_overhead(sampler: str) -> None:
+    """CUDA graphs made by Inductor: the draws of one step after the other are those of eager code."""
+    module = torch.nn.MultiheadAttention(128, 2, batch_first=True, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2, 256, 128, device="cuda", dtype=torch.bfloat16)
+
+    def gradients(mode: str | None) -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        backend = SUSBackend(c=20, sampler=sampler, seed=3)
+        compiled = torch.compile(lambda x: module(x, x, x, need_weights=False)[0], backend=backend, mode=mode)
+        found = []
+        for i in range(8):
+            backend.c = 20 if i < 6 else 8
+            module.zero_grad()
+            torch.compiler.cudagraph_mark_step_begin()
+            compiled(x).float().square().mean().backward()
+            found.append(torch.cat([p.grad.float().flatten() for p in module.parameters() if p.grad is not None]))
+        assert backend.state.counter == 8
+        assert backend.state.pop_kept().rows == 8 * 2 * 2 * 256
+        return found
+
+    plain, graphs = gradients(None), gradients("reduce-overhead")
+    for i, (found, right) in enumerate(zip(graphs, plain, strict=True)):
+        torch.testing.assert_close(found, right, rtol=2e-2, atol=2e-3 * float(right.abs().max()))
+        assert not any(torch.equal(found, other) for other in graphs[:i])
 
 
 @pytest.mark.slow

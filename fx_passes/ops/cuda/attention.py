@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from fx_passes.mirror import capturing
 from fx_passes.ops import tiled
 from fx_passes.ops.cuda import library
 from fx_passes.ops.cuda.launch import launch_backward, launch_forward, sizes_of
@@ -18,6 +21,8 @@ def forward(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> 
     s = problem.static
     capacity = capacity_for(_host_c(problem, c)) if s.sample else None
     lists = None if capacity is None else new_lists(problem, sizes_of(problem), capacity)
+    if s.sample and capturing(problem.query.device) and (state := get_state(s.state)) is not None:
+        state.captured(s.site, math.inf if lists is None else lists.c_limit)
     c, seed, dropout_seed = (x.to(problem.query.device) for x in (c, seed, dropout_seed))
     own = not (s.forward == "library" and library.applies(problem))
     out, softmax = launch_forward(problem, c, seed, dropout_seed, lists, own)
@@ -42,10 +47,14 @@ def backward(
     lists = find_lists(kept, problem, sizes_of(problem))
     if lists is None:
         # No points were drawn because c was infinite or huge, or the lists were lost when `kept` was copied. Only
-        # here the host waits for the device, to learn which.
-        capacity = capacity_for(float(c))
+        # here the host waits for the device, to learn which; in a capture it cannot.
+        known = _host_c(problem, c) if capturing(problem.query.device) else float(c)
+        capacity = capacity_for(known)
         if capacity is None:
-            return _without_lists(problem, grad, out, softmax, c, seed, dropout_seed, bias_grad)
+            exact = math.isinf(known) and not bias_grad and library.applies(problem)
+            if exact:
+                return library.backward(problem, grad), tiled.dense_entries(problem)
+            return tiled.backward(problem, grad, out, softmax, c, seed, dropout_seed, bias_grad)
         lists = new_lists(problem, sizes_of(problem), capacity)
         c, seed, dropout_seed = (x.to(problem.query.device) for x in (c, seed, dropout_seed))
         launch_forward(problem, c, seed, dropout_seed, lists, False)
@@ -58,25 +67,10 @@ def _host_c(problem: Problem, c: Tensor) -> float:
     """c as the host knows it, for the size of the lists; the kernels read the device's c and never exceed them."""
     state = get_state(problem.static.state)
     if state is not None:
-        return state.c
-    if c.is_cuda and torch.cuda.is_current_stream_capturing():
+        return state.c_of(problem.static.site)
+    if capturing(c.device):
         raise RuntimeError("inside a CUDA graph c must come from a SUSBackend, whose c the host knows")
     return float(c)
-
-
-def _without_lists(
-    problem: Problem,
-    grad: Tensor,
-    out: Tensor,
-    softmax: Softmax,
-    c: Tensor,
-    seed: Tensor,
-    dropout_seed: Tensor,
-    bias_grad: bool,
-) -> tuple[Gradients, int]:
-    if bool(torch.isinf(c)) and not bias_grad and library.applies(problem):
-        return library.backward(problem, grad), tiled.dense_entries(problem)
-    return tiled.backward(problem, grad, out, softmax, c, seed, dropout_seed, bias_grad)
 
 
 def _sinks(problem: Problem, grad: Tensor, out: Tensor, softmax: Softmax) -> Tensor | None:

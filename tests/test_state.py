@@ -1,0 +1,252 @@
+"""c of sites, seeds and counts: on the host, and in a device's mirror, for which the CPU stands in here."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fx_passes import SUSBackend, mirror, state
+from fx_passes.mirror import mix, mix_last
+from fx_passes.ops import dispatch
+from fx_passes.state import Kept, State, draw
+
+CPU = torch.device("cpu")
+LIKE = torch.zeros(1)
+
+
+@pytest.fixture
+def mirrored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "_MIRRORED", {"cuda", "cpu"})
+
+
+@pytest.fixture(params=["host", "mirror"])
+def _both(request: pytest.FixtureRequest) -> None:
+    if request.param == "mirror":
+        request.getfixturevalue("mirrored")
+
+
+both = pytest.mark.usefixtures("_both")
+
+
+class Block(nn.Module):
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.linear, self.checkpointed = nn.Linear(16, 16), checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self._inside, x, use_reentrant=False) if self.checkpointed else self._inside(x)  # type: ignore[no-any-return]
+
+    def _inside(self, x: Tensor) -> Tensor:
+        y = self.linear(x).view(*x.shape[:2], 2, 8).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(y, y, y, is_causal=True)
+        return x + y.transpose(1, 2).flatten(2)
+
+
+def gradient(compiled: Any, module: nn.Module, x: Tensor) -> Tensor:
+    module.zero_grad()
+    compiled(x).square().mean().backward()
+    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+
+def test_sites_have_the_common_c_or_their_own() -> None:
+    s = State(3.0)
+    s.set_site_c({2: 5, 0: math.inf})
+    s.set_site_c({2: 6})
+    assert [s.c_of(i) for i in range(3)] == [math.inf, 3, 6]
+    assert s.site_c == {0: math.inf, 2: 6}
+    again = pickle.loads(pickle.dumps(s))
+    assert (again.c, again.site_c) == (3, s.site_c)
+    s.c = 4
+    assert [s.c_of(i) for i in range(3)] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({1: 0}, ValueError, "c of site 1 must be above 0"),
+        ({1: 5, 2: None}, TypeError, "c of site 2 must be a number"),
+        ({-1: 5}, TypeError, "number of a site, an int of at least 0, but it is -1"),
+        ({"a": 5}, TypeError, "number of a site.*'a'"),
+    ],
+)
+def test_bad_c_of_sites_changes_nothing(given: Any, error: type[Exception], message: str) -> None:
+    s = State(3.0)
+    s.set_site_c({0: 7})
+    with pytest.raises(error, match=message):
+        s.set_site_c(given)
+    assert s.site_c == {0: 7}
+
+
+@both
+def test_a_draw_gives_c_of_the_sites_asked_for_and_a_new_seed() -> None:
+    s = State(3.0, seed=5)
+    c, seed = draw(LIKE, s.id, [4, 1])
+    s.set_site_c({1: 9})
+    again, other = draw(LIKE, s.id, [4, 1])
+    assert (c.tolist(), again.tolist()) == ([3, 3], [3, 9])  # what was drawn before keeps its c
+    assert c.dtype == again.dtype == torch.float64
+    assert [int(seed), int(other)] == [mix(5, 0, 1), mix(5, 0, 2)]
+    assert (seed.dtype, seed.shape, s.counter) == (torch.int64, (), 2)
+
+
+@both
+def test_seeds_follow_manual_seed_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = State(3.0)
+
+    def seeds(number: int) -> list[int]:
+        torch.manual_seed(number)
+        return [int(draw(LIKE, s.id, [0])[1]) for _ in range(2)]
+
+    first = seeds(1)
+    second = seeds(2)
+    assert len({*first, *second}) == 4
+    assert s.counter == 2
+    assert seeds(1) == first
+    s.counter = 1
+    assert int(draw(LIKE, s.id, [0])[1]) == first[1]
+    monkeypatch.setenv("RANK", "3")
+    s.counter = 0
+    assert int(draw(LIKE, s.id, [0])[1]) == mix(1, 3, 1)
+
+
+def test_mixing_on_a_device_is_mixing_on_the_host() -> None:
+    numbers = [0, 1, -1, 1 << 62, -(1 << 63), (1 << 63) - 1, 123456789]
+    for base in numbers:
+        for number in numbers:
+            found = mix_last(torch.tensor(mix(base, 7)), torch.tensor(number))
+            assert int(found) == mix(base, 7, number)
+
+
+@pytest.mark.usefixtures("mirrored")
+def test_what_a_captured_graph_replays_draws_anew_and_obeys_c() -> None:
+    """A replay runs only what was done on the device, at the addresses of the capture."""
+    s = State(3.0, seed=5)
+    draw(LIKE, s.id, [4, 1])
+    m = s._mirrors[CPU]
+    vector = m.prepare([4, 1], s.c_of)
+    addresses = [x.data_ptr() for x in (vector, m._counter, m._before, m._kept)]
+
+    def replay() -> tuple[list[float], int]:
+        m.count(torch.tensor(10), 4, 100)
+        return vector.clone().tolist(), int(m.next_seed())
+
+    assert replay() == ([3, 3], mix(5, 0, 2))
+    s.c = 8
+    s.set_site_c({1: 2, 7: 1})
+    assert replay() == ([8, 2], mix(5, 0, 3))
+    assert s.counter == 3
+    s.counter = 0
+    s.c = 6
+    assert replay() == ([6, 6], mix(5, 0, 1))
+    assert vars(s.pop_kept()) == {"entries": 30, "rows": 12, "dense": 300}
+    assert s.pop_kept().rows == 0
+    assert addresses == [x.data_ptr() for x in (m.prepare([4, 1], s.c_of), m._counter, m._before, m._kept)]
+
+
+@pytest.mark.usefixtures("mirrored")
+def test_setting_the_counter_takes_over_a_new_manual_seed() -> None:
+    torch.manual_seed(1)
+    s = State(3.0)
+    draw(LIKE, s.id, [0])
+    torch.manual_seed(2)
+    s.counter = 4
+    assert int(s._mirrors[CPU].next_seed()) == mix(2, 0, 5)
+
+
+@both
+def test_counts_can_be_put_back() -> None:
+    """As the probe of the gradient's variance does."""
+    s = State(3.0)
+    s.count(torch.tensor(5), 2, 30, CPU)
+    saved = Kept(**vars(s.kept))
+    s.count(7, 2, 30, CPU)
+    assert vars(s.kept) == {"entries": 12, "rows": 4, "dense": 60}
+    s.kept = saved
+    s.count(1, 1, 1, CPU)
+    assert vars(s.pop_kept()) == {"entries": 6, "rows": 3, "dense": 31}
+
+
+@pytest.mark.usefixtures("mirrored")
+def test_host_and_devices_draw_apart() -> None:
+    s = State(3.0, seed=1)
+    device = [int(draw(LIKE, s.id, [0])[1]) for _ in range(2)]
+    host = [s.next_seed() for _ in range(2)]
+    assert len({*device, *host}) == 4
+
+
+@pytest.mark.usefixtures("mirrored")
+def test_in_a_capture_nothing_may_be_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    s, other = State(3.0), State(3.0)
+    torch.manual_seed(1)
+    draw(LIKE, s.id, [0])
+    monkeypatch.setattr(mirror, "capturing", lambda _: True)
+    draw(LIKE, s.id, [0])
+    with pytest.raises(RuntimeError, match="a site is new"):
+        draw(LIKE, s.id, [0, 1])
+    with pytest.raises(RuntimeError, match="the state must exist outside"):
+        draw(LIKE, other.id, [0])
+    torch.manual_seed(2)
+    with pytest.raises(RuntimeError, match="the seed was changed before a capture"):
+        draw(LIKE, s.id, [0])
+
+
+def test_a_c_beyond_a_captured_graph_warns_once() -> None:
+    s = State(3.0)
+    s.captured(0, 7.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        s.c = 7
+        s.set_site_c({1: 30})
+    with pytest.warns(UserWarning, match="c = 8 is above 7"):
+        s.c = 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        s.c = 9
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+@both
+def test_each_site_of_a_graph_has_its_c(compiler: str, checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[int, tuple[float, int]] = {}
+    forward, backward = dispatch.forward, dispatch.backward
+
+    def spy(problem: Any, c: Tensor, seed: Tensor, *rest: Any) -> Any:
+        seen[problem.static.site] = float(c), int(seed)
+        return forward(problem, c, seed, *rest)
+
+    def check(problem: Any, grad: Tensor, out: Tensor, softmax: Any, kept: Tensor, c: Tensor, seed: Tensor, *rest: Any):  # type: ignore[no-untyped-def]
+        assert seen.pop(problem.static.site) == (float(c), int(seed))
+        return backward(problem, grad, out, softmax, kept, c, seed, *rest)
+
+    monkeypatch.setattr(dispatch, "forward", spy)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    module, x = nn.Sequential(Block(), Block(checkpointed), Block()), torch.randn(1, 40, 16)
+    backend = SUSBackend(c=3, compiler=compiler)
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    first = gradient(compiled, module, x)
+    assert {site: c for site, (c, _) in seen.items()} == {0: 3, 1: 3, 2: 3}
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    backend.state.set_site_c({1: 5, 2: math.inf})
+    second = gradient(compiled, module, x)
+    assert {site: c for site, (c, _) in seen.items()} == {0: 3, 1: 5, 2: math.inf}
+    backend.c = 4
+    monkeypatch.setattr(dispatch, "backward", check)
+    gradient(compiled, module, x)
+    assert not seen  # each backward saw what its forward had
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert backend.state.counter == 3  # one draw per call of the graph
+    assert not torch.equal(first, second)
+    monkeypatch.setattr(dispatch, "backward", backward)
+    backend.state.counter, backend.c = 0, 3
+    assert torch.equal(gradient(compiled, module, x), first)
+    assert not torch.equal(gradient(compiled, module, x), first)
