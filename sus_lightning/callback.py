@@ -16,11 +16,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from fx_passes import SUSBackend
+from fx_passes.report import REWRITTEN
 from fx_passes.state import Kept
 from sus_lightning.compilation import Compilation, plan
 from sus_lightning.probe import Probe, copied
 from sus_lightning.schedules import ConstantSchedule, Schedule, as_schedule, check_count, schedule_name, value_at
 from sus_lightning.strategies import check_strategy
+from sus_lightning.variance_target import ALONE, VarianceTarget
 
 
 class SUSBackprop(Callback):
@@ -41,7 +43,7 @@ class SUSBackprop(Callback):
     - ``sus/c``, ``sus/attention_rewritten`` (attention sites in the compiled graphs);
     - ``sus/kept_per_row``, ``sus/kept_fraction``: entries kept per query row, and of all that a dense backward uses,
       over the steps since they were last logged, over all ranks;
-    - ``sus/relative_variance`` (0.01 is an increase by 1%), also per kind of parameter (``sus/relative_variance/q``,
+    - ``sus/relative_variance`` (0.01 is an increase by 1%), also per kind of parameter (``sus/relative_variance_of/q``,
       ``k``, ``v``, ``o``, ``qkv``, ``rest``) and per layer, ``sus/worst_relative_variance`` (largest of the attention
       projections), ``sus/sus_variance``, ``sus/batch_variance``, ``sus/gradient_noise_scale``: see
       :class:`~sus_lightning.GradientVariance`.
@@ -108,6 +110,7 @@ class SUSBackprop(Callback):
         self._earlier: deque[tuple[Any, int]] = deque()
         self._probed_step = 0
         self._variance: dict[str, float] = {}
+        self._site_c: dict[int, float] = {}  # by number of the site: known before the sites are, after a resume
         self._checked = self._warned = False
         if _observes(self.schedule) and not self.variance_every_n_steps:
             raise ValueError(
@@ -132,6 +135,7 @@ class SUSBackprop(Callback):
             old = self.backend
             self.backend = SUSBackend(old.c, old.sampler, old.compiler, old.state.seed)
             self.backend.state.counter = old.state.counter
+            self._site_c = {}
         self._module = weakref.ref(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -166,15 +170,12 @@ class SUSBackprop(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        self.backend.c = value_at(self.schedule, step)
+        self._set_c(step)
         if self._probe is not None:
             if self._earlier and self._is_due(step) and self._may_probe(trainer):
-                self._variance = self._probe(batch, batch_idx, self._earlier)
-                self._probed_step = step
-                if isinstance(self.schedule, Schedule):
-                    self.schedule.observe(self._variance)
-                    self.backend.c = value_at(self.schedule, step)
-                self._publish(trainer, pl_module, self._variance, shown=("relative_variance",))
+                self._observe(self._probe, batch, batch_idx, step)
+                shares = {f"c_of/{name}": self.backend.state.c_of(sites[0]) for name, sites in self._shared().items()}
+                self._publish(trainer, pl_module, {**self._variance, **shares}, shown=("relative_variance",))
             self._keep(trainer, batch, batch_idx)
         if not trainer.barebones:
             pl_module.log("sus/c", self.backend.c, prog_bar=True, logger=False, on_step=True, on_epoch=False)
@@ -211,6 +212,7 @@ class SUSBackprop(Callback):
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {
             "c": self.backend.c,
+            "site_c": dict(self._site_c),
             "counter": self.backend.state.counter,
             "probed_step": self._probed_step,
             "variance": dict(self._variance),
@@ -220,7 +222,7 @@ class SUSBackprop(Callback):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.backend.c = state_dict["c"]
+        self.backend.c, self._site_c = state_dict["c"], dict(state_dict["site_c"])
         self.backend.state.counter = state_dict["counter"]
         self._probed_step = state_dict["probed_step"]
         self._variance = dict(state_dict["variance"])
@@ -239,6 +241,34 @@ class SUSBackprop(Callback):
         self._compilation = self._probe = None
         self._earlier.clear()
         self._checked = self._warned = False
+
+    def _set_c(self, step: int) -> None:
+        state, c = self.backend.state, value_at(self.schedule, step)
+        if (state.c, state.site_c) != (c, self._site_c):  # on a GPU, setting it copies to the device
+            state.c = c
+            state.set_site_c(self._site_c)
+
+    def _shared(self) -> dict[str, list[int]]:
+        """Numbers of the sites of each attention module, where the schedule gives each its own c."""
+        sites: dict[str, list[int]] = {}
+        if isinstance(self.schedule, VarianceTarget) and self.schedule.per == "layer":
+            for site in self.backend.report.sites:
+                if site.status == REWRITTEN:
+                    sites.setdefault(site.module or f"site {site.number}", []).append(site.number)
+        return sites
+
+    def _observe(self, probe: Probe, batch: Any, batch_idx: int, step: int) -> None:
+        """Probes, and lets the schedule adapt c."""
+        shared = self._shared()
+        alone = self.schedule.measure(list(shared)) if isinstance(self.schedule, VarianceTarget) else []
+        values = probe(batch, batch_idx, self._earlier, {name: shared[name] for name in alone})
+        if isinstance(self.schedule, Schedule):
+            self.schedule.observe(values)
+        if isinstance(self.schedule, VarianceTarget):
+            self._site_c = {n: self.schedule.c_of(name) for name, numbers in shared.items() for n in numbers}
+        self._variance = {name: value for name, value in values.items() if not name.startswith(ALONE)}
+        self._probed_step = step
+        self._set_c(step)
 
     def _is_due(self, step: int) -> bool:
         """Whether a probe belongs to this step, or to an earlier one at which it was not possible."""

@@ -242,10 +242,11 @@ def saved_run(folder: Path, schedule: Any, data: Any, resume: str | None = None,
     return module, callback, str(min(folder.glob("*.ckpt"), key=lambda p: int(p.stem.split("=")[1])))
 
 
-@pytest.mark.parametrize("case", ["constant", "target", "target accumulated", "mid-epoch"])
+@pytest.mark.parametrize("case", ["constant", "target", "target accumulated", "target per layer", "mid-epoch"])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, case: str) -> None:
     def run(folder: str, resume: str | None = None) -> Any:
-        schedule = VarianceTarget(0.05, start=6) if "target" in case else 4
+        per = "layer" if "layer" in case else "model"
+        schedule = VarianceTarget(0.05, start=6, per=per) if "target" in case else 4
         data = Resumable() if case == "mid-epoch" else loader(32)
         accumulate = 2 if "accumulated" in case else 1
         return saved_run(tmp_path / folder, schedule, data, resume, accumulate_grad_batches=accumulate)
@@ -255,6 +256,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, case: str) ->
     assert a.backend.state.counter == b.backend.state.counter
     assert a.c == b.c
     assert equal(weights(resumed), weights(whole))
+    assert a.backend.state.site_c == b.backend.state.site_c
+    assert (len(a.backend.state.site_c) == 2) == ("layer" in case)
     if "target" in case:
         assert a.c != 6
 
@@ -373,8 +376,8 @@ def test_all_loggers_get_the_same_keys_and_the_bar_shows_them(tmp_path: Path) ->
     in_csv = {name for name in header if name.startswith("sus/")}
     assert in_csv == in_board
     expected = {"c", "kept_per_row", "kept_fraction", "attention_rewritten", "relative_variance", "batch_variance"}
-    expected |= {"gradient_noise_scale", "worst_relative_variance", "relative_variance/model.layers.1"}
-    expected |= {f"relative_variance/{kind}" for kind in ("q", "k", "v", "o", "rest")}
+    expected |= {"gradient_noise_scale", "worst_relative_variance", "relative_variance_of/model.layers.1"}
+    expected |= {f"relative_variance_of/{kind}" for kind in ("q", "k", "v", "o", "rest")}
     assert {f"sus/{name}" for name in expected} <= in_csv
     assert [e.step for e in events.Scalars("sus/relative_variance")] == [1, 4, 7]
     assert {"sus/c", "sus/relative_variance"} <= shown.keys()
