@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Reversible, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -54,7 +54,7 @@ class Probe:
         self,
         batch: Any,
         batch_idx: int,
-        earlier: Iterable[tuple[Any, int]],
+        earlier: Reversible[tuple[Any, int]],
         alone: Mapping[str, Sequence[int]] | None = None,
     ) -> dict[str, float]:
         """The values of `GradientVariance`, reduced over ranks. All ranks must call it at the same step.
@@ -62,7 +62,7 @@ class Probe:
         Args:
             batch: of the training step to come, on the device.
             batch_idx: index of `batch`.
-            earlier: other batches with their indices, at least one.
+            earlier: the batches before it with their indices, at least one.
             alone: by name, numbers of sites; the variance that their draws add while all other sites are exact is
                 measured by one more gradient for each name, and is returned as ``sus_variance_alone/<name>``.
         """
@@ -73,7 +73,7 @@ class Probe:
             ranks = 1 if self._sharded else self.trainer.world_size
             metric.batches_per_step = ranks * self.trainer.accumulate_grad_batches
         snapshot = Snapshot(self.root, self.backend.state)
-        this, others = self._arguments(batch, batch_idx), [self._arguments(*other) for other in earlier]
+        this, others = self._arguments(batch, batch_idx), [self._arguments(*other) for other in reversed(earlier)]
         try:
             with muted(self.trainer, self.root):
                 self._measure(snapshot, this, others, [(single[name], sites) for name, sites in (alone or {}).items()])
