@@ -40,7 +40,8 @@ class SUSBackprop(Callback):
 
     Logged for all loggers, and for callbacks such as ``ModelCheckpoint(monitor=...)``:
 
-    - ``sus/c``, ``sus/attention_rewritten`` (attention sites in the compiled graphs);
+    - ``sus/c``, ``sus/attention_rewritten`` (attention sites in the compiled graphs), and ``sus/c_of/<module>`` where
+      ``VarianceTarget(per="layer")`` gives each attention its own;
     - ``sus/kept_per_row``, ``sus/kept_fraction``: entries kept per query row, and of all that a dense backward uses,
       over the steps since they were last logged, over all ranks;
     - ``sus/relative_variance`` (0.01 is an increase by 1%), also per kind of parameter (``sus/relative_variance_of/q``,
@@ -76,7 +77,8 @@ class SUSBackprop(Callback):
         compiler: what runs the rewritten graphs: "inductor", "aot_eager" or "eager".
         variance_every_n_steps: optimizer steps between two probes; 0 turns them off. The first probe is at step 1.
         variance_draws: SUS gradients per probe, at least 1. A probe costs ``2 + variance_draws`` forward and backward
-            passes, two of them with the exact backward.
+            passes, two of them with the exact backward; with ``accumulate_grad_batches`` above 2 it costs that many
+            instead of 2.
         seed: fixes the draws; ``None`` follows ``seed_everything``.
         mode: of ``torch.compile``, for modules that the user did not compile; ``compiler="inductor"`` only.
         modules: names of the submodules to compile; ``None`` is all children.
@@ -222,7 +224,8 @@ class SUSBackprop(Callback):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.backend.c, self._site_c = state_dict["c"], dict(state_dict["site_c"])
+        self.backend.c = state_dict["c"]
+        self._site_c = dict(state_dict["site_c"]) if self._per_layer else {}
         self.backend.state.counter = state_dict["counter"]
         self._probed_step = state_dict["probed_step"]
         self._variance = dict(state_dict["variance"])
@@ -242,6 +245,10 @@ class SUSBackprop(Callback):
         self._earlier.clear()
         self._checked = self._warned = False
 
+    @property
+    def _per_layer(self) -> bool:
+        return isinstance(self.schedule, VarianceTarget) and self.schedule.per == "layer"
+
     def _set_c(self, step: int) -> None:
         state, c = self.backend.state, value_at(self.schedule, step)
         if (state.c, state.site_c) != (c, self._site_c):  # on a GPU, setting it copies to the device
@@ -251,7 +258,7 @@ class SUSBackprop(Callback):
     def _shared(self) -> dict[str, list[int]]:
         """Numbers of the sites of each attention module, where the schedule gives each its own c."""
         sites: dict[str, list[int]] = {}
-        if isinstance(self.schedule, VarianceTarget) and self.schedule.per == "layer":
+        if self._per_layer:
             for site in self.backend.report.sites:
                 if site.status == REWRITTEN:
                     sites.setdefault(site.module or f"site {site.number}", []).append(site.number)

@@ -283,6 +283,16 @@ def test_a_checkpoint_keeps_c_and_counter(tmp_path: Path) -> None:
     assert saved["schedule"]["c"] == callback.c
 
 
+def test_a_run_per_layer_can_go_on_with_one_c() -> None:
+    per_layer = sus(VarianceTarget(0.05, start=6, per="layer"), variance_every_n_steps=2)
+    trainer(callbacks=[per_layer], max_steps=3).fit(Plain(), loader())
+    assert len(per_layer.state_dict()["site_c"]) == 2
+    constant = sus(7)
+    constant.load_state_dict(per_layer.state_dict())
+    trainer(callbacks=[constant], max_steps=1).fit(Plain(), loader())
+    assert [constant.backend.state.c_of(site) for site in (0, 1)] == [7, 7]
+
+
 def test_fit_twice_and_with_another_module() -> None:
     callback, module = sus(), Plain()
     trainer(callbacks=[callback], max_steps=2).fit(module, loader())
