@@ -274,6 +274,7 @@ def test_probe_at_the_default_interval_is_at_step_1_and_then_every_n() -> None:
 def test_snapshot_restores_tensors_in_place() -> None:
     module = Nasty()
     state = State(3.0)
+    state.set_site_c({1: 5.0})
     snapshot = Snapshot(module, state)
     average, total, losses = module.average, module.by_name["sum"], module.losses
     with torch.no_grad():
@@ -295,7 +296,7 @@ def test_snapshot_restores_tensors_in_place() -> None:
     assert not hasattr(module, "added")
     assert module.mean.update_count == 0
     assert module.model.layers[0].batch_norm.training
-    assert (state.counter, state.c) == (0, 3.0)
+    assert (state.counter, state.c, state.site_c) == (0, 3.0, {1: 5.0})
 
 
 def test_probes_never_use_the_draws_of_training_steps() -> None:
