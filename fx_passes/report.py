@@ -51,8 +51,8 @@ class Site:
 class Report:
     """The sites of all graphs that a backend has compiled; a site that is compiled again counts once.
 
-    `rewritten` and `left` count attentions: a site as many times as there are modules that have run it. Printed, it also
-    says which sites had calls that no native or Triton kernel takes, and why: that is known once they have run.
+    `rewritten` and `left` count attentions: a site as many times as there are modules that have run it. Printed, it
+    also says which sites had calls that no native or Triton kernel takes, and why: that is known once they have run.
     """
 
     _sites: dict[Key, Site] = field(default_factory=dict)

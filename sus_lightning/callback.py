@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,11 +16,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from fx_passes import SUSBackend
+from fx_passes.report import REWRITTEN
 from fx_passes.state import Kept
 from sus_lightning.compilation import Compilation, plan
 from sus_lightning.probe import Probe, copied
 from sus_lightning.schedules import ConstantSchedule, Schedule, as_schedule, check_count, schedule_name, value_at
 from sus_lightning.strategies import check_strategy
+from sus_lightning.variance_target import ALONE, VarianceTarget
 
 
 class SUSBackprop(Callback):
@@ -37,10 +40,11 @@ class SUSBackprop(Callback):
 
     Logged for all loggers, and for callbacks such as ``ModelCheckpoint(monitor=...)``:
 
-    - ``sus/c``, ``sus/attention_rewritten`` (attention sites in the compiled graphs);
+    - ``sus/c``, ``sus/attention_rewritten`` (attention sites in the compiled graphs), and ``sus/c_of/<module>`` where
+      ``VarianceTarget(per="layer")`` gives each attention its own;
     - ``sus/kept_per_row``, ``sus/kept_fraction``: entries kept per query row, and of all that a dense backward uses,
       over the steps since they were last logged, over all ranks;
-    - ``sus/relative_variance`` (0.01 is an increase by 1%), also per kind of parameter (``sus/relative_variance/q``,
+    - ``sus/relative_variance`` (0.01 is an increase by 1%), also per kind of parameter (``sus/relative_variance_of/q``,
       ``k``, ``v``, ``o``, ``qkv``, ``rest``) and per layer, ``sus/worst_relative_variance`` (largest of the attention
       projections), ``sus/sus_variance``, ``sus/batch_variance``, ``sus/gradient_noise_scale``: see
       :class:`~sus_lightning.GradientVariance`.
@@ -73,7 +77,8 @@ class SUSBackprop(Callback):
         compiler: what runs the rewritten graphs: "inductor", "aot_eager" or "eager".
         variance_every_n_steps: optimizer steps between two probes; 0 turns them off. The first probe is at step 1.
         variance_draws: SUS gradients per probe, at least 1. A probe costs ``2 + variance_draws`` forward and backward
-            passes, two of them with the exact backward.
+            passes, two of them with the exact backward; with ``accumulate_grad_batches`` above 2 it costs that many
+            instead of 2.
         seed: fixes the draws; ``None`` follows ``seed_everything``.
         mode: of ``torch.compile``, for modules that the user did not compile; ``compiler="inductor"`` only.
         modules: names of the submodules to compile; ``None`` is all children.
@@ -104,9 +109,10 @@ class SUSBackprop(Callback):
         self._module: weakref.ref[pl.LightningModule] | None = None
         self._compilation: Compilation | None = None
         self._probe: Probe | None = None
-        self._previous: tuple[Any, int] | None = None
+        self._earlier: deque[tuple[Any, int]] = deque()
         self._probed_step = 0
         self._variance: dict[str, float] = {}
+        self._site_c: dict[int, float] = {}  # by number of the site: known before the sites are, after a resume
         self._checked = self._warned = False
         if _observes(self.schedule) and not self.variance_every_n_steps:
             raise ValueError(
@@ -131,6 +137,7 @@ class SUSBackprop(Callback):
             old = self.backend
             self.backend = SUSBackend(old.c, old.sampler, old.compiler, old.state.seed)
             self.backend.state.counter = old.state.counter
+            self._site_c = {}
         self._module = weakref.ref(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -159,23 +166,19 @@ class SUSBackprop(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The last batch of an epoch may be a small one. Decided by what is the same on all ranks.
         if trainer.num_training_batches > 2:
-            self._previous = None
+            self._earlier.clear()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        self.backend.c = value_at(self.schedule, step)
+        self._set_c(step)
         if self._probe is not None:
-            if self._is_due(step) and self._previous is not None and not self._is_odd(trainer):
-                self._variance = self._probe(batch, self._previous, batch_idx)
-                self._probed_step = step
-                if isinstance(self.schedule, Schedule):
-                    self.schedule.observe(self._variance)
-                    self.backend.c = value_at(self.schedule, step)
-                self._publish(trainer, pl_module, self._variance, shown=("relative_variance",))
-            soon = self._is_due(step) or self._is_due(step + 1)
-            self._previous = (copied(batch), batch_idx) if soon else None
+            if self._earlier and self._is_due(step) and self._may_probe(trainer):
+                self._observe(self._probe, batch, batch_idx, step)
+                shares = {f"c_of/{name}": self.backend.state.c_of(sites[0]) for name, sites in self._shared().items()}
+                self._publish(trainer, pl_module, {**self._variance, **shares}, shown=("relative_variance",))
+            self._keep(trainer, batch, batch_idx)
         if not trainer.barebones:
             pl_module.log("sus/c", self.backend.c, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
@@ -211,6 +214,7 @@ class SUSBackprop(Callback):
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {
             "c": self.backend.c,
+            "site_c": dict(self._site_c),
             "counter": self.backend.state.counter,
             "probed_step": self._probed_step,
             "variance": dict(self._variance),
@@ -221,6 +225,7 @@ class SUSBackprop(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.backend.c = state_dict["c"]
+        self._site_c = dict(state_dict["site_c"]) if self._per_layer else {}
         self.backend.state.counter = state_dict["counter"]
         self._probed_step = state_dict["probed_step"]
         self._variance = dict(state_dict["variance"])
@@ -236,16 +241,61 @@ class SUSBackprop(Callback):
             self._compilation.disable()
 
     def _forget(self) -> None:
-        self._compilation = self._probe = self._previous = None
+        self._compilation = self._probe = None
+        self._earlier.clear()
         self._checked = self._warned = False
+
+    @property
+    def _per_layer(self) -> bool:
+        return isinstance(self.schedule, VarianceTarget) and self.schedule.per == "layer"
+
+    def _set_c(self, step: int) -> None:
+        state, c = self.backend.state, value_at(self.schedule, step)
+        if (state.c, state.site_c) != (c, self._site_c):  # on a GPU, setting it copies to the device
+            state.c = c
+            state.set_site_c(self._site_c)
+
+    def _shared(self) -> dict[str, list[int]]:
+        """Numbers of the sites of each attention module, where the schedule gives each its own c."""
+        sites: dict[str, list[int]] = {}
+        if self._per_layer:
+            for site in self.backend.report.sites:
+                if site.status == REWRITTEN:
+                    sites.setdefault(site.module or f"site {site.number}", []).append(site.number)
+        return sites
+
+    def _observe(self, probe: Probe, batch: Any, batch_idx: int, step: int) -> None:
+        """Probes, and lets the schedule adapt c."""
+        shared = self._shared()
+        alone = self.schedule.measure(list(shared)) if isinstance(self.schedule, VarianceTarget) else []
+        values = probe(batch, batch_idx, self._earlier, {name: shared[name] for name in alone})
+        if isinstance(self.schedule, Schedule):
+            self.schedule.observe(values)
+        if isinstance(self.schedule, VarianceTarget):
+            self._site_c = {n: self.schedule.c_of(name) for name, numbers in shared.items() for n in numbers}
+        self._variance = {name: value for name, value in values.items() if not name.startswith(ALONE)}
+        self._probed_step = step
+        self._set_c(step)
 
     def _is_due(self, step: int) -> bool:
         """Whether a probe belongs to this step, or to an earlier one at which it was not possible."""
         every = self.variance_every_n_steps
         return step >= 1 and (step - 1) // every > (self._probed_step - 1) // every
 
-    def _is_odd(self, trainer: pl.Trainer) -> bool:
-        return trainer.is_last_batch and trainer.num_training_batches > 2
+    def _may_probe(self, trainer: pl.Trainer) -> bool:
+        """Whether this batch completes an optimizer step and has the size of the others."""
+        odd = trainer.is_last_batch and trainer.num_training_batches > 2
+        return not odd and not trainer.fit_loop._should_accumulate()
+
+    def _keep(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
+        """Keeps what the next probe compares with: the other micro-batches of its step, or else the batch before it."""
+        step, count = trainer.global_step, max(1, trainer.accumulate_grad_batches - 1)
+        if not self._is_due(step) and not self._is_due(step + 1):
+            self._earlier.clear()
+            return
+        while len(self._earlier) >= count:
+            self._earlier.popleft()
+        self._earlier.append((copied(batch), batch_idx))
 
     def _check_rewritten(self, pl_module: pl.LightningModule) -> None:
         report, modules = self.backend.report, self._compilation.modules if self._compilation else []

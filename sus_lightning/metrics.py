@@ -21,7 +21,7 @@ class GradientVariance(Metric):
     independent batches, summed over the entries of all parameters::
 
         sus_variance          =  mean |g_s - g|^2
-        batch_variance        =  mean |g_1 - g_2|^2 / 2      (two batches)
+        batch_variance        =  mean |g_1 - g_2|^2 / 2      (two batches, or each two neighbours of more)
                               =  mean |g_1 - g_2|^2 / 4      (two halves of one batch)
         relative_variance     =  sus_variance / batch_variance
         gradient_noise_scale  =  batch_variance / mean(g_1 . g_2)
@@ -35,10 +35,10 @@ class GradientVariance(Metric):
     update were seen; the noise scale is in units of one batch, NaN where the estimate of |G|^2 is not positive.
 
     Note:
-        ``compute`` returns the four values in total, ``relative_variance/<kind>`` for the kinds q, k, v, o, qkv and
+        ``compute`` returns the four values in total, ``relative_variance_of/<kind>`` for the kinds q, k, v, o, qkv and
         rest of parameters (told by their names, fused qkv weights split where that can be recognised),
-        ``relative_variance/<layer>``, and ``worst_relative_variance``, the largest one among the attention projections
-        of the layers.
+        ``relative_variance_of/<layer>``, and ``worst_relative_variance``, the largest one among the attention
+        projections of the layers.
 
     Example::
 
@@ -63,7 +63,7 @@ class GradientVariance(Metric):
     >>> metric.update(exact, other=[torch.tensor([0.0, 2.0]), torch.tensor([4.0])])
     >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}["relative_variance"]
     0.25
-    >>> metric.compute()["relative_variance/q"].item()
+    >>> metric.compute()["relative_variance_of/q"].item()
     0.5
     """
 
@@ -147,10 +147,11 @@ class GradientVariance(Metric):
             values["worst_relative_variance"] = worst
         return values
 
+    # `_of`, since MLflow's file store cannot have a metric below another one's name.
     def _group(self, values: dict[str, Tensor], name: str, mask: list[bool], noise: Tensor, spread: Tensor) -> None:
         if any(mask):
             chosen = torch.tensor(mask, device=noise.device)
-            values[f"relative_variance/{name}"] = _ratio(noise[chosen].sum(), spread[chosen].sum())
+            values[f"relative_variance_of/{name}"] = _ratio(noise[chosen].sum(), spread[chosen].sum())
 
     def _worst(self, noise: Tensor, spread: Tensor) -> Tensor | None:
         groups = list(dict.fromkeys((p.layer, p.kind) for p in self.pieces if p.kind in ATTENTION_KINDS))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Reversible, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +18,7 @@ from sus_lightning.metrics import GradientVariance
 from sus_lightning.parameter_kinds import clean_name
 from sus_lightning.snapshot import Snapshot
 from sus_lightning.strategies import copies, is_sharded, local
+from sus_lightning.variance_target import ALONE
 
 # Draws of a probe come from a part of the counter's range that training never reaches: had they been those of the
 # training step that follows, a c adapted from them would depend on that step's own noise.
@@ -28,9 +29,9 @@ class Probe:
     """Measures the variance that SUS adds to the gradient of ``training_step``.
 
     On the training batch it takes the exact gradient (c = infinity) and `draws` SUS gradients with the same dropout
-    masks, and on the batch before it another exact gradient. The pair gives the batch gradient's own variance with the
-    shapes that training uses, so nothing is compiled anew: a graph of half the batch would be, and the next training
-    step might then run in that graph, with other rounding.
+    masks, and on each of some earlier batches another exact gradient. Pairs of batches give the batch gradient's own
+    variance with the shapes that training uses, so nothing is compiled anew: a graph of half the batch would be, and
+    the next training step might then run in that graph, with other rounding.
 
     Args:
         trainer: in fit, with optimizers.
@@ -45,61 +46,90 @@ class Probe:
         self.parameters = [p for _, p in named]
         self._gradient = StepGradient(trainer, root, self.parameters)
         self._sharded = is_sharded(trainer)
-        ranks = 1 if self._sharded else trainer.world_size
-        accumulated = trainer.accumulate_grad_batches if root.automatic_optimization else 1
-        self.metric = GradientVariance(
-            ((name, local(p).shape) for name, p in named), batches_per_step=ranks * accumulated
-        )
-        device = root.device
-        self.metric.to(device if device.type != "mps" else "cpu")  # mps has no float64
+        self.metric = GradientVariance((name, local(p).shape) for name, p in named)
+        self.device = root.device if root.device.type != "mps" else torch.device("cpu")  # mps has no float64
+        self.metric.to(self.device)
 
-    def __call__(self, batch: Any, previous: tuple[Any, int], batch_idx: int) -> dict[str, float]:
+    def __call__(
+        self,
+        batch: Any,
+        batch_idx: int,
+        earlier: Reversible[tuple[Any, int]],
+        alone: Mapping[str, Sequence[int]] | None = None,
+    ) -> dict[str, float]:
         """The values of `GradientVariance`, reduced over ranks. All ranks must call it at the same step.
 
         Args:
             batch: of the training step to come, on the device.
-            previous: the batch of another step and its index.
             batch_idx: index of `batch`.
+            earlier: the batches before it with their indices, at least one.
+            alone: by name, numbers of sites; the variance that their draws add while all other sites are exact is
+                measured by one more gradient for each name, and is returned as ``sus_variance_alone/<name>``.
         """
-        self.metric.reset()
+        single = {name: GradientVariance().to(self.device) for name in alone or {}}
+        for metric in (self.metric, *single.values()):
+            metric.reset()
+            # Read here, since GradientAccumulationScheduler changes it. Under manual optimization it is 1.
+            ranks = 1 if self._sharded else self.trainer.world_size
+            metric.batches_per_step = ranks * self.trainer.accumulate_grad_batches
         snapshot = Snapshot(self.root, self.backend.state)
+        this, others = self._arguments(batch, batch_idx), [self._arguments(*other) for other in reversed(earlier)]
         try:
             with muted(self.trainer, self.root):
-                self._measure(snapshot, self._arguments(batch, batch_idx), self._arguments(*previous))
+                self._measure(snapshot, this, others, [(single[name], sites) for name, sites in (alone or {}).items()])
         finally:
             snapshot.restore()
-        return {name: float(value) for name, value in self.metric.compute().items()}
+        values = {name: float(value) for name, value in self.metric.compute().items()}
+        return values | {ALONE + name: float(metric.compute()["sus_variance"]) for name, metric in single.items()}
 
-    def _measure(self, snapshot: Snapshot, this: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    def _measure(
+        self,
+        snapshot: Snapshot,
+        this: Mapping[str, Any],
+        others: Sequence[Mapping[str, Any]],
+        alone: Sequence[tuple[GradientVariance, Sequence[int]]],
+    ) -> None:
         state = self.backend.state
-        c, counter = state.c, state.counter + _APART
+        counter = state.counter + _APART
+        c_of = {site: state.c_of(site) for _, sites in alone for site in sites}
         state.c = math.inf
         exact = self._gradient(copied(this))
         if exact is None or not _finite(exact):
             return
-        for draw in range(self.draws):
-            snapshot.restore()  # the same dropout masks, and the same module as the exact gradient saw
-            state.c, state.counter = c, counter + (draw << 20)
-            self._update(exact, sus=self._gradient(copied(this)))
-        # Other dropout masks than those of the exact gradient: they are part of the batch gradient's variance.
-        snapshot.restore(random=False)
-        state.c = math.inf
-        self._update(exact, other=self._gradient(copied(other)))
+        draws = [(self.metric, None)] * self.draws + list(alone)
+        for draw, (metric, sites) in enumerate(draws):
+            snapshot.restore()  # the same dropout masks, and the same module and c as before the exact gradient
+            state.counter = counter + (draw << 20)
+            if sites is not None:
+                state.c = math.inf
+                state.set_site_c({site: c_of[site] for site in sites})
+            self._update(metric, exact, sus=self._gradient(copied(this)))
+        for other in others:
+            # Other dropout masks than before: they are part of the batch gradient's variance.
+            snapshot.restore(random=False)
+            state.c = math.inf
+            gradient = self._gradient(copied(other))
+            if gradient is not None and self._update(self.metric, exact, other=gradient):
+                exact = gradient  # pairs of neighbours: two gradients in memory, however many batches there are
 
-    def _update(self, exact: Gradients, sus: Gradients | None = None, other: Gradients | None = None) -> None:
+    def _update(
+        self, metric: GradientVariance, exact: Gradients, sus: Gradients | None = None, other: Gradients | None = None
+    ) -> bool:
+        """Whether there was something to add: a step may be skipped, and float16 gradients may overflow."""
         gradients = sus if sus is not None else other
         if gradients is None or not _finite(gradients):
-            return  # a step that was skipped, or whose float16 gradients overflowed
+            return False
         weights = None
         if self._sharded:
             weights = [1.0 if g is None else 1.0 / copies(g) for g in exact]
-        self.metric.update(
+        metric.update(
             _local(exact),
             sus=None if sus is None else _local(sus),
             other=None if other is None else _local(other),
             weights=weights,
             counts=not self._sharded or self.trainer.is_global_zero,
         )
+        return True
 
     def _arguments(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         takes_index = is_param_in_hook_signature(self.root.training_step, "batch_idx", min_args=2)

@@ -94,7 +94,7 @@ class LinearSchedule(_Interpolation):
         return self.start + (self.end - self.start) * fraction
 
 
-class CosineSchedule(_Interpolation):
+class CosineSchedule(LinearSchedule):
     """Half a cosine from ``start`` to ``end``: flat at both ends, then ``end``.
 
     Args:
@@ -107,7 +107,7 @@ class CosineSchedule(_Interpolation):
     """
 
     def _at(self, fraction: float) -> float:
-        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * fraction)) / 2
+        return super()._at((1 - math.cos(math.pi * fraction)) / 2)
 
 
 class ExponentialSchedule(_Interpolation):

@@ -32,8 +32,8 @@ class Snapshot:
 
     Restored are: the generators of Python, NumPy, the CPU and the module's device; buffers and tensor attributes (in
     place, so that whoever else holds them sees the old values); numbers, strings, lists, dicts, sets and deques that
-    are attributes of a module, with the tensors in them; attributes that were added; `requires_grad`; the counter and
-    the counts of the SUS state. Torchmetrics are modules, so their states are among these.
+    are attributes of a module, with the tensors in them; attributes that were added; `requires_grad`; c, the
+    counter and the counts of the SUS state. Torchmetrics are modules, so their states are among these.
 
     Not restored: objects of other classes that a module holds and that a training step changes, and anything outside
     the modules.
@@ -51,7 +51,7 @@ class Snapshot:
             self._restores.append(self._module(module))
         self._requires_grad = [(p, p.requires_grad) for p in root.parameters()]
         self._state = state
-        self._sus = (state.c, state.counter, Kept(**vars(state.kept)))
+        self._sus = (state.c, state.site_c, state.counter, Kept(**vars(state.kept)))
 
     def restore(self, random: bool = True) -> None:
         """Puts everything back, the generators too unless `random` is False; may be called again."""
@@ -64,8 +64,10 @@ class Snapshot:
         for parameter, requires_grad in self._requires_grad:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
-        self._state.c, self._state.counter = self._sus[:2]
-        self._state.kept = Kept(**vars(self._sus[2]))
+        c, site_c, self._state.counter, kept = self._sus
+        self._state.c = c
+        self._state.set_site_c(site_c)
+        self._state.kept = Kept(**vars(kept))
 
     def _module(self, module: nn.Module) -> Restore:
         attributes = vars(module)

@@ -55,7 +55,7 @@ def main(folder: str, name: str, every: int, adapt: bool) -> None:
     torch.set_num_threads(1)
     seed_everything(2, verbose=False)
     module, strategy = make(name)
-    schedule = VarianceTarget(0.05, start=6) if adapt else 6
+    schedule = VarianceTarget(0.05, start=6, minimum=1, per="layer") if adapt else 6
     callback = SUSBackprop(schedule, compiler="aot_eager", variance_every_n_steps=every)
     draws: list[int] = []
     next_seed = callback.backend.state.next_seed
@@ -65,6 +65,7 @@ def main(folder: str, name: str, every: int, adapt: bool) -> None:
     full = {n: getattr(p, "full_tensor", lambda p=p: p)() for n, p in module.named_parameters()}
     seen = {
         "c": callback.c,
+        "site_c": list(callback.backend.state.site_c.values()),
         "counter": callback.backend.state.counter,
         "draws": draws,
         "rewritten": callback.backend.report.rewritten,

@@ -48,9 +48,9 @@ SCHEDULES: dict[str, tuple[str, Any]] = {
         "{class_path: sus_lightning.LinearSchedule, init_args: {start: 40, end: 4, steps: 2}}",
         LinearSchedule,
     ),
-    "target": ("{class_path: sus_lightning.VarianceTarget, init_args: {target: 0.02}}", VarianceTarget),
+    "target": ("{class_path: sus_lightning.VarianceTarget, init_args: {target: 0.02, per: layer}}", VarianceTarget),
     "step": (
-        "{class_path: sus_lightning.StepSchedule, init_args: {milestones: {0: 8, 2: 4}}}",
+        "{class_path: sus_lightning.StepSchedule, init_args: {milestones: {0: .inf, 2: 4}}}",
         StepSchedule,
     ),
 }

@@ -103,11 +103,11 @@ def test_groups_add_up_and_fused_weights_are_split() -> None:
     metric.update(exact, other=[torch.ones_like(x) for x in exact])
     values = {name: float(value) for name, value in metric.compute().items()}
     # noise: 16 * (1, 4, 9, 16) and 4 * 25; spread: 16 each and 4, halved
-    assert values["relative_variance/q"] == pytest.approx(2 * (16 + 64) / 32)
-    assert values["relative_variance/k"] == pytest.approx(2 * 9)
-    assert values["relative_variance/v"] == pytest.approx(2 * 16)
-    assert values["relative_variance/rest"] == pytest.approx(2 * 25)
-    assert values["relative_variance/layers.1"] == pytest.approx(2 * (4 + 9 + 16) / 3)
+    assert values["relative_variance_of/q"] == pytest.approx(2 * (16 + 64) / 32)
+    assert values["relative_variance_of/k"] == pytest.approx(2 * 9)
+    assert values["relative_variance_of/v"] == pytest.approx(2 * 16)
+    assert values["relative_variance_of/rest"] == pytest.approx(2 * 25)
+    assert values["relative_variance_of/layers.1"] == pytest.approx(2 * (4 + 9 + 16) / 3)
     assert values["worst_relative_variance"] == pytest.approx(2 * 16)
     assert values["relative_variance"] == pytest.approx(2 * (16 * 30 + 4 * 25) / (16 * 4 + 4))
 
@@ -187,6 +187,11 @@ def test_kinds_of_torchs_own_attention() -> None:
     assert [p.kind for p in pieces[:8]] == ["q", "k", "v", "q", "k", "v", "o", "o"]
 
 
+def relative(value: float) -> dict[str, float]:
+    """What a probe reports; the scale of the gradient does not matter."""
+    return {"sus_variance": 7 * value, "batch_variance": 7.0}
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     exponent=st.floats(0.8, 2.5),
@@ -197,7 +202,7 @@ def test_kinds_of_torchs_own_attention() -> None:
 def test_variance_target_settles_for_any_power_law(exponent: float, scale: float, target: float, start: float) -> None:
     schedule = VarianceTarget(target, start=start, minimum=0.001, maximum=1e9)
     for _ in range(40):
-        schedule.observe({"relative_variance": scale * schedule(0) ** -exponent})
+        schedule.observe(relative(scale * schedule(0) ** -exponent))
     assert scale * schedule(0) ** -exponent == pytest.approx(target, rel=0.01)
 
 
@@ -210,7 +215,7 @@ def test_variance_target_follows_a_drift_within_a_factor_of_1_5() -> None:
         scale = 1.6 * 10 ** (probe / 60)
         true = scale * schedule(probe) ** -1.5
         outside += probe > 2 and not 0.01 / 1.5 < true < 0.01 * 1.5
-        schedule.observe({"relative_variance": true * math.exp(0.1 * float(torch.randn((), generator=generator)))})
+        schedule.observe(relative(true * math.exp(0.1 * float(torch.randn((), generator=generator)))))
     assert outside == 0
     assert schedule(60) > 100
 
@@ -218,19 +223,44 @@ def test_variance_target_follows_a_drift_within_a_factor_of_1_5() -> None:
 def test_variance_target_is_brought_back_after_a_jump_and_bounded() -> None:
     schedule = VarianceTarget(0.01, start=64, minimum=8, maximum=256)
     for _ in range(20):
-        schedule.observe({"relative_variance": 500 * schedule(0) ** -1.5})
+        schedule.observe(relative(500 * schedule(0) ** -1.5))
     assert schedule(0) == 256
     for _ in range(20):
-        schedule.observe({"relative_variance": 0.0})
+        schedule.observe(relative(0.0))
     assert schedule(0) == 8
-    schedule.observe({"relative_variance": math.nan})
+    schedule.observe(relative(math.nan))
     schedule.observe({})
     assert schedule(0) == 8
 
 
+def test_variance_target_per_layer_finds_the_smallest_sum_of_c() -> None:
+    """Layers whose variances are a_l c_l ** -1.5, twice as large in mid-run: c_l ~ a_l ** 0.4 at the target."""
+    a = {"first": 30.0, "second": 1.0, "third": 0.3}
+    schedule = VarianceTarget(0.01, per="layer", start=30, minimum=1)
+    measured = []
+    for probe in range(24):
+        scale = 1 if probe < 8 else 2
+        alone = {name: scale * a_l * schedule.c_of(name) ** -1.5 for name, a_l in a.items()}
+        measured.append(schedule.measure(list(a)))
+        total = {"sus_variance": sum(alone.values()), "batch_variance": 1.0}
+        schedule.observe(total | {f"sus_variance_alone/{name}": alone[name] for name in measured[-1]})
+    c = {name: schedule.c_of(name) for name in a}
+    assert sum(scale * a[name] * c[name] ** -1.5 for name in a) == pytest.approx(0.01, rel=0.01)
+    assert c["first"] / c["second"] == pytest.approx(30**0.4, rel=0.02)
+    assert c["third"] / c["second"] == pytest.approx(0.3**0.4, rel=0.02)
+    equal = (scale * sum(a.values()) / 0.01) ** (1 / 1.5)
+    assert sum(c.values()) < 0.72 * 3 * equal
+    assert measured[:5] == [list(a), ["second"], ["third"], ["first"], ["second"]]
+    resumed = VarianceTarget(0.01, per="layer", start=30, minimum=1)
+    resumed.load_state_dict(schedule.state_dict())
+    assert {name: resumed.c_of(name) for name in a} == c
+    assert resumed.measure([*a, "new"]) == ["new"]
+    assert VarianceTarget(0.01).measure(list(a)) == []
+
+
 def test_variance_target_on_the_worst() -> None:
     schedule = VarianceTarget(0.01, on="worst", start=30)
-    schedule.observe({"relative_variance": 0.01, "worst_relative_variance": 0.08})
+    schedule.observe({**relative(0.01), "worst_relative_variance": 0.08})
     assert schedule(0) == pytest.approx(120)
 
 
@@ -238,6 +268,7 @@ def test_variance_target_on_the_worst() -> None:
     ("arguments", "message"),
     [
         ({"target": 0}, "target must be above 0.*0"),
+        ({"per": "head"}, "per must be one of 'model', 'layer'.*'head'"),
         ({"on": "mean"}, "on must be one of 'total', 'worst'.*'mean'"),
         ({"start": 2}, r"start must be in \[minimum, maximum\].*2"),
         ({"maximum": 2}, "maximum must be at least minimum"),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.plugins import MixedPrecision
 from models import LM, Nasty, Plain, Tokens, equal, loader, loss_of, trainer, weights
 from torch.utils.data import DataLoader
 
@@ -62,6 +63,9 @@ def run(make: type, every: int, dicts: bool = False, compiler: str = "eager", **
         callback = SUSBackprop(
             c=4, compiler=compiler, variance_every_n_steps=every, modules=["model.layers.0", "model.layers.1"]
         )
+    if options.get("plugins") == "16-mixed":
+        # By Trainer(precision="16-mixed") Lightning takes bf16-mixed on a CPU.
+        options["plugins"] = MixedPrecision("16-mixed", "cpu")
     data = DataLoader(DictTokens(30), batch_size=4) if dicts else loader(30)
     fit = trainer(callbacks=[callback], max_steps=7, **options)
     fit.fit(module, data)
@@ -75,6 +79,7 @@ CASES: dict[str, tuple[type, dict[str, Any]]] = {
     "gradient accumulation and clipping": (Nasty, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}),
     "manual optimization": (Manual, {}),
     "reentrant checkpoints": (Reentrant, {}),
+    "16-mixed with the scaler": (Nasty, {"plugins": "16-mixed"}),
     "bf16-mixed": (Nasty, {"precision": "bf16-mixed"}),
     "bf16-true": (Plain, {"precision": "bf16-true"}),
 }
@@ -198,6 +203,45 @@ def test_a_probe_measures_what_a_direct_computation_measures() -> None:
     assert values["relative_variance"] == pytest.approx(values["sus_variance"] / values["batch_variance"])
 
 
+def test_the_scale_of_float16_gradients_is_not_in_the_variance() -> None:
+    values = [run(Plain, 2, **options)[1]._variance for options in ({}, {"plugins": "16-mixed"})]
+    for name in ("batch_variance", "sus_variance"):
+        assert values[1][name] == pytest.approx(values[0][name], rel=0.3)  # a scale of 65536 would be squared
+
+
+def test_micro_batches_of_a_step_give_the_batch_variance() -> None:
+    """Of three micro-batches the two pairs of neighbours, against gradients that are computed here."""
+    seed_everything(1, verbose=False)
+    module, batches = Plain(), list(loader())
+    callback = SUSBackprop(c=4, compiler="eager", variance_every_n_steps=1)
+    original, checked = callback.on_train_batch_start, []
+
+    def direct(fit: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        probed_before = callback._probed_step
+        original(fit, pl_module, batch, batch_idx)
+        if callback._probed_step == probed_before:
+            return
+        assert batch_idx % 3 == 2  # the last micro-batch of the step
+        callback._disable()
+        gradients = []
+        for tokens in batches[batch_idx - 2 : batch_idx + 1]:
+            loss = loss_of(module.model(tokens), tokens)
+            found = torch.autograd.grad(loss, list(module.parameters()))
+            gradients.append(torch.cat([g.flatten() for g in found]).double())
+        callback._enable()
+        a, b, c = gradients
+        spread = ((a - b).square().sum() + (b - c).square().sum()) / 4 / 3  # two pairs, halved; three batches per step
+        product = (a @ b + b @ c) / 2
+        assert callback._variance["batch_variance"] == pytest.approx(float(spread), rel=1e-4)
+        if product > 0:
+            assert callback._variance["gradient_noise_scale"] == pytest.approx(float(spread / product), rel=1e-3)
+        checked.append(fit.global_step)
+
+    callback.on_train_batch_start = direct  # type: ignore[method-assign]
+    trainer(callbacks=[callback], max_steps=4, accumulate_grad_batches=3).fit(module, loader())
+    assert checked == [1, 2, 3]
+
+
 def test_probe_compiles_nothing() -> None:
     torch._dynamo.reset()
     seed_everything(0, verbose=False)
@@ -230,6 +274,7 @@ def test_probe_at_the_default_interval_is_at_step_1_and_then_every_n() -> None:
 def test_snapshot_restores_tensors_in_place() -> None:
     module = Nasty()
     state = State(3.0)
+    state.set_site_c({1: 5.0})
     snapshot = Snapshot(module, state)
     average, total, losses = module.average, module.by_name["sum"], module.losses
     with torch.no_grad():
@@ -251,7 +296,7 @@ def test_snapshot_restores_tensors_in_place() -> None:
     assert not hasattr(module, "added")
     assert module.mean.update_count == 0
     assert module.model.layers[0].batch_norm.training
-    assert (state.counter, state.c) == (0, 3.0)
+    assert (state.counter, state.c, state.site_c) == (0, 3.0, {1: 5.0})
 
 
 def test_probes_never_use_the_draws_of_training_steps() -> None:

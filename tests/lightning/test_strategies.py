@@ -37,6 +37,8 @@ def test_ranks_draw_differently_and_agree(tmp_path: Path, strategy: str) -> None
     assert first["draws"]
     assert not set(first["draws"]) & set(second["draws"])
     assert first["c"] == second["c"] != 6
+    assert first["site_c"] == second["site_c"]
+    assert len(first["site_c"]) == first["rewritten"]
     assert first["counter"] == second["counter"] == 6 * (1 if strategy == "ddp" else 2)
     assert first["variance"] == second["variance"]
     assert first["variance"]["relative_variance"] > 0
