@@ -34,7 +34,10 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call; `padded` is the share of hidden keys at the end, `table` marks the README's rows."""
+    """One attention call; `padded` is the share of hidden keys at the end, `table` marks the README's rows.
+
+    `tensor` gives causal and padding to both sides as one M x N tensor: "bool", or "float" with finfo.min.
+    """
 
     name: str
     n: int
@@ -44,6 +47,7 @@ class Case:
     causal: bool = True
     dtype: str = "float32"
     padded: float = 0.0
+    tensor: str = ""
     batch: int = 1
     c: float = 30.0
     forward: str = "auto"
@@ -64,6 +68,11 @@ CPU_CASES = (
     Case("causal n=8192 gqa 9/3", 8192, 9, groups=3),
     Case("padding n=2048", 2048, 4, causal=False, padded=0.2, batch=2),
     Case("padding n=8192", 8192, 4, causal=False, padded=0.2),
+    *(
+        Case(f"mask {tensor} n={n}", n, heads, causal=False, padded=0.125, tensor=tensor)
+        for tensor in ("bool", "float")
+        for n, heads in ((2048, 8), (8192, 4))
+    ),
     Case("causal n=8192 library forward", 8192, 4, forward="library"),
 )
 CUDA_CASES = tuple(replace(x, dtype="bfloat16", d=128, heads=16) for x in _BASE)
@@ -93,6 +102,10 @@ def make(case: Case, device: str) -> Inputs:
     if case.padded:
         mask = torch.ones(case.batch, 1, 1, case.n, dtype=torch.bool, device=device)
         mask[..., round(case.n * (1 - case.padded)) :] = False
+    if mask is not None and case.tensor:
+        mask = mask & torch.ones(case.n, case.n, dtype=torch.bool, device=device).tril()
+        if case.tensor == "float":
+            mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, torch.finfo(torch.float32).min)
     return Inputs(q, k, v, tensor(case.heads), mask)
 
 
@@ -121,6 +134,8 @@ def check(case: Case, device: str) -> float:
     small = replace(case, n=300, batch=1)
     x = make(small, device)
     double = Inputs(*(t.detach().double().requires_grad_() for t in (x.q, x.k, x.v)), x.grad.double(), x.mask)
+    if x.mask is not None and x.mask.is_floating_point():
+        double = replace(double, mask=x.mask.double())
     exact_out = library(small, double)
     exact = gradients(exact_out, double)
     tolerance = 1e-5 if case.dtype == "float32" else 2e-2

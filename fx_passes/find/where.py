@@ -20,7 +20,8 @@ def locate(node: Node) -> tuple[str, str]:
 
 def _module_path(dynamo: str) -> str:
     """``L['self']._modules['blocks']._modules['0'].attn`` as ``blocks.0.attn``."""
-    path = re.sub(r"^L\['[A-Za-z_]\w*'\](\[\d+\](?=\._modules|$))?", "", dynamo)
+    # `L['args'][0]` is the module where Dynamo entered through a decorator around `forward`.
+    path = re.sub(r"^L\['args'\]\[0\]|^L\['[A-Za-z_]\w*'\](\[\d+\](?=\._modules|$))?", "", dynamo)
     path = re.sub(r"\._modules\['([^']*)'\]", r".\1", path)
     path = re.sub(r"\['([^']*)'\]|\[(\d+)\]", lambda m: "." + (m.group(1) or m.group(2)), path)
     return path.removeprefix("._orig_mod").lstrip(".")
