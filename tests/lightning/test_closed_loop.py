@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -72,6 +73,15 @@ class Drift(Callback):
 
 def within(value: float) -> bool:
     return TARGET / 1.5 < value < TARGET * 1.5
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For tensors as small as these, threads that wait for each other on a busy machine take minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("per", ["model", pytest.param("layer", marks=pytest.mark.slow)])

@@ -38,7 +38,7 @@ def test_ranks_draw_differently_and_agree(tmp_path: Path, strategy: str) -> None
     assert not set(first["draws"]) & set(second["draws"])
     assert first["c"] == second["c"] != 6
     assert first["site_c"] == second["site_c"]
-    assert len(first["site_c"]) == first["rewritten"]
+    assert 1 <= len(first["site_c"]) <= first["rewritten"]  # layers may share one graph, hence one site
     assert first["counter"] == second["counter"] == 6 * (1 if strategy == "ddp" else 2)
     assert first["variance"] == second["variance"]
     assert first["variance"]["relative_variance"] > 0

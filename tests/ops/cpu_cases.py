@@ -30,7 +30,8 @@ class Case:
     padded: int | None = None
     masked: str = ""  # dimensions of a random mask, such as "bhmn"
     biased: str = ""  # of a bias
-    fill: float = 0.0  # the bias has it at every third place, and in the first row everywhere
+    fill: float = 0.0  # the bias has it at every third place, in the last half, and, if float32 has no room for
+    # scores beside it, in the first row everywhere
     dtype: torch.dtype = torch.float32
     scale: float = 0.25
 
@@ -56,7 +57,8 @@ class Case:
             bias = torch.randn([size if name in self.biased else 1 for name, size in shape.items()], generator=g)
             if self.fill:
                 hidden = torch.arange(bias.numel()).view(bias.shape) % 3 == 0
-                hidden[:, :, 0] = True
+                hidden[:, :, 0] |= self.fill < -1e8
+                hidden[..., self.n // 2 :] = True  # whole chunks, for all rows
                 bias = bias.masked_fill(hidden, self.fill)
             bias = bias.to(self.dtype)
         options = {"left": self.left, "right": self.right, "bottom_right": self.bottom_right, **static}
@@ -101,9 +103,17 @@ CASES = {
 }
 
 
+class Rounded(Dense):
+    """Logits as float32 holds them: beside a bias of -1e9 or finfo.min nothing is left of the scores."""
+
+    def logits(self) -> Tensor:
+        logits = super().logits()
+        return logits if self.attn_bias is None else logits.float().double()
+
+
 def dense(problem: Problem) -> Dense:
     s = problem.static
-    return Dense(
+    return Rounded(
         problem.query,
         problem.key,
         problem.value,

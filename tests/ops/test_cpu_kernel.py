@@ -39,7 +39,8 @@ def logit_error(problem) -> float:
     what is returned. The 4 is for the roundings of the exponential, the sum, the inverse and the product.
     """
     logits = dense(problem).logits()
-    largest = float(logits[logits > -math.inf].abs().max()) if bool((logits > -math.inf).any()) else 0.0
+    seen = logits[logits > -5000]  # not what a finite mask hides
+    largest = float(seen.abs().max()) if seen.numel() else 0.0
     return UNIT * (4 + math.sqrt(problem.query.shape[-1]) * largest)
 
 
@@ -167,6 +168,7 @@ def test_gradients_of_the_kept_entries(name: str, c: float) -> None:
     # k, d <= 1000 make 32 units, about 2e-6 (measured: 1e-6). In bfloat16 the gradients are rounded to 8 bits, as is
     # the output that delta is made of: 2^-8 at most (measured: 2e-3).
     tolerance = 2.0**-8 if problem.query.dtype == torch.bfloat16 else 32 * UNIT
+    expected.pop("attn_bias", None)  # see test_the_report_says_which_calls_are_not_native
     for key, x in expected.items():
         ours = getattr(gradients, key).double()
         assert ours.is_contiguous()
@@ -307,10 +309,7 @@ def test_exact_backward_takes_the_native_forward() -> None:
 def test_what_it_leaves_to_the_tiled_path() -> None:
     problem = Case().problem()
     other = [
-        replace(problem, attn_bias=torch.zeros(1, 1, 64, 64)),
-        replace(problem, attn_mask=torch.ones(1, 1, 64, 64, dtype=torch.bool)),
         replace(problem, static=replace(problem.static, softcap=3.0)),
-        replace(problem, static=replace(problem.static, left=3)),
         replace(problem, static=replace(problem.static, dropout_p=0.1)),
         replace(problem, static=replace(problem.static, scale=-1.0)),
         replace(Case(d=24, e=24).problem()),
@@ -330,7 +329,8 @@ def test_what_it_leaves_to_the_tiled_path() -> None:
     [
         ({}, "systematic", None),
         ({"dropout_p": 0.1}, "systematic", "dropout"),
-        ({"attn_mask": torch.ones(64, 64)}, "systematic", "attn_bias"),
+        ({"attn_mask": torch.ones(64, 64)}, "systematic", None),
+        ({"attn_mask": torch.ones(64, 64, requires_grad=True)}, "systematic", "backward: attn_bias with a gradient"),
         ({}, "independent", "backward: sampler 'independent'"),
     ],
 )
