@@ -197,10 +197,7 @@ class Emitter:
         if ready.query is None or ready.key is None:
             whole, keys = scores.whole, role.keys
             if scores.wide is not None:
-                keys, start = scores.wide
-                mine = set(leaves(role.keys))
-                layout = tuple(keys if set(leaves(dim)) == mine else dim for dim in whole.layout)
-                whole = Operand(whole.value, layout)
+                whole, (keys, start) = ready.term.source, scores.wide
                 after = math.prod(a.size for a in leaves(keys)) - start - math.prod(a.size for a in leaves(role.keys))
                 value = build.call(aten.constant_pad_nd.default, value, [0, 0, start, after])
             groups = [role.batch, role.query_heads, role.rows, keys]

@@ -113,5 +113,6 @@ def backward(
         return None
     inputs = (problem.query, problem.key, problem.value)
     query, key, value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-    bind.backward(_native(), _as_read(problem), _unit(grad), _unit(out), lists, (query, key, value))
+    read = _as_read(replace(problem, attn_bias=None))  # kept weights have it in them
+    bind.backward(_native(), read, _unit(grad), _unit(out), lists, (query, key, value))
     return Gradients(query, key, value, None, None), len(lists[1])
