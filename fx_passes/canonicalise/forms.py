@@ -51,13 +51,17 @@ class Bias:
 
 @dataclass
 class Mask:
-    """Entries where `value` differs from `keep` are set to `fill`, or get it added; `origin` is the tensor added."""
+    """Entries where `value` differs from `keep` are set to `fill`, or get it added; `origin` is the tensor added.
+
+    Where they are set, `over` is the number of biases that had been added before, and are lost there.
+    """
 
     value: Value
     layout: Layout
     keep: bool
     fill: float
     origin: Bias | None = None
+    over: int = 0
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """What masks and biases mean: bands, prefixes and chunks of places; masks of keys; and what stays a tensor.
 
 Setting a score to -1e9 is not quite masking it: a row in which every score is -1e9 has equal weights. So a mask with a
-finite fill becomes a true one only where no row can lose all its keys.
+finite fill becomes a true one only where no row can lose all its keys, or where such rows can be computed apart
+(`Plan.lost`, see `fx_passes.ops.lost_rows`).
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fx_passes.canonicalise.axes import Dim, Layout, all_axes, broadcast, leaves, resolve
+from fx_passes.canonicalise.axes import Dim, Layout, NotUnderstood, all_axes, broadcast, leaves, resolve
 from fx_passes.canonicalise.contraction import Operand
-from fx_passes.canonicalise.forms import BIG, Bias, Mask, Scores, Walk
+from fx_passes.canonicalise.forms import BIG, Bias, Mask, Scores, Term, Walk
 from fx_passes.canonicalise.views import before, is_cast, is_view
 from fx_passes.canonicalise.weights import FILLS, choices
 from fx_passes.find.trace import Value
 
 aten = torch.ops.aten
+SWAMPS = -1e30  # added to a score, a value at or below it leaves nothing of the score
 _ANDS = {aten.bitwise_and.Tensor, aten.logical_and.default, aten.__and__.Tensor}
 _ORS = {aten.bitwise_or.Tensor, aten.logical_or.default, aten.__or__.Tensor}
 _NOTS = {aten.bitwise_not.default, aten.logical_not.default}
@@ -54,12 +56,17 @@ class Seen:
 
 @dataclass
 class Plan:
-    """What the operator gets: places, bool masks, biases, and fills that are added where a mask has a finite value."""
+    """What the operator gets: places, bool masks, biases, and fills that are added where a mask has a finite value.
+
+    `lost` is "" or says what rows that see no key get: equal weights, with scores that are "replaced" (constant) or
+    "swamped" (a huge number was added: equal, too, but with a gradient).
+    """
 
     places: Places = field(default_factory=Places)
     keep: list[Seen] = field(default_factory=list)
     biases: list[Bias] = field(default_factory=list)
     fills: list[Mask] = field(default_factory=list)
+    lost: str = ""
 
     @property
     def kind(self) -> str:
@@ -75,7 +82,7 @@ class _Part:
     matrix: Tensor | None  # visible [M, N], if places and constants alone decide it
 
 
-def plan(walk: Walk, scores: Scores, weight_masks: list[Mask], rows: Dim, keys: Dim) -> Plan | None:
+def plan(walk: Walk, scores: Scores, term: Term, rows: Dim, keys: Dim) -> Plan | None:
     """The plan for a term's masks and biases; None where zeroed weights are no mask of the scores."""
     result = Plan()
     masks = list(scores.masks)
@@ -87,37 +94,87 @@ def plan(walk: Walk, scores: Scores, weight_masks: list[Mask], rows: Dim, keys: 
             masks.append(mask)
     hard: list[Mask] = []
     soft: list[Mask] = []
+    outlived = _outlived_by_sink(walk, scores, result.biases, keys)
     for mask in masks:
-        zeroed = any(_same_condition(mask, other) for other in weight_masks)
-        (hard if zeroed or math.isinf(mask.fill) else soft).append(mask)
-    for other in weight_masks:
+        zeroed = any(_same_condition(mask, other) for other in term.masks)
+        (hard if zeroed or outlived or math.isinf(mask.fill) else soft).append(mask)
+    for other in term.masks:
         if math.isinf(other.fill):
             hard.append(other)
         elif not any(_same_condition(mask, other) for mask in masks):
             return None
-    _decide(walk, result, hard, soft, rows, keys)
-    return result
-
-
-def _decide(walk: Walk, result: Plan, hard: list[Mask], soft: list[Mask], rows: Dim, keys: Dim) -> None:
     hard_parts = [p for m in hard for p in _parts(walk, m, rows, keys)]
-    soft_parts = [[*_parts(walk, m, rows, keys)] for m in soft]
-    constant = all(p.matrix is not None for p in (*hard_parts, *(p for parts in soft_parts for p in parts)))
-    if soft and constant:
-        both = _all([*hard_parts, *(p for parts in soft_parts for p in parts)])
-        if bool(both.any(-1).all()):
-            hard_parts += [p for parts in soft_parts for p in parts]
-            soft = []
-    for mask in soft:
-        if mask.origin is not None:
-            result.biases.append(mask.origin)
-        else:
-            result.fills.append(mask)
-    places = _places(_all([p for p in hard_parts if p.matrix is not None])) if hard_parts else None
+    soft_parts = [_parts(walk, m, rows, keys) for m in soft]
+    for i in _hidden_by_others(soft_parts):
+        hard_parts += soft_parts.pop(i)
+        del soft[i]
+    if soft and _none_lost([*hard_parts, *(p for parts in soft_parts for p in parts)]):
+        hard_parts += [p for parts in soft_parts for p in parts]
+        soft = []
+    elif len(soft) == 1 and not hard_parts and _lost_apart(soft[0], soft_parts[0], scores, result.biases, term):
+        result.lost = "replaced" if soft[0].origin is None else "swamped"
+        hard_parts, soft = soft_parts[0], []
+    _stay_finite(result, soft, scores)
+    places = _places(_all(hard_parts)) if hard_parts else None
     if places is not None:
         result.places = places
         hard_parts = [p for p in hard_parts if p.matrix is None]
     result.keep += [p.seen for p in hard_parts]
+    return result
+
+
+def _stay_finite(result: Plan, soft: list[Mask], scores: Scores) -> None:
+    """Finite masks as what is added to the scores."""
+    replaced = [m for m in soft if m.origin is None]
+    if replaced and (len(soft) > 1 or (scores.query is not None and scores.biases)):
+        raise NotUnderstood("masked scores may be all that a row has, and get another mask or a bias")
+    result.biases += [m.origin for m in soft if m.origin is not None]
+    result.fills += replaced
+
+
+def wants_gradient(bias: Bias) -> bool:
+    node = bias.value.node or bias.value.home
+    fake = None if node is None else node.meta.get("example_value")
+    return not isinstance(fake, Tensor) or fake.requires_grad
+
+
+def _outlived_by_sink(walk: Walk, scores: Scores, biases: list[Bias], keys: Dim) -> bool:
+    """Whether a sink takes all the weight of a row that sees no key, so that any mask value masks."""
+    if scores.sink is None or scores.wide is not None:
+        return False
+    if any(not set(leaves(keys)) & set(all_axes(b.layout)) for b in biases):
+        return False  # the row's own maximum was subtracted
+    if scores.sink.operand is None:
+        return scores.sink.number > BIG / 10
+    constant = walk.constant(scores.sink.operand.value)
+    return constant is None or bool((constant > BIG / 10).all())
+
+
+def _hidden_by_others(masks: list[list[_Part]]) -> list[int]:
+    """Constant masks, last first, that take no row all its keys and hide nothing that another one does not hide.
+
+    What such a mask hides is hidden twice, and has no weight even in a row that the other leaves nothing.
+    """
+    found = []
+    for i, parts in reversed([*enumerate(masks)]):
+        others = [_all(other) for j, other in enumerate(masks) if j != i and j not in found]
+        if _none_lost(parts) and any(not bool((other & ~_all(parts)).any()) for other in others):
+            found.append(i)
+    return found
+
+
+def _none_lost(parts: list[_Part]) -> bool:
+    """Whether constants prove that every row sees a key."""
+    return all(p.matrix is not None for p in parts) and bool(_all(parts).any(-1).all())
+
+
+def _lost_apart(mask: Mask, parts: list[_Part], scores: Scores, biases: list[Bias], term: Term) -> bool:
+    """Whether rows that a finite mask leaves no key have equal weights, so that they can be computed apart."""
+    if scores.query is None or scores.sink is not None or term.dropout or any(p.seen.additive for p in parts):
+        return False
+    if mask.origin is None:
+        return mask.over == len(scores.biases) or (mask.fill <= SWAMPS and not any(map(wants_gradient, biases)))
+    return mask.fill <= SWAMPS and not scores.softcap and not any(map(wants_gradient, biases))
 
 
 def _same_condition(a: Mask, b: Mask) -> bool:

@@ -259,7 +259,7 @@ def _filled(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: bool) -
             continue
         if fill > BIG:
             raise NotUnderstood(f"masked scores get the value {fill:g}, which is not large enough to be a mask")
-        mask = Mask(condition, broadcast(layout, condition.shape), keep, fill)
         found = _spine(walk, kept, inner, keys, shifts)
+        mask = Mask(condition, broadcast(layout, condition.shape), keep, fill, over=len(found.biases))
         return replace(found, masks=[*found.masks, mask])
     raise NotUnderstood("the scores are masked in a way that was not understood")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,20 +15,24 @@ from torch.fx import Node
 from fx_passes.canonicalise.axes import Dim, NotUnderstood, all_axes, leaves
 from fx_passes.canonicalise.contraction import Operand
 from fx_passes.canonicalise.forms import BIG, Attention, Bias, Factor, Mask, Scores, Sink, Term, Walk, level
-from fx_passes.canonicalise.masks import Places, Plan, Seen, plan
+from fx_passes.canonicalise.masks import Places, Plan, Seen, plan, wants_gradient
 from fx_passes.canonicalise.roles import Roles, peeled, roles
 from fx_passes.canonicalise.scores import wide
 from fx_passes.find.context import Level
 from fx_passes.ops.functional import attend, attend_logits
+from fx_passes.ops.lost_rows import attend_with_lost_rows
 from fx_passes.rewrite.build import Builder
 
 aten = torch.ops.aten
 
 
-def attend_as_is(query: Tensor, *args: Any, logits: bool = False, **options: Any) -> Tensor:
-    """`attend` (or `attend_logits`) with the dtypes of its operands, also under autocast."""
+def attend_as_is(name: str, query: Tensor, *args: Any, **options: Any) -> Tensor:
+    """One of `_OPERATORS` with the dtypes of its operands, also under autocast. (A graph takes no function as argument.)"""
     with torch.autocast(query.device.type, enabled=False):
-        return attend_logits(query, *args, **options) if logits else attend(query, *args, **options)
+        return _OPERATORS[name](query, *args, **options)
+
+
+_OPERATORS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (attend, attend_logits, attend_with_lost_rows)}
 
 
 @dataclass
@@ -80,7 +85,7 @@ def _prepare(walk: Walk, attention: Attention, term: Term, scores: Scores) -> Re
     role = roles(attention, term, scores, value, query, key)
     if scores.wide is not None and term.masks:
         raise NotUnderstood(scores.why)
-    found = plan(walk, scores, term.masks, role.rows, role.keys)
+    found = plan(walk, scores, term, role.rows, role.keys)
     if found is None:
         raise NotUnderstood("weights are set to zero behind softmax in places that the scores do not mask")
     if attention.causal:
@@ -123,15 +128,9 @@ def bias_is_dense(walk: Walk, ready: Ready) -> bool:
         and keys & set(all_axes(b.layout))
         and level(walk.context, b.value) >= Level.COMPUTED
         and b.value.dtype.is_floating_point
-        and _wants_gradient(b)
+        and wants_gradient(b)
         for b in ready.plan.biases
     )
-
-
-def _wants_gradient(bias: Bias) -> bool:
-    node = bias.value.node or bias.value.home
-    fake = None if node is None else node.meta.get("example_value")
-    return not isinstance(fake, Tensor) or fake.requires_grad
 
 
 class Emitter:
@@ -220,17 +219,19 @@ class Emitter:
         for factor in ready.on_key:
             key = self._factor(key, factor, [role.batch, role.heads, role.keys, role.features], dtype)
         options["scale"] = scores.scale
+        if ready.plan.lost:
+            options["lost"] = ready.plan.lost
         if scores.softcap:
             options["softcap"] = abs(scores.softcap)
         return self._attend(query, key, value, options)
 
     def _attend(self, first: Node, second: Node, third: Node | None, options: dict[str, Any]) -> Node:
-        logits = third is None
+        f = attend_logits if third is None else attend_with_lost_rows if "lost" in options else attend
         c = self.build.call(aten.select.int, self.c, 0, self.places[options["site"]])
         operands = (first, second, c, self.seed) if third is None else (first, second, third, c, self.seed)
         if self.autocast:
-            return self.build.call(attend_as_is, *operands, **({"logits": True} if logits else {}), **options)
-        return self.build.call(attend_logits if logits else attend, *operands, **options)
+            return self.build.call(attend_as_is, f.__name__, *operands, **options)
+        return self.build.call(f, *operands, **options)
 
     def _cast(self, node: Node, operand: Operand, dtype: torch.dtype) -> Node:
         return node if operand.value.dtype == dtype else self.build.call(aten.to.dtype, node, dtype)
