@@ -81,7 +81,7 @@ class SUSBackend:
         result = rewrite_graph(gm, Options(self.state, self.sampler, self.forward), self.report, example_inputs)
         compiled = _compile(self.compiler, gm, example_inputs, kwargs)
         compiled = guarded.wrap(
-            compiled, result.buffers, lambda original: _compile(self.compiler, original, example_inputs, kwargs)
+            compiled, result, lambda original: _compile(self.compiler, original, example_inputs, kwargs)
         )
         return count_owners(compiled, self.report, result.sites, parameter)
 

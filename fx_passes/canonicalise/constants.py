@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import operator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fx_passes.find.context import Context
+from fx_passes.find.sizes import Sizes, number
 from fx_passes.find.trace import Value
 
 log = logging.getLogger(__name__)
@@ -23,33 +25,39 @@ class Constants:
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.known: dict[Value, Tensor | None] = {}
         self.buffers: dict[Value, frozenset[Node]] = {}
+        self._known: dict[Any, dict[Value, Tensor | None]] = {}
 
-    def evaluate(self, value: Value) -> Tensor | None:
-        if value not in self.known:
-            self.known[value] = None
+    def evaluate(self, value: Value, sizes: Sizes | None = None) -> Tensor | None:
+        """The value on the CPU, or None. With `sizes` symbolic numbers have those values, else none."""
+        key = None if sizes is None else tuple(sizes.items())
+        known = self._known.setdefault(key, {})
+        if value not in known:
+            known[value] = None
             try:
-                self.known[value] = self._evaluate(value)
+                known[value] = self._evaluate(value, sizes, known)
             except Exception:
                 log.debug("cannot evaluate %s", value, exc_info=True)
-        return self.known[value]
+        return known[value]
 
-    def _evaluate(self, value: Value) -> Any:
+    def forget(self, sizes: Sizes) -> None:
+        self._known.pop(tuple(sizes.items()), None)
+
+    def _evaluate(self, value: Value, sizes: Sizes | None, known: dict[Value, Tensor | None]) -> Any:
         if value.op is None:
             return self._leaf(value)
-        if isinstance(value.fake, Tensor) and not _affordable(value.fake):
+        if isinstance(value.fake, Tensor) and math.prod(number(s, sizes) for s in value.fake.shape) > _LARGEST:
             return None
         if torch.Tag.nondeterministic_seeded in getattr(value.op, "tags", ()):
             return None
         inputs = [v for v in tree_leaves((value.args, value.kwargs)) if isinstance(v, Value)]
-        if any(isinstance(x, torch.SymInt) for x in tree_leaves((value.args, value.kwargs))):
-            return None
         for v in inputs:
-            if self.evaluate(v) is None:
+            if self.evaluate(v, sizes) is None:
                 return None
         self.buffers[value] = frozenset(n for v in inputs for n in self.buffers.get(v, ()))
-        args, kwargs = tree_map(lambda x: self.known[x] if isinstance(x, Value) else x, (value.args, value.kwargs))
+        args, kwargs = tree_map(
+            lambda x: known[x] if isinstance(x, Value) else number(x, sizes), (value.args, value.kwargs)
+        )
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cpu"), "pin_memory": None}
         if value.op is operator.getitem:
@@ -68,7 +76,3 @@ class Constants:
             return None
         self.buffers[value] = frozenset([self.context.source(value.node)])
         return real.detach().cpu()
-
-
-def _affordable(fake: Tensor) -> bool:
-    return all(isinstance(s, int) for s in fake.shape) and fake.numel() <= _LARGEST

@@ -143,6 +143,7 @@ class Walk:
         self.constants = constants
         self.visited: list[Value] = []
         self.buffers: set[Node] = set()  # whose values the proof rests on
+        self.claims: list[Any] = []  # `masks.Claim`: what it assumes of symbolic sizes
 
     def visit(self, value: Value) -> None:
         self.visited.append(value)

@@ -12,12 +12,16 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fx_passes.canonicalise.axes import Dim, Layout, NotUnderstood, all_axes, broadcast, leaves, resolve
+from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.contraction import Operand
-from fx_passes.canonicalise.forms import BIG, Bias, Mask, Scores, Term, Walk
+from fx_passes.canonicalise.forms import BIG, Bias, Mask, Scores, Term, Walk, arguments
+from fx_passes.canonicalise.places import Places, places_of
 from fx_passes.canonicalise.views import before, is_cast, is_view
 from fx_passes.canonicalise.weights import FILLS, choices
+from fx_passes.find.sizes import Sizes, number
 from fx_passes.find.trace import Value
 
 aten = torch.ops.aten
@@ -25,33 +29,17 @@ SWAMPS = -1e30  # added to a score, a value at or below it leaves nothing of the
 _ANDS = {aten.bitwise_and.Tensor, aten.logical_and.default, aten.__and__.Tensor}
 _ORS = {aten.bitwise_or.Tensor, aten.logical_or.default, aten.__or__.Tensor}
 _NOTS = {aten.bitwise_not.default, aten.logical_not.default}
-
-
-@dataclass
-class Places:
-    """A mask of places: a key may lie `left` before and `right` after its query; `prefix` keys are always seen."""
-
-    left: int | None = None
-    right: int | None = None
-    prefix: int = 0
-    chunk: int | None = None
-
-    @property
-    def kind(self) -> str:
-        parts = ["causal" if self.right == 0 else f"up to {self.right} ahead"] if self.right is not None else []
-        parts += [] if self.left is None else [f"window {self.left + 1}"]
-        parts += [] if not self.prefix else [f"prefix {self.prefix}"]
-        parts += [] if self.chunk is None else [f"chunk {self.chunk}"]
-        return ", ".join(parts)
+_LARGEST = 1 << 25  # elements of a mask that is looked at beyond its own size
+_NEAR = 200  # operations
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A key is visible where ``(operand != 0) == keep``, or, with `additive`, where the operand is no mask value."""
+    """A key is visible where ``(operand != 0) == keep``; `added` is not 0 where the operand is 0 or a mask value."""
 
     operand: Operand
     keep: bool
-    additive: bool = False
+    added: float = 0.0
 
 
 @dataclass
@@ -82,12 +70,78 @@ class _Part:
     matrix: Tensor | None  # visible [M, N], if places and constants alone decide it
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What the plan of a mask over symbolic sizes relies on, to be checked at the sizes of each call."""
+
+    constants: Constants
+    parts: tuple[Seen, ...]
+    rows: Dim
+    keys: Dim
+    places: Places
+    none_lost: bool  # every query sees a key
+
+    def holds(self, sizes: Sizes) -> bool:
+        try:
+            matrices = [_matrix(self.constants, seen, self.rows, self.keys, sizes) for seen in self.parts]
+        finally:
+            self.constants.forget(sizes)
+        if any(m is None for m in matrices):
+            return False
+        visible = _all([_Part(s, m) for s, m in zip(self.parts, matrices, strict=True)])
+        if self.none_lost and not bool(visible.any(-1).all()):
+            return False
+        return torch.equal(visible, self.places.visible(_length(self.rows, sizes), _length(self.keys, sizes)))
+
+
 def plan(walk: Walk, scores: Scores, term: Term, rows: Dim, keys: Dim) -> Plan | None:
     """The plan for a term's masks and biases; None where zeroed weights are no mask of the scores."""
+    probes = _probes(walk, scores, rows, keys)
+    if probes:
+        result, claim = _plan(walk, scores, term, rows, keys, probes[0])
+        if claim is not None and all(claim.holds(sizes) for sizes in probes):
+            walk.claims.append(claim)
+            return result
+    return _plan(walk, scores, term, rows, keys, None)[0]
+
+
+def _probes(walk: Walk, scores: Scores, rows: Dim, keys: Dim) -> list[Sizes]:
+    """Sizes at which masks over symbolic places are looked at; none where all are static, or some are unknown.
+
+    First larger ones than any number in the masks: a window is not to be taken for causal only because the first batch
+    was short. Then others at which M - N differs, and those of the first batch.
+    """
+    symbolic = [axis.size for axis in leaves((*rows, *keys)) if not isinstance(axis.size, int)]
+    hints, mine = walk.context.symbols.hints, sorted({s for x in symbolic for s in x.node.expr.free_symbols}, key=str)
+    if not symbolic or not hints.keys() >= set(mine):
+        return []
+    more = 1 + max(_numbers([m.value for m in scores.masks] + [b.value for b in scores.biases]), default=0)
+    probes = [hints | {s: hints[s] + more + skew * i for i, s in enumerate(mine)} for skew in (0, 5)]
+    affordable = _length(rows, probes[0]) * _length(keys, probes[0]) <= _LARGEST
+    return [*probes, hints] if affordable else []
+
+
+def _numbers(values: list[Value]) -> list[int]:
+    """Integers in the operations that values come from, as far as they are near."""
+    found: list[int] = []
+    seen: set[Value] = set()
+    while values and len(seen) < _NEAR:
+        value = values.pop(0)
+        if value not in seen:
+            seen.add(value)
+            found += [x for x in tree_leaves((value.args, value.kwargs)) if type(x) is int and 0 < x < _LARGEST]
+            values = values + list(arguments(value))
+    return found
+
+
+def _plan(
+    walk: Walk, scores: Scores, term: Term, rows: Dim, keys: Dim, sizes: Sizes | None
+) -> tuple[Plan | None, Claim | None]:
+    """The plan, and what it relies on if places were found; masks over symbolic sizes are looked at with `sizes`."""
     result = Plan()
     masks = list(scores.masks)
     for bias in scores.biases:
-        mask = _as_mask(walk, bias)
+        mask = _as_mask(walk, bias, sizes)
         if mask is None:
             result.biases.append(bias)
         else:
@@ -102,25 +156,29 @@ def plan(walk: Walk, scores: Scores, term: Term, rows: Dim, keys: Dim) -> Plan |
         if math.isinf(other.fill):
             hard.append(other)
         elif not any(_same_condition(mask, other) for mask in masks):
-            return None
-    hard_parts = [p for m in hard for p in _parts(walk, m, rows, keys)]
-    soft_parts = [_parts(walk, m, rows, keys) for m in soft]
-    for i in _hidden_by_others(soft_parts):
+            return None, None
+    hard_parts = [p for m in hard for p in _parts(walk, m, rows, keys, sizes)]
+    soft_parts = [_parts(walk, m, rows, keys, sizes) for m in soft]
+    for i in _hidden_by_others(soft_parts) if not sizes else ():
         hard_parts += soft_parts.pop(i)
         del soft[i]
-    if soft and _none_lost([*hard_parts, *(p for parts in soft_parts for p in parts)]):
+    none_lost = bool(soft) and _none_lost([*hard_parts, *(p for parts in soft_parts for p in parts)])
+    if none_lost:
         hard_parts += [p for parts in soft_parts for p in parts]
         soft = []
     elif len(soft) == 1 and not hard_parts and _lost_apart(soft[0], soft_parts[0], scores, result.biases, term):
         result.lost = "replaced" if soft[0].origin is None else "swamped"
         hard_parts, soft = soft_parts[0], []
     _stay_finite(result, soft, scores)
-    places = _places(_all(hard_parts)) if hard_parts else None
+    places = places_of(_all(hard_parts)) if hard_parts else None
+    claim = None
     if places is not None:
         result.places = places
+        placed = tuple(p.seen for p in hard_parts if p.matrix is not None)
+        claim = Claim(walk.constants, placed, rows, keys, places, none_lost)
         hard_parts = [p for p in hard_parts if p.matrix is None]
     result.keep += [p.seen for p in hard_parts]
-    return result
+    return result, claim
 
 
 def _stay_finite(result: Plan, soft: list[Mask], scores: Scores) -> None:
@@ -170,7 +228,12 @@ def _none_lost(parts: list[_Part]) -> bool:
 
 def _lost_apart(mask: Mask, parts: list[_Part], scores: Scores, biases: list[Bias], term: Term) -> bool:
     """Whether rows that a finite mask leaves no key have equal weights, so that they can be computed apart."""
-    if scores.query is None or scores.sink is not None or term.dropout or any(p.seen.additive for p in parts):
+    if (
+        scores.query is None
+        or scores.sink is not None
+        or term.dropout
+        or any(p.seen.added and p.matrix is None for p in parts)
+    ):
         return False
     if mask.origin is None:
         return mask.over == len(scores.biases) or (mask.fill <= SWAMPS and not any(map(wants_gradient, biases)))
@@ -181,14 +244,16 @@ def _same_condition(a: Mask, b: Mask) -> bool:
     return a.keep == b.keep and a.value is b.value and resolve(a.layout) == resolve(b.layout)
 
 
-def _as_mask(walk: Walk, bias: Bias) -> Mask | None:
+def _as_mask(walk: Walk, bias: Bias, sizes: Sizes | None) -> Mask | None:
     """A bias that is nothing but zero and mask values."""
     if bias.factors or bias.value.dtype == torch.bool or not bias.value.dtype.is_floating_point:
         return None
     constant = walk.constant(bias.value)
+    if constant is None and sizes is not None and bias.scale == 1.0:
+        constant = walk.constants.evaluate(bias.value, sizes)
     if constant is not None:
         values = constant * bias.scale
-        visible, masked = values == 0, values <= BIG
+        visible, masked = constant == 0, values <= BIG
         if bool((visible | masked).all()):
             fill = -math.inf if bool(torch.isinf(values[masked]).all()) else float(values[masked].max())
             return Mask(bias.value, bias.layout, True, fill, origin=bias)
@@ -214,19 +279,17 @@ def _filled_zeros(walk: Walk, bias: Bias) -> Mask | None:
     return None
 
 
-def _parts(walk: Walk, mask: Mask, rows: Dim, keys: Dim) -> list[_Part]:
+def _parts(walk: Walk, mask: Mask, rows: Dim, keys: Dim, sizes: Sizes | None) -> list[_Part]:
     if mask.value.dtype.is_floating_point and mask.origin is not None:
-        constant = walk.constant(mask.value)
-        matrix = None if constant is None else _matrix(constant > BIG, mask.layout, rows, keys)
-        return [_Part(Seen(Operand(mask.value, mask.layout), True, additive=True), matrix)]
-    found = []
-    for operand, keep in conjunction(walk, mask.value, mask.layout, mask.keep):
-        constant = walk.constant(operand.value)
-        matrix = None
-        if constant is not None:
-            matrix = _matrix((constant != 0) == keep, operand.layout, rows, keys)
-        found.append(_Part(Seen(operand, keep), matrix))
-    return found
+        found = [Seen(Operand(mask.value, mask.layout), False, mask.fill)]
+    else:
+        found = [Seen(*x) for x in conjunction(walk, mask.value, mask.layout, mask.keep)]
+    parts = []
+    for seen in found:
+        parts.append(_Part(seen, _matrix(walk.constants, seen, rows, keys, sizes)))
+        if parts[-1].matrix is not None:
+            walk.buffers |= walk.constants.buffers.get(seen.operand.value, frozenset())
+    return parts
 
 
 def conjunction(walk: Walk, value: Value, layout: Layout, want: bool) -> list[tuple[Operand, bool]]:
@@ -247,24 +310,29 @@ def conjunction(walk: Walk, value: Value, layout: Layout, want: bool) -> list[tu
     return [(Operand(value, layout), want)]
 
 
-def _matrix(visible: Tensor, layout: Layout, rows: Dim, keys: Dim) -> Tensor | None:
-    """A mask as bool [M, N], or None if it differs along other axes than rows and keys."""
-    axes = [*leaves(rows), *leaves(keys)]
-    mine = list(all_axes(layout))
-    if any(not isinstance(axis.size, int) for axis in (*axes, *mine)):
+def _matrix(constants: Constants, seen: Seen, rows: Dim, keys: Dim, sizes: Sizes | None) -> Tensor | None:
+    """A mask as bool [M, N], or None if inputs decide it or if it differs along other axes than rows and keys."""
+    constant = constants.evaluate(seen.operand.value, sizes)
+    axes, mine = [*leaves(rows), *leaves(keys)], list(all_axes(seen.operand.layout))
+    if constant is None or (sizes is None and any(not isinstance(axis.size, int) for axis in (*axes, *mine))):
         return None
+    if sizes is not None and seen.added and not bool(((constant == 0) | (constant == seen.added)).all()):
+        return None
+    visible = (constant != 0) == seen.keep
+    size = {axis: number(axis.size, sizes) for axis in (*axes, *mine)}
     others = [axis for axis in mine if axis not in axes]
     wanted = [*others, *(axis for axis in axes if axis in mine)]
-    flat = visible.reshape([axis.size for axis in mine]).permute([mine.index(axis) for axis in wanted])
-    flat = flat.reshape([math.prod(axis.size for axis in others), *flat.shape[len(others) :]])
+    flat = visible.reshape([size[axis] for axis in mine]).permute([mine.index(axis) for axis in wanted])
+    flat = flat.reshape([math.prod(size[axis] for axis in others), *flat.shape[len(others) :]])
     if bool((flat != flat[:1]).any()):
         return None
-    shape = [axis.size if axis in mine else 1 for axis in axes]
-    return flat[0].reshape(shape).expand([axis.size for axis in axes]).reshape(_length(rows), _length(keys))
+    shape = [size[axis] if axis in mine else 1 for axis in axes]
+    expanded = flat[0].reshape(shape).expand([size[axis] for axis in axes])
+    return expanded.reshape(_length(rows, sizes), _length(keys, sizes))
 
 
-def _length(axes: Dim) -> int:
-    return math.prod(axis.size for axis in leaves(axes))
+def _length(axes: Dim, sizes: Sizes | None) -> int:
+    return math.prod(number(axis.size, sizes) for axis in leaves(axes))
 
 
 def _all(parts: list[_Part]) -> Tensor:
@@ -275,42 +343,3 @@ def _all(parts: list[_Part]) -> Tensor:
     for m in matrices[1:]:
         result = result & m
     return result
-
-
-def _places(visible: Tensor) -> Places | None:
-    """The band, prefix or chunks that a constant mask is, or None."""
-    m, n = visible.shape
-    if bool(visible.all()):
-        return Places()
-    i, j = torch.arange(m)[:, None], torch.arange(n)[None, :]
-    band = _band(visible, i, j, 0)
-    if band is not None:
-        return band
-    prefix = int(visible.all(0).long().cumprod(0).sum())
-    if 0 < prefix < n:
-        band = _band(visible, i, j, prefix)
-        if band is not None:
-            return band
-    first = int(visible[:, 0].long().cumprod(0).sum())
-    if 1 < first < m:
-        block = torch.equal(visible, i // first == j // first)
-        if block or torch.equal(visible, (i // first == j // first) & (j <= i)):
-            return Places(chunk=first, right=None if block else 0)
-    return None
-
-
-def _band(visible: Tensor, i: Tensor, j: Tensor, prefix: int) -> Places | None:
-    beyond = visible & (j >= prefix)
-    if not bool(beyond.any()):
-        return None
-    distance = (j - i).expand(visible.shape)[beyond]
-    right, left = int(distance.max()), -int(distance.min())
-    m, n = visible.shape
-    bounds = (None if left >= m - 1 else left, None if right >= n - 1 else right)
-    for places in (Places(None, bounds[1], prefix), Places(bounds[0], None, prefix), Places(*bounds, prefix)):
-        seen = (j - i <= (n if places.right is None else places.right)) & (
-            i - j <= (m if places.left is None else places.left)
-        )
-        if torch.equal(visible, (seen | (j < prefix)).expand(visible.shape)):
-            return places
-    return None

@@ -6,6 +6,7 @@ import operator
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
+
+from fx_passes.find.sizes import Symbols, symbols
 
 _INPLACE = {
     getattr(operator, f"i{name}")
@@ -75,6 +78,13 @@ class Context:
                 where = self.storages.get(target)
                 if where is not None:
                     self.writes.setdefault(where, []).append((i, node))
+
+    @cached_property
+    def symbols(self) -> Symbols:
+        """The symbolic sizes of the outermost graph. Empty without example inputs: then no caller checks sizes."""
+        if self.parent is not None:
+            return self.parent.symbols
+        return symbols(self.places) if self.example_inputs else Symbols()
 
     def last_write(self, node: Node, before: int) -> Node | None:
         """The last node before a position, and after `node`, that writes into the storage of `node`."""

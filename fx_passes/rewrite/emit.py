@@ -14,8 +14,9 @@ from torch.fx import Node
 
 from fx_passes.canonicalise.axes import Dim, NotUnderstood, all_axes, leaves
 from fx_passes.canonicalise.contraction import Operand
-from fx_passes.canonicalise.forms import BIG, Attention, Bias, Factor, Mask, Scores, Sink, Term, Walk, level
-from fx_passes.canonicalise.masks import Places, Plan, Seen, plan, wants_gradient
+from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Scores, Sink, Term, Walk, level
+from fx_passes.canonicalise.masks import Plan, Seen, plan, wants_gradient
+from fx_passes.canonicalise.places import Places
 from fx_passes.canonicalise.roles import Roles, peeled, roles
 from fx_passes.canonicalise.scores import wide
 from fx_passes.find.context import Level
@@ -27,7 +28,7 @@ aten = torch.ops.aten
 
 
 def attend_as_is(name: str, query: Tensor, *args: Any, **options: Any) -> Tensor:
-    """One of `_OPERATORS` with the dtypes of its operands, also under autocast. (A graph takes no function as argument.)"""
+    """One of `_OPERATORS` with the dtypes of its operands, also under autocast. (A graph holds no functions.)"""
     with torch.autocast(query.device.type, enabled=False):
         return _OPERATORS[name](query, *args, **options)
 
@@ -281,8 +282,6 @@ class Emitter:
 
     def _condition(self, node: Node, seen: Seen) -> Node:
         """A bool node that is true where a key is visible."""
-        if seen.additive:
-            return self.build.call(operator.gt, node, BIG)
         if seen.operand.value.dtype != torch.bool:
             return self.build.call(operator.ne if seen.keep else operator.eq, node, 0)
         return node if seen.keep else self.build.call(torch.logical_not, node)

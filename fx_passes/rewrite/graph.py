@@ -17,6 +17,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from fx_passes.canonicalise.axes import NotUnderstood
 from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.forms import Attention, Walk
+from fx_passes.canonicalise.masks import Claim
 from fx_passes.canonicalise.understand import is_attention_softmax, understand, understand_sdpa
 from fx_passes.find.anchors import SDPA, is_anchor, products, softmaxes
 from fx_passes.find.context import Context, fake_of
@@ -62,11 +63,15 @@ class Found:
 
 @dataclass
 class Result:
-    """What a rewrite did: how many softmaxes, all sites found, and the placeholders whose values it relies on."""
+    """What a rewrite did: how many softmaxes, all sites found, and what it relies on.
+
+    `buffers` are placeholders whose values must stay; `claims` must hold at the sizes of each call.
+    """
 
     rewritten: int = 0
     sites: list[Key] = field(default_factory=list)
     buffers: set[Node] = field(default_factory=set)
+    claims: list[Claim] = field(default_factory=list)
 
 
 @dataclass
@@ -93,7 +98,8 @@ def rewrite_graph(
         gm: a Dynamo graph, a graph of torch.export, or a plain one; the last needs `example_inputs`.
         options: what the calls are given.
         report: gets the sites.
-        example_inputs: real inputs; buffers among them may be proven to be masks, see `Result.buffers`.
+        example_inputs: real inputs; buffers among them, and what is computed from symbolic sizes, may be proven to be
+            masks: the caller then checks what `Result` says.
         dry: report what would be done, and do nothing.
     """
     job = _Job(options, report, dry=dry)
@@ -186,6 +192,7 @@ def _apply(trace: Trace, item: Found, job: _Job, dead: list[Node]) -> int:
             if not job.dry:
                 _emit(trace, attention, item.ready, [s.number for s in sites], job)
                 job.result.buffers |= walk.buffers
+                job.result.claims += walk.claims
                 dead += [n for v in walk.visited for n in (v.node, v.home) if n in trace.context.position]
             status = REWRITTEN
         except NotUnderstood as why:

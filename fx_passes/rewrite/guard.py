@@ -1,20 +1,28 @@
-"""A guard on buffers whose values a rewrite relies on, such as nanoGPT's causal mask.
+"""A guard on what a rewrite relies on: buffers' values, such as nanoGPT's causal mask, and masks over symbolic sizes.
 
 Before each call the buffers' identity and version counters are compared with those at compile time, which costs no
 work on the device. Where they differ, the values are compared; if they differ too, the call runs the graph as it was
 before the rewrite. (A write through `.data` moves no version counter; nothing in PyTorch can see it.)
+Sizes that were not seen before have their masks computed once, on the CPU.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
+
+from fx_passes.canonicalise.masks import Claim
+from fx_passes.find.sizes import Symbols, symbols
+from fx_passes.rewrite.graph import Result
+
+log = logging.getLogger(__name__)
 
 
 class Guarded:
@@ -28,17 +36,20 @@ class Guarded:
     def wrap(
         self,
         compiled: Callable[..., Any],
-        buffers: set[Node],
+        result: Result,
         compile_original: Callable[[GraphModule], Callable[..., Any]],
     ) -> Callable[..., Any]:
-        """`compiled`, behind the guard if it relies on buffers."""
-        if not buffers:
+        """`compiled`, behind the guard if its rewrite relies on anything."""
+        if not result.buffers and not result.claims:
             return compiled
-        watched = {i: Watched(self.inputs[i]) for i, n in enumerate(self.places) if n in buffers}
+        watched = {i: Watched(self.inputs[i]) for i, n in enumerate(self.places) if n in result.buffers}
+        lengths = Lengths(symbols(self.places), result.claims)
         original, fallback = self.original, [None]
         self.inputs = []
 
         def guarded(*args: Any) -> Any:
+            if not lengths.hold(args):
+                return original(*args)  # its sizes are symbols, for which no compiler would stand in any more
             if all(w.holds(args[i]) for i, w in watched.items()):
                 return compiled(*args)
             if fallback[0] is None:
@@ -46,6 +57,25 @@ class Guarded:
             return fallback[0](*args)  # type: ignore[misc]
 
         return guarded
+
+
+class Lengths:
+    """Claims on masks over symbolic sizes, and the sizes at which they were checked."""
+
+    def __init__(self, where: Symbols, claims: list[Claim]) -> None:
+        self.where, self.claims = where, claims
+        self.checked: dict[tuple[int, ...], bool] = {}
+
+    def hold(self, args: Sequence[Any]) -> bool:
+        if not self.claims:
+            return True
+        numbers = self.where.read(args)
+        if numbers not in self.checked:
+            sizes = self.where.sizes(numbers)
+            self.checked[numbers] = all(claim.holds(sizes) for claim in self.claims)
+            if not self.checked[numbers]:
+                log.warning("at sizes %s a mask is not what it was: attention runs with its exact backward", sizes)
+        return self.checked[numbers]
 
 
 class Watched:

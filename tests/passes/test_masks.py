@@ -162,6 +162,17 @@ def dropout(q, k, v):
     return torch.nn.functional.dropout(p, 1e-9) @ v
 
 
+@form(1, "causal")
+def added_before_a_factor(q, k, v):
+    return ((q @ k.mT * 0.04 + torch.triu(torch.full((M, N), -2000.0), 1)) * 10).softmax(-1) @ v
+
+
+@form(1, "bias")
+def added_before_a_factor_in_some_heads(q, k, v):
+    some = (torch.arange(H) > 0)[:, None, None]
+    return ((q @ k.mT * 0.04 + torch.triu(torch.full((M, N), -2000.0), 1) * some) * 10).softmax(-1) @ v
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_exact_and_as_few_tensors_as_can_be(name: str) -> None:
     f, tier, mask = FORMS[name]

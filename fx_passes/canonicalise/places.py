@@ -1,0 +1,74 @@
+"""Masks that are functions of places alone: bands, prefixes and chunks, recognised by value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Places:
+    """A mask of places: a key may lie `left` before and `right` after its query; `prefix` keys are always seen."""
+
+    left: int | None = None
+    right: int | None = None
+    prefix: int = 0
+    chunk: int | None = None
+
+    @property
+    def kind(self) -> str:
+        parts = ["causal" if self.right == 0 else f"up to {self.right} ahead"] if self.right is not None else []
+        parts += [] if self.left is None else [f"window {self.left + 1}"]
+        parts += [] if not self.prefix else [f"prefix {self.prefix}"]
+        parts += [] if self.chunk is None else [f"chunk {self.chunk}"]
+        return ", ".join(parts)
+
+    def visible(self, m: int, n: int) -> Tensor:
+        """Bool [m, n]."""
+        i, j = torch.arange(m)[:, None], torch.arange(n)[None, :]
+        seen = torch.ones(m, n, dtype=torch.bool)
+        if self.right is not None:
+            seen &= j - i <= self.right
+        if self.left is not None:
+            seen &= i - j <= self.left
+        if self.chunk is not None:
+            seen &= i // self.chunk == j // self.chunk
+        return seen | (j < self.prefix)
+
+
+def places_of(visible: Tensor) -> Places | None:
+    """The band, prefix or chunks that a constant mask is, or None."""
+    m, n = visible.shape
+    if bool(visible.all()):
+        return Places()
+    i, j = torch.arange(m)[:, None], torch.arange(n)[None, :]
+    band = _band(visible, i, j, 0)
+    if band is not None:
+        return band
+    prefix = int(visible.all(0).long().cumprod(0).sum())
+    if 0 < prefix < n:
+        band = _band(visible, i, j, prefix)
+        if band is not None:
+            return band
+    first = int(visible[:, 0].long().cumprod(0).sum())
+    if 1 < first < m:
+        for places in (Places(chunk=first), Places(chunk=first, right=0)):
+            if torch.equal(visible, places.visible(m, n)):
+                return places
+    return None
+
+
+def _band(visible: Tensor, i: Tensor, j: Tensor, prefix: int) -> Places | None:
+    beyond = visible & (j >= prefix)
+    if not bool(beyond.any()):
+        return None
+    distance = (j - i).expand(visible.shape)[beyond]
+    right, left = int(distance.max()), -int(distance.min())
+    m, n = visible.shape
+    bounds = (None if left >= m - 1 else left, None if right >= n - 1 else right)
+    for places in (Places(None, bounds[1], prefix), Places(bounds[0], None, prefix), Places(*bounds, prefix)):
+        if torch.equal(visible, places.visible(m, n)):
+            return places
+    return None
