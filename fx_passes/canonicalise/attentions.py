@@ -1,0 +1,96 @@
+"""All attentions of a graph: each one proven and decided, or left with the reason."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from fx_passes.canonicalise.axes import NotUnderstood
+from fx_passes.canonicalise.constants import Constants
+from fx_passes.canonicalise.forms import Attention, Walk
+from fx_passes.canonicalise.ready import Ready, bias_is_dense, prepare
+from fx_passes.canonicalise.understand import is_attention_softmax, understand, understand_sdpa
+from fx_passes.find.anchors import SDPA, is_anchor, products, softmaxes
+from fx_passes.find.live import is_live
+from fx_passes.find.trace import Trace, Value
+
+log = logging.getLogger(__name__)
+_PARAMETER = "value is a parameter, not an activation"
+
+
+@dataclass
+class Found:
+    """One attention of a graph: what is proven, or why it is left."""
+
+    softs: list[Value]
+    attention: Attention | None = None
+    walk: Walk | None = None
+    ready: list[Ready] = field(default_factory=list)
+    reason: str = ""
+
+    def describe(self, number: int) -> dict[str, Any]:
+        """Form, tier and kind of mask of one of its softmaxes, for the report."""
+        if self.attention is None or self.walk is None:
+            return {"form": "sdpa" if self.softs[0].op is SDPA else "softmax"}
+        ready = self.ready[number]
+        tier = 2 if ready.tier == 2 or bias_is_dense(self.walk, ready) else 1
+        return {"form": self.attention.form, "tier": tier, "mask": ready.plan.kind}
+
+
+def attentions(trace: Trace) -> list[Found]:
+    constants = Constants(trace.context)
+    found: list[Found] = []
+    for node in list(trace.context.gm.graph.nodes):
+        if is_anchor(node):
+            found += _at(trace, constants, node, found)
+    return found
+
+
+def _at(trace: Trace, constants: Constants, node: Node, before: list[Found]) -> list[Found]:
+    """The attentions whose softmax is at a node, but for those already found from another softmax."""
+    result: list[Found] = []
+    for soft in softmaxes(trace, node):
+        try:
+            result += _of(trace, constants, soft, before + result)
+        except Exception as error:
+            log.debug("understanding %s failed", soft, exc_info=True)
+            result.append(Found([soft], reason=f"the pass failed on it ({type(error).__name__}: {error})"))
+    return result
+
+
+def _of(trace: Trace, constants: Constants, soft: Value, before: list[Found]) -> list[Found]:
+    if any(soft is s for f in before for s in f.softs):
+        return []
+    if soft.op is SDPA:
+        return [_checked(trace, [soft], lambda: understand_sdpa(trace, constants, soft))]
+    reasons: list[str] = []
+    found: list[Found] = []
+    for product in products(trace, soft):
+        item = _checked(trace, [soft], lambda p=product: understand(trace, constants, p))
+        if item.attention is not None:
+            item.softs = [t.soft for t in item.attention.terms]
+            found.append(item)
+        else:
+            reasons.append(item.reason)
+    if found:
+        return found
+    others = [why for why in reasons if why != _PARAMETER]
+    if (others or not reasons) and is_attention_softmax(Walk(trace, constants), soft):
+        return [Found([soft], reason=others[0] if others else "its weights enter no product with value")]
+    return []
+
+
+def _checked(trace: Trace, softs: list[Value], attempt: Any) -> Found:
+    try:
+        attention, walk = attempt()
+        ready = [prepare(walk, attention, term) for term in attention.terms]
+        apart = {id(v) for v in attention.visited}
+        for term in attention.terms:
+            if term.dropout and term.shared_dropout is not None and is_live(trace, term.shared_dropout, apart):
+                raise NotUnderstood("the weights after dropout are used elsewhere too")
+        return Found(softs, attention, walk, ready)
+    except NotUnderstood as why:
+        return Found(softs, reason=str(why))
