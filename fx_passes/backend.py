@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule
 
 from fx_passes.find.breaks import mend_graph_breaks
 from fx_passes.ops.functional import check_choice
@@ -78,8 +79,10 @@ class SUSBackend:
         if not torch.is_grad_enabled():
             return _compile(self.compiler, gm, example_inputs, kwargs)
         guarded, parameter = Guarded(gm, example_inputs), first_parameter(gm)
-        result = rewrite_graph(gm, Options(self.state, self.sampler, self.forward), self.report, example_inputs)
-        compiled = _compile(self.compiler, gm, example_inputs, kwargs)
+        options = Options(self.state, self.sampler, self.forward)
+        result = rewrite_graph(gm, options, self.report, example_inputs)
+        version = options.uuid() if result.rewritten else ""
+        compiled = _compile(self.compiler, gm, example_inputs, kwargs, version)
         compiled = guarded.wrap(
             compiled, result, lambda original: _compile(self.compiler, original, example_inputs, kwargs)
         )
@@ -93,15 +96,30 @@ class SUSBackend:
         return f"SUSBackend(c={self.c:g}, sampler={self.sampler!r}, compiler={self.compiler!r})"
 
 
+class Version(CustomGraphPass):
+    """A pass of Inductor that does nothing: its uuid makes Inductor's caches tell versions of ours apart."""
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+
+    def __call__(self, graph: Graph) -> None:
+        pass
+
+    def uuid(self) -> str:
+        return self.version
+
+
 def _compile(
-    compiler: str, gm: GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]
+    compiler: str, gm: GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any], version: str = ""
 ) -> Callable[..., Any]:
     if compiler == "inductor":
-        from torch._inductor import list_mode_options
+        from torch._inductor import config, list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
         mode = kwargs.get("mode")
         patches = {**(list_mode_options(mode) if mode else {}), **(kwargs.get("options") or {})}
+        if version and config.post_grad_custom_pre_pass is None:
+            patches.setdefault("post_grad_custom_pre_pass", Version(version))
         compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches or None)
     else:
         compiled = torch._dynamo.lookup_backend(compiler)(gm, list(example_inputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -40,11 +41,16 @@ class Options:
 
     def uuid(self) -> str:
         """A hash of the pass's source and configuration, for compile caches."""
-        digest = hashlib.sha256(repr((self.sampler, self.forward)).encode())
-        root = Path(__file__).parent.parent
-        for file in sorted(root.rglob("*.py")):
-            digest.update(file.read_bytes())
-        return digest.hexdigest()
+        return hashlib.sha256(repr((self.sampler, self.forward)).encode() + _source()).hexdigest()
+
+
+@functools.cache
+def _source() -> bytes:
+    """A hash of this package's source."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.digest()
 
 
 @dataclass
