@@ -145,8 +145,10 @@ class Trace:
                 if user not in self.context.position:
                     continue
                 record = self.record(user)
-                if user.target is operator.getitem:
-                    self.own(user)
+                several = record is not None and isinstance(record.out, (tuple, list))
+                for part in [user, *(user.users if several else ())]:
+                    if part.target is operator.getitem:
+                        self.own(part)
                 if record is not None and record.out is value and user is not value.node:
                     todo.append(user)  # an operation that gives its input back, such as `.to` the same dtype
         return value.users

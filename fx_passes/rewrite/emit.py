@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fx_passes.canonicalise.axes import Dim, NotUnderstood, all_axes, leaves
+from fx_passes.canonicalise.axes import Dim, NotUnderstood, all_axes, free_axes, leaves
 from fx_passes.canonicalise.contraction import Operand
 from fx_passes.canonicalise.forms import BIG, Attention, Bias, Factor, Mask, Scores, Sink, Term, Walk, level
 from fx_passes.canonicalise.masks import Places, Plan, Seen, plan
@@ -101,7 +101,7 @@ def _prepare(walk: Walk, attention: Attention, term: Term, scores: Scores) -> Re
         (ready.on_value if axes & keys else ready.on_out).append(factor)
     if scores.sink is not None and scores.sink.operand is not None:
         heads = set(leaves(role.query_heads))
-        if set(all_axes(scores.sink.operand.layout)) - heads:
+        if set(free_axes(scores.sink.operand.layout)) - heads:
             raise NotUnderstood("a sink depends on more than the head")
     if found.places.prefix and not isinstance(found.places.prefix, int):
         raise NotUnderstood("a prefix of unknown length")
