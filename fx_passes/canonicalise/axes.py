@@ -22,8 +22,11 @@ class NotUnderstood(Exception):
 
 @dataclass(eq=False)
 class Axis:
+    """`at` is the one place that a view selects of an axis; nothing behind the view runs over it."""
+
     size: Size
     parts: tuple[Axis, ...] | None = None
+    at: int | None = None
 
     def __repr__(self) -> str:
         return f"<{id(self) % 9973}:{self.size}>"
@@ -54,6 +57,11 @@ def all_axes(layout: Layout) -> Dim:
     return tuple(axis for dim in resolve(layout) for axis in dim)
 
 
+def free_axes(layout: Layout) -> Dim:
+    """The axes of a layout without those of which one place is selected."""
+    return tuple(axis for axis in all_axes(layout) if axis.at is None)
+
+
 def fresh(shape: Sequence[Size]) -> Layout:
     """A layout with a new axis for each dimension that is not of size 1."""
     return tuple(() if known(size == 1) else (Axis(size),) for size in shape)
@@ -71,7 +79,8 @@ def split(axis: Axis, inner: Size) -> tuple[Axis, Axis]:
     if isinstance(inner, int) and isinstance(axis.size, int) and axis.size % inner:
         raise NotUnderstood("a view splits a dimension in a way that does not divide it")
     outer = axis.size // inner
-    axis.parts = (Axis(outer), Axis(inner))
+    places = (None, None) if axis.at is None else divmod(axis.at, inner)
+    axis.parts = (Axis(outer, at=places[0]), Axis(inner, at=places[1]))
     return axis.parts
 
 

@@ -22,12 +22,16 @@ _KEEPING = {
     aten.native_layer_norm.default, aten.native_batch_norm.default, aten.native_group_norm.default,
     aten.index_select.default, aten.index.Tensor, aten.slice_scatter.default, aten.select_scatter.default,
 }  # fmt: skip
+# Elementwise, though PyTorch does not tag them so.
+_ELEMENTWISE = {aten.masked_fill.Tensor, aten.dropout.default, aten.hardswish.default, aten.where.ScalarOther}
 _RANGES = _KEEPING | {
     aten.slice.Tensor,
     aten.constant_pad_nd.default,
     aten.cat.default,
     aten.roll.default,
     aten.gather.default,
+    aten.topk.default,
+    aten.sort.default,
 }
 
 
@@ -58,7 +62,7 @@ def carries(context: Context, value: Value, layout: Layout, keys: Dim, seen: set
             return any(_mixes(context, o.value, o.layout, keys, seen) for o in (c.left, c.right))
         if is_view(value) or is_cast(value):
             return carries(context, value.args[0], before(value, layout) if is_view(value) else layout, keys, seen)
-        if torch.Tag.pointwise in getattr(value.op, "tags", ()):
+        if torch.Tag.pointwise in getattr(value.op, "tags", ()) or value.op in _ELEMENTWISE:
             return any(
                 carries(context, v, broadcast(layout, v.shape), keys, seen)
                 for v in arguments(value)

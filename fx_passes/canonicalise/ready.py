@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from fx_passes.canonicalise.axes import NotUnderstood, all_axes, leaves
+from fx_passes.canonicalise.axes import NotUnderstood, all_axes, free_axes, leaves
 from fx_passes.canonicalise.contraction import Operand
 from fx_passes.canonicalise.forms import Attention, Bias, Factor, Scores, Sink, Term, Walk, level
 from fx_passes.canonicalise.masks import Plan, plan, wants_gradient
@@ -85,7 +85,7 @@ def _prepare(walk: Walk, attention: Attention, term: Term, scores: Scores) -> Re
         (ready.on_value if axes & keys else ready.on_out).append(factor)
     if scores.sink is not None and scores.sink.operand is not None:
         heads = set(leaves(role.query_heads))
-        if set(all_axes(scores.sink.operand.layout)) - heads:
+        if set(free_axes(scores.sink.operand.layout)) - heads:
             raise NotUnderstood("a sink depends on more than the head")
     if found.places.prefix and not isinstance(found.places.prefix, int):
         raise NotUnderstood("a prefix of unknown length")

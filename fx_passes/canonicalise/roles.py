@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fx_passes.canonicalise.axes import Axis, Dim, NotUnderstood, all_axes, leaves, resolve
+from fx_passes.canonicalise.axes import Axis, Dim, NotUnderstood, all_axes, free_axes, leaves, resolve
 from fx_passes.canonicalise.contraction import Operand
 from fx_passes.canonicalise.forms import Attention, Scores, Term
 from fx_passes.canonicalise.views import peel
@@ -40,8 +40,8 @@ def roles(
     logits = resolve(scores.whole.layout)
     mine = set(leaves(keys_of))
     keys = tuple(a for dim in logits for a in dim if a in mine)
-    places = [a for dim in logits for a in dim if a not in mine]
-    value_axes = all_axes(value.layout)
+    places = [a for a in free_axes(logits) if a not in mine]
+    value_axes = free_axes(value.layout)
     shared = set(value_axes) | (set(all_axes(key.layout)) if key is not None else set())
     own = [a for a in places if a not in shared]
     rows = _rows(scores, logits, own, mine)
@@ -49,7 +49,7 @@ def roles(
     out = tuple(a for a in value_axes if a not in mine and a not in set(places))
     features: Dim = ()
     if key is not None and query is not None:
-        features = tuple(a for a in all_axes(key.layout) if a not in mine and a not in set(places))
+        features = tuple(a for a in free_axes(key.layout) if a not in mine and a not in set(places))
         if set(features) - set(all_axes(query.layout)):
             raise NotUnderstood("the key has an axis that the query lacks")
     if set(places) - set(all_axes(attention.layout)):

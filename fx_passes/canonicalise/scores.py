@@ -12,7 +12,7 @@ from fx_passes.canonicalise.axes import Dim, Layout, NotUnderstood, all_axes, br
 from fx_passes.canonicalise.carries import carries, is_activations_product
 from fx_passes.canonicalise.contraction import Operand, contraction, is_contraction
 from fx_passes.canonicalise.forms import BIG, Bias, Factor, Mask, Scores, Sink, Term, Walk
-from fx_passes.canonicalise.views import before, is_cast, is_view
+from fx_passes.canonicalise.views import before, chunk_of, is_cast, is_view
 from fx_passes.canonicalise.weights import FILLS, PRODUCTS, SUMS, choices, name, number_of
 from fx_passes.find.trace import Value
 
@@ -107,6 +107,10 @@ def _spine(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: bool) ->
         return _spine(walk, value.args[0], before(value, layout), keys, shifts)
     if is_cast(value):
         return _spine(walk, value.args[0], layout, keys, shifts)
+    if value.op is aten.slice.Tensor and (chunk := chunk_of(value, layout)) is not None:
+        if set(leaves(chunk[value.args[1]])) & set(leaves(keys)):
+            raise NotUnderstood("a part of the scores is cut out")
+        return _spine(walk, value.args[0], chunk, keys, shifts)
     if value.op is aten.neg.default:
         return _times(_spine(walk, value.args[0], layout, keys, shifts), -1.0)
     if value.op in SUMS:

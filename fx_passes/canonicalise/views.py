@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fx_passes.canonicalise.axes import Layout, NotUnderstood, broadcast, known, reshape
+from fx_passes.canonicalise.axes import Axis, Layout, NotUnderstood, broadcast, known, reshape
 from fx_passes.find.trace import Value
 
 aten = torch.ops.aten
@@ -43,7 +43,32 @@ def is_cast(value: Value) -> bool:
 
 
 def is_view(value: Value) -> bool:
-    return is_same(value) or value.op in _RESHAPES or value.op in _SQUEEZES or value.op in _MOVES
+    return is_same(value) or value.op in _RESHAPES or value.op in _SQUEEZES or value.op in _MOVES or _selects(value)
+
+
+def _selects(value: Value) -> bool:
+    """Whether a value is one place of a dimension."""
+    if value.op is not aten.select.int:
+        return False
+    return all(isinstance(x, int) for x in (value.args[2], value.args[0].shape[value.args[1]]))
+
+
+def chunk_of(value: Value, layout: Layout) -> Layout | None:
+    """The layout of a slice's first argument where the slice is one of equal parts, cut or combed; None otherwise."""
+    dim, start, _, step = (*value.args[1:], *(0, None, None, 1)[len(value.args) - 1 :])
+    dim, start = dim % len(value.shape), start or 0
+    total, size = value.args[0].shape[dim], value.shape[dim]
+    if not all(isinstance(x, int) for x in (total, size, start, step)) or not size or total % size:
+        return None
+    start = max(start + total, 0) if start < 0 else start
+    mine = layout[dim]
+    if step == 1 and start % size == 0:
+        mine = (Axis(total // size, at=start // size), *mine)
+    elif total == step * size and start < step:
+        mine = (*mine, Axis(step, at=start))
+    else:
+        return None
+    return (*layout[:dim], mine, *layout[dim + 1 :])
 
 
 def before(value: Value, layout: Layout) -> Layout:
@@ -63,6 +88,10 @@ def before(value: Value, layout: Layout) -> Layout:
         return layout[:i] + layout[i + 1 :]
     if value.op is aten.expand.default:
         return broadcast(layout, source.shape)
+    if value.op is aten.select.int:
+        i, size = value.args[1] % len(source.shape), source.shape[value.args[1]]
+        chosen = () if size == 1 else (Axis(size, at=value.args[2] % size),)
+        return (*layout[:i], chosen, *layout[i:])
     order = _order(value)
     result: list[Any] = [()] * len(order)
     for i, j in enumerate(order):
@@ -71,9 +100,11 @@ def before(value: Value, layout: Layout) -> Layout:
 
 
 def after(value: Value, layout: Layout) -> Layout | None:
-    """The layout of a view's result; None where the result runs over axes that the source does not have."""
+    """The layout of a view's result; None where the result runs over other axes than the source."""
     if is_same(value):
         return layout
+    if value.op is aten.select.int:
+        return None
     if value.op in _RESHAPES:
         return reshape(layout, value.shape)
     if value.op in _SQUEEZES:

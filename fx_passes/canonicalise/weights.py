@@ -12,7 +12,7 @@ from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, broadc
 from fx_passes.canonicalise.contraction import Operand
 from fx_passes.canonicalise.forms import Factor, Mask, Sink, Term, Walk
 from fx_passes.canonicalise.softmax import row_sum, softmax_input, through
-from fx_passes.canonicalise.views import before, is_cast, is_view
+from fx_passes.canonicalise.views import before, chunk_of, is_cast, is_view
 from fx_passes.find.trace import Value, partly_written
 
 aten = torch.ops.aten
@@ -210,6 +210,9 @@ def _sliced(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
     start = value.args[2] if len(value.args) > 2 and value.args[2] is not None else 0
     source = value.args[0]
     step = value.args[4] if len(value.args) > 4 else 1
+    part = None if set(leaves(keys)) & set(leaves(layout[dim])) else chunk_of(value, layout)
+    if part is not None:
+        return weights(walk, source, part, keys)
     if set(leaves(layout[dim])) != set(leaves(keys)) or step != 1 or not isinstance(start, int) or start < 0:
         raise NotUnderstood("a part of the weights is cut out before the product with value")
     for i, (a, b) in enumerate(zip(value.shape, source.shape, strict=True)):

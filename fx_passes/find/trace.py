@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -144,8 +145,10 @@ class Trace:
                 if user not in self.context.position:
                     continue
                 record = self.record(user)
-                if user.target is operator.getitem:
-                    self.own(user)
+                several = record is not None and isinstance(record.out, (tuple, list))
+                for part in [user, *(user.users if several else ())]:
+                    if part.target is operator.getitem:
+                        self.own(part)
                 if record is not None and record.out is value and user is not value.node:
                     todo.append(user)  # an operation that gives its input back, such as `.to` the same dtype
         return value.users
@@ -175,7 +178,7 @@ class Trace:
             after = {n: recorder.lookup(fake_of(n)) for n in inputs if isinstance(fake_of(n), Tensor)}
             after = {n: v for n, v in after.items() if v is not inputs[n]}
             for n, v in after.items():
-                if v.op in (None, partly_written):
+                if v.node is None:
                     v.node, v.version = n, node
         return Record(out, recorder.values, after)
 
@@ -213,7 +216,9 @@ class _Recorder(TorchDispatchMode):
         smaller = _SMALLER.get(func)
         if smaller is not None:
             with self:
-                return smaller(*args, **kwargs)
+                result = smaller(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
         if composite and func not in _WHOLE:
             with self:
@@ -221,7 +226,10 @@ class _Recorder(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        if func._schema.is_mutable:
+        if func is aten.lift_fresh.default and not result.dim() and getattr(result, "constant", None) is not None:
+            options = {"dtype": result.dtype, "device": result.device}  # a number, as in torch.tensor(-math.inf)
+            self._add(aten.full.default, ([], result.item()), options, result)
+        elif func._schema.is_mutable:
             self._write(func, args, kwargs, result)
         elif any(isinstance(x, Tensor) for x in tree_leaves(result)):
             self._add(func, args, kwargs, result)
@@ -255,6 +263,9 @@ class _Recorder(TorchDispatchMode):
         value = None
         if func is aten.copy_.default and args[0].device == args[1].device:
             value = self.lookup(self._copied(args[0], args[1]))
+        elif func is aten.index_put_.default and _sets_by_mask(*args):
+            with self:
+                value = self.lookup(_masked_fill(*args))
         elif target is not None and functional is not None and "out" not in kwargs:
             value = self._value(functional, args, kwargs, target)
         written = [target] if target is not None else [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -299,6 +310,67 @@ def _baddbmm(input: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any =
     return aten.add.Tensor(product, input if beta == 1 else aten.mul.Tensor(input, beta))  # type: ignore[no-any-return]
 
 
+def _sets_by_mask(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> bool:
+    """Whether ``x[..., mask] = number`` is all that an index_put does."""
+    masks = [i for i in indices if i is not None]
+    return not accumulate and len(masks) == 1 and masks[0].dtype == torch.bool and not values.dim()
+
+
+def _masked_fill(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
+    mask = next(i for i in indices if i is not None)
+    for _ in range(x.dim() - [i is not None for i in indices].index(True) - mask.dim()):
+        mask = aten.unsqueeze.default(mask, -1)
+    return aten.masked_fill.Tensor(x, mask, values)  # type: ignore[no-any-return]
+
+
+def _index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
+    if not _sets_by_mask(x, indices, values, accumulate):
+        return NotImplemented
+    return _masked_fill(x, indices, values)
+
+
+def _stack(tensors: Any, dim: int = 0) -> Tensor:
+    dim %= tensors[0].dim() + 1
+    return aten.cat.default([aten.unsqueeze.default(t, dim) for t in tensors], dim)  # type: ignore[no-any-return]
+
+
+def _split(x: Tensor, sizes: Any, dim: int = 0) -> Any:
+    total = x.shape[dim]
+    sizes = list(sizes) if isinstance(sizes, (list, tuple)) else [sizes] * -(-total // sizes)
+    if not all(isinstance(n, int) for n in (total, *sizes)):
+        return NotImplemented
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [aten.slice.Tensor(x, dim, end - n, min(end, total)) for n, end in zip(sizes, ends, strict=True)]
+
+
+def _unbind(x: Tensor, dim: int = 0) -> Any:
+    if not isinstance(x.shape[dim], int):
+        return NotImplemented
+    return [aten.select.int(x, dim, i) for i in range(x.shape[dim])]
+
+
+def _filled(number: float) -> Callable[..., Tensor]:
+    """`zeros_like` and the like: what they hold does not depend on the tensor that they are like."""
+
+    def like(x: Tensor, size: Any = None, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+        size = x.shape if size is None else size
+        return aten.full.default(size, number, dtype=dtype or x.dtype, device=device or x.device)  # type: ignore[no-any-return]
+
+    return like
+
+
+def _full_like(x: Tensor, number: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    return aten.full.default(x.shape, number, dtype=dtype or x.dtype, device=device or x.device)  # type: ignore[no-any-return]
+
+
+def _new_full(x: Tensor, size: Any, number: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    return aten.full.default(size, number, dtype=dtype or x.dtype, device=device or x.device)  # type: ignore[no-any-return]
+
+
+def _exp2(x: Tensor) -> Tensor:
+    return aten.exp.default(aten.mul.Tensor(x, math.log(2)))  # type: ignore[no-any-return]
+
+
 def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     return aten.softmax.int(x, dim, torch.float32 if half_to_float else None)  # type: ignore[no-any-return]
 
@@ -318,6 +390,18 @@ _SMALLER: dict[Any, Callable[..., Any]] = {
     aten._safe_softmax.default: lambda x, dim, dtype=None: aten.softmax.int(x, dim, dtype),
     aten._log_softmax.default: _log_softmax,
     aten.mv.default: _mv,
+    aten.index_put.default: _index_put,
+    aten.stack.default: _stack,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+    aten.unbind.int: _unbind,
+    aten.zeros_like.default: _filled(0),
+    aten.ones_like.default: _filled(1),
+    aten.new_zeros.default: _filled(0),
+    aten.new_ones.default: _filled(1),
+    aten.full_like.default: _full_like,
+    aten.new_full.default: _new_full,
+    aten.exp2.default: _exp2,
     aten.rsub.Scalar: lambda x, other, alpha=1: aten.add.Tensor(
         aten.neg.default(x if alpha == 1 else x * alpha), other
     ),

@@ -134,6 +134,7 @@ class Builder:
 
     def reorder(self, node: Node, shape: Any, layout: Layout, groups: list[Dim], full: tuple[bool, ...]) -> Node:
         layout, groups = resolve(layout), [leaves(g) for g in groups]
+        node, layout = self._select(node, layout)
         have = [a for dim in layout for a in dim]
         order = [a for g in groups for a in g if a in have]
         if set(order) != set(have):
@@ -144,6 +145,20 @@ class Builder:
         if permutation != sorted(permutation):
             node = self.call(aten.permute.default, node, permutation)
         return self._merge(node, groups, set(have), full)
+
+    def _select(self, node: Node, layout: Layout) -> tuple[Node, Layout]:
+        """Without the axes of which one place is wanted."""
+        if all(a.at is None for dim in layout for a in dim):
+            return node, layout
+        if any(len(dim) != 1 for dim in layout):
+            node = self.call(aten.reshape.default, node, [self.size(a) for dim in layout for a in dim])
+        rest: list[Dim] = []
+        for axis in (a for dim in layout for a in dim):
+            if axis.at is None:
+                rest.append((axis,))
+            else:
+                node = self.call(aten.select.int, node, len(rest), axis.at)
+        return node, tuple(rest)
 
     def _merge(self, node: Node, groups: list[Dim], have: set[Axis], full: tuple[bool, ...]) -> Node:
         """From one dimension per axis to one per group, broadcast where axes are missing."""
