@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 from fx_passes.find.breaks import mend_graph_breaks
 from fx_passes.ops.functional import check_choice
@@ -96,25 +95,14 @@ class SUSBackend:
         return f"SUSBackend(c={self.c:g}, sampler={self.sampler!r}, compiler={self.compiler!r})"
 
 
-class Version(CustomGraphPass):
-    """A pass of Inductor that does nothing: its uuid makes Inductor's caches tell versions of ours apart."""
-
-    def __init__(self, version: str) -> None:
-        self.version = version
-
-    def __call__(self, graph: Graph) -> None:
-        pass
-
-    def uuid(self) -> str:
-        return self.version
-
-
 def _compile(
     compiler: str, gm: GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any], version: str = ""
 ) -> Callable[..., Any]:
     if compiler == "inductor":
         from torch._inductor import config, list_mode_options
         from torch._inductor.compile_fx import compile_fx
+
+        from fx_passes.rewrite.version import Version
 
         mode = kwargs.get("mode")
         patches = {**(list_mode_options(mode) if mode else {}), **(kwargs.get("options") or {})}
