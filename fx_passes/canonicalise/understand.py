@@ -12,7 +12,7 @@ from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.contraction import Operand, contraction
 from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Scores, Term, Walk, level
 from fx_passes.canonicalise.scores import scores
-from fx_passes.canonicalise.softmax import row_sum, softmax_input
+from fx_passes.canonicalise.softmax import divisor, row_sum, softmax_input
 from fx_passes.canonicalise.views import after, is_cast, is_view
 from fx_passes.canonicalise.weights import leads_to_softmax, weights
 from fx_passes.find.context import Level
@@ -83,12 +83,13 @@ def _normalised_later(
             break
         user = users[0]
         walk.visit(user)
-        if user.op is aten.div.Tensor and user.args[0] is value and isinstance(user.args[1], Value):
-            side = broadcast(layout, user.args[1].shape)
-            found = row_sum(user.args[1], side, term.soft, term.source.layout, summed)
+        below = _divided_by(user, value, layout)
+        if below is not None:
+            found = row_sum(below.value, below.layout, term.soft, term.source.layout, summed)
             if (
                 found is None
                 or found.extra
+                or found.other is not None
                 or not all(known(a == b) for a, b in zip(user.shape, value.shape, strict=True))
             ):
                 break
@@ -98,6 +99,16 @@ def _normalised_later(
             break
         value, layout = user, moved
     raise NotUnderstood("exp is not divided by its row sums")
+
+
+def _divided_by(user: Value, value: Value, layout: Layout) -> Operand | None:
+    """What an operation divides a value with a layout by, also where it multiplies by the reciprocal."""
+    if user.op not in (aten.div.Tensor, aten.mul.Tensor) or not all(isinstance(x, Value) for x in user.args):
+        return None
+    if user.op is aten.div.Tensor:
+        return Operand(user.args[1], broadcast(layout, user.args[1].shape)) if user.args[0] is value else None
+    other = user.args[1] if user.args[0] is value else user.args[0]
+    return divisor(other, broadcast(layout, other.shape))
 
 
 def _check_regions(walk: Walk) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, broadcast, known, leaves
+from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, all_axes, broadcast, known, leaves
 from fx_passes.canonicalise.contraction import Operand
 from fx_passes.canonicalise.forms import Factor, Mask, Sink, Term, Walk
-from fx_passes.canonicalise.softmax import row_sum, softmax_input, through
+from fx_passes.canonicalise.softmax import RowSum, divisor, row_sum, softmax_input, through
 from fx_passes.canonicalise.views import before, chunk_of, is_cast, is_view
 from fx_passes.find.trace import Value, partly_written
 
@@ -111,15 +111,18 @@ def _product(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
         return [replace(t, scale=t.scale / b if divides else t.scale * b) for t in weights(walk, a, inner, keys)]
     side = broadcast(layout, b.shape)
     terms = weights(walk, a, inner, keys)
+    inverse = None if divides else divisor(b, side)
+    if inverse is not None:
+        b, side, divides = inverse.value, inverse.layout, True
     total = row_sum(b, side, a, inner, keys) if divides else None
-    if total is not None:
-        return [_normalise(walk, terms, keys, total.extra)]
+    if total is not None and not (total.extra and len(terms) == 1 and terms[0].normalised):
+        return [_normalise(walk, terms, keys, total)]
     factor = Factor(b, side, -1 if divides else 1)
     return [replace(t, factors=[*t.factors, factor]) for t in terms]
 
 
-def _normalise(walk: Walk, terms: list[Term], keys: Dim, extra: float) -> Term:
-    """A term over its own row sum: constant factors of 0 and 1 become masks, those without keys cancel.
+def _normalise(walk: Walk, terms: list[Term], keys: Dim, total: RowSum) -> Term:
+    """A term over its own row sum: factors of 0 and 1 become masks, those without keys cancel.
 
     A number added to the sum is a sink, whose logit is the number's logarithm.
     """
@@ -132,18 +135,63 @@ def _normalise(walk: Walk, terms: list[Term], keys: Dim, extra: float) -> Term:
     for factor in term.factors:
         if not set(leaves(keys)) & set(factor.axes):
             continue
-        constant = walk.constant(factor.value)
-        if constant is None or factor.power != 1 or not bool(((constant == 0) | (constant == 1)).all()):
+        if factor.power != 1 or not _is_zeros_and_ones(walk, factor.value):
             raise NotUnderstood("the weights are multiplied by a tensor over query and key, and normalised again")
         masks.append(Mask(factor.value, factor.layout, True, -math.inf))
     if term.scale <= 0:
         raise NotUnderstood("the weights are scaled by a number that is not positive, and normalised again")
-    if extra and (term.normalised or term.factors or term.scale != 1):
-        raise NotUnderstood("the weights are divided by their sum and a number")
     kept = [replace(m, fill=-math.inf) for m in masks]
-    if extra:
-        return replace(term, masks=kept, normalised=True, sink=Sink(None, math.log(extra)))
-    return replace(term, factors=[], masks=kept, scale=1.0, normalised=True)
+    if not total.extra and total.other is None:
+        return replace(term, factors=[], masks=kept, scale=1.0, normalised=True)
+    if term.normalised or term.factors or term.scale != 1:
+        raise NotUnderstood("the weights are divided by their sum and a number")
+    if total.other is None:
+        return replace(term, masks=kept, normalised=True, sink=Sink(None, math.log(total.extra)))
+    if total.extra:
+        raise NotUnderstood("the weights are divided by their sum, a number and a tensor")
+    return replace(_with_sink(term, total.other), masks=kept, normalised=True)
+
+
+def _with_sink(term: Term, other: Operand) -> Term:
+    """A term to whose row sum ``exp(logit)`` was added. A shift of the scores and the logit by one tensor cancels."""
+    other = _through_views(other)
+    if other.value.op is not aten.exp.default:
+        raise NotUnderstood("the weights are divided by their sum and a tensor that is no exponential")
+    logit, scores = _through_views(Operand(other.value.args[0], other.layout)), through(term.source.value)
+    if not _is_shift(scores):
+        return replace(term, sink=Sink(logit))
+    shift = through(scores.args[1])
+    source = Operand(scores.args[0], broadcast(term.source.layout, scores.args[0].shape))
+    if logit.value.op is aten.neg.default and through(logit.value.args[0]) is shift:
+        return replace(term, source=source, sink=Sink(None, 0.0))
+    if _is_shift(logit.value) and through(logit.value.args[1]) is shift:
+        kept = logit.value.args[0]
+        return replace(term, source=source, sink=Sink(Operand(kept, broadcast(logit.layout, kept.shape))))
+    return replace(term, sink=Sink(logit))
+
+
+def _is_shift(value: Value) -> bool:
+    return value.op is aten.sub.Tensor and isinstance(value.args[1], Value) and not value.kwargs
+
+
+def _through_views(operand: Operand) -> Operand:
+    value, layout = operand.value, operand.layout
+    while is_view(value) or is_cast(value):
+        layout = before(value, layout) if is_view(value) else layout
+        value = value.args[0]
+    return Operand(value, layout)
+
+
+def _is_zeros_and_ones(walk: Walk, value: Value) -> bool:
+    """Whether a tensor holds nothing but 0 and 1: a bool tensor as numbers, a constant, or a product of such."""
+    while (is_view(value) or is_cast(value)) and value.dtype != torch.bool:
+        value = value.args[0]
+    if value.dtype == torch.bool or (value.op is aten._to_copy.default and value.args[0].dtype == torch.bool):
+        return True
+    if value.op is aten.mul.Tensor and all(isinstance(x, Value) for x in value.args):
+        return all(_is_zeros_and_ones(walk, x) for x in value.args)
+    constant = walk.constant(value)
+    return constant is not None and bool(((constant == 0) | (constant == 1)).all())
 
 
 def _sum(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
@@ -198,10 +246,18 @@ def _filled(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
             return weights(walk, kept, broadcast(layout, kept.shape), keys)  # as nan_to_num
         mask = Mask(condition, broadcast(layout, condition.shape), keep, 0.0)
         terms = weights(walk, kept, broadcast(layout, kept.shape), keys)
+        if not set(leaves(keys)) & set(all_axes(mask.layout)):
+            factor = Factor(condition if keep else _negated(condition), mask.layout)
+            return [replace(t, factors=[*t.factors, factor]) for t in terms]
         if any(t.dropout for t in terms):
             raise NotUnderstood("the weights are masked after dropout")
         return [replace(t, masks=[*t.masks, mask]) for t in terms]
     raise NotUnderstood("the weights are masked in a way that was not understood")
+
+
+def _negated(condition: Value) -> Value:
+    with condition.fake.fake_mode:
+        return Value(aten.logical_not.default, (condition,), {}, torch.logical_not(condition.fake), home=condition.home)
 
 
 def _sliced(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:

@@ -64,6 +64,29 @@ def clamped_sum(q, k, v):
     return (e / e.sum(-1, keepdim=True).clamp_min(8.0)) @ v
 
 
+def one_key_of_the_weights(q, k, v):
+    return (q @ k.mT).softmax(-1)[..., :1] * v
+
+
+def rows_cut_unevenly(q, k, v):
+    return (q @ k.mT).softmax(-1)[:, :, 1:6] @ v
+
+
+def divided_by_sum_and_what_is_no_exponential(q, k, v):
+    e = (q @ k.mT / 9).exp()
+    return (e / (e.sum(-1, keepdim=True) + q.pow(2).mean(-1, keepdim=True))) @ v
+
+
+def times_the_sum(q, k, v):
+    e = (q @ k.mT / 9).exp()
+    return (e @ v) * e.sum(-1, keepdim=True)
+
+
+def mask_that_is_no_mask(q, k, v):
+    e = (q @ k.mT / 9).exp() * (k @ q.mT).tanh()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
 def detached(q, k, v):
     return (q @ k.mT).softmax(-1).detach() @ v
 
@@ -88,6 +111,11 @@ def without_gradient(q, k, v):
         not_normalised,
         normalised_again_with_epsilon,
         clamped_sum,
+        one_key_of_the_weights,
+        rows_cut_unevenly,
+        divided_by_sum_and_what_is_no_exponential,
+        times_the_sum,
+        mask_that_is_no_mask,
         detached,
         without_gradient,
     ],
