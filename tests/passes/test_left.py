@@ -153,3 +153,29 @@ def test_is_no_attention(body: Callable[..., Any]) -> None:
     backend = SUSBackend(c=2, compiler="eager")
     torch.compile(Model(body), backend=backend)(torch.randn(B, N, D)).sum().backward()
     assert not backend.report.sites
+
+
+def linear_attention(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return (x @ w).softmax(-1) @ ((x @ w.T).softmax(-2).mT @ x)
+
+
+def linear_attention_of_convolutions(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    x = x.flatten(0, 1).mT
+    return F.conv1d(x, w[..., None]).softmax(-1) @ F.conv1d(x, w.T[..., None]).mT @ x
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        linear_attention,
+        linear_attention_of_convolutions,
+        lambda x, w: ((torch.tanh(x) @ w[:, :1]).softmax(-2) * x).sum(-2),  # pooling with learned scores
+        lambda x, w: x.softmax(-2).mT @ x,
+        lambda x, w: torch.einsum("bhne,bhned->bhnd", (x @ w).softmax(-1), torch.stack([x * i for i in range(D)], -2)),
+    ],
+)
+def test_what_follows_an_attention_is_no_attention(body: Callable[..., Any]) -> None:
+    """It derives from a product of two activations that runs over its keys, but not as scores."""
+    w = torch.linspace(-1, 1, D * D, dtype=torch.float64).view(D, D).sin()
+    report = compare(lambda q, k, v: body((q @ k.mT).softmax(-1) @ v, w), *tensors(*[(B, H, N, D)] * 3))
+    assert report.rewritten == 1, str(report)
