@@ -176,6 +176,6 @@ def linear_attention_of_convolutions(x: torch.Tensor, w: torch.Tensor) -> torch.
 )
 def test_what_follows_an_attention_is_no_attention(body: Callable[..., Any]) -> None:
     """It derives from a product of two activations that runs over its keys, but not as scores."""
-    w = torch.linspace(-1, 1, D * D, dtype=torch.float64).view(D, D).sin()
+    w = torch.nn.Parameter(torch.linspace(-1, 1, D * D, dtype=torch.float64).view(D, D).sin())
     report = compare(lambda q, k, v: body((q @ k.mT).softmax(-1) @ v, w), *tensors(*[(B, H, N, D)] * 3))
     assert report.rewritten == 1, str(report)
