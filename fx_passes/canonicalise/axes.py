@@ -22,7 +22,7 @@ class NotUnderstood(Exception):
 
 @dataclass(eq=False)
 class Axis:
-    """`at` is the one place that is read of an axis of which a view selects it; nothing behind the view runs over it."""
+    """`at` is the place of an axis that a view selects; nothing behind the view runs over the axis."""
 
     size: Size
     parts: tuple[Axis, ...] | None = None

@@ -50,7 +50,9 @@ def carries(context: Context, value: Value, layout: Layout, keys: Dim) -> bool:
     The product's rows, if it has such, must be an axis of the value too. Else what a linear layer makes of an
     attention's result, over whose features the layer sums, would be scores of its rows.
     """
-    return _carries(context, value, layout, keys, set(), [axis for axis in all_axes(layout) if axis not in leaves(keys)])
+    return _carries(
+        context, value, layout, keys, set(), [axis for axis in all_axes(layout) if axis not in leaves(keys)]
+    )
 
 
 def _has_rows(c: Contraction, keys: Dim, kept: list[Axis]) -> bool:

@@ -42,7 +42,7 @@ def understand(trace: Trace, constants: Constants, product: Value) -> tuple[Atte
         walk = Walk(trace, constants)
         c = contraction(product, fresh(product.shape))
         side, value = (c.right, c.left) if flipped else (c.left, c.right)
-        if not leads_to_softmax(side.value):
+        if not leads_to_softmax(trace.context, side.value):
             continue
         try:
             return _attention(walk, product, c.layout, side, value, c.summed), walk
@@ -56,10 +56,12 @@ def _attention(
 ) -> Attention:
     walk.visit(out)
     terms = weights(walk, side.value, side.layout, summed)
-    for term in terms:
-        over = term.keys if term.extension is None else term.extension[0]
-        if set(leaves(over)) != set(leaves(summed)):
+    keys = set(leaves(summed))
+    for i, term in enumerate(terms):
+        over = set(leaves(term.keys if term.extension is None else term.extension[0]))
+        if not over or not over <= keys or over & set(leaves(term.mixed)):
             raise NotUnderstood("softmax is not taken over the axis that the product with value sums over")
+        terms[i] = replace(term, mixed=(*leaves(term.mixed), *(a for a in leaves(summed) if a not in over)))
     if level(walk.context, value.value) < Level.COMPUTED:
         raise NotUnderstood("value is a parameter, not an activation")
     done = [replace(t, scores=scores(walk, t)) for t in terms]

@@ -465,6 +465,40 @@ def dead_rows_are_zero(q, k, v):
     return (q @ k.mT).masked_fill(hidden & ~dead, -INF).softmax(-1).masked_fill(dead, 0.0) @ v
 
 
+MIX = torch.nn.Parameter(torch.linspace(-1, 1, H * H, dtype=torch.float64).view(H, H).sin())
+
+
+@form(mask="causal")
+def talking_heads(q, k, v):
+    p = (q @ k.mT).masked_fill(~band(), -INF).softmax(-1)
+    return torch.einsum("bhij,hg->bgij", p, MIX) @ v
+
+
+@form(mask="none")
+def talking_by_linear(q, k, v):
+    return F.linear((q @ k.mT).softmax(-1).permute(0, 2, 3, 1), MIX).permute(0, 3, 1, 2) @ v
+
+
+@form(mask="none")
+def talking_by_convolution(q, k, v):
+    return F.conv2d((q @ k.mT).softmax(-1), MIX[:, :, None, None]) @ v
+
+
+@form(mask="none")
+def talking_then_gated(q, k, v):
+    return (torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), MIX) * v.mean(-1)[..., None, :]) @ v
+
+
+@form(mask="none")
+def mean_of_the_heads_weights(q, k, v):
+    return (q @ k.mT).softmax(-1).mean(1) @ v[:, 0]
+
+
+@form(mask="none")
+def summed_over_heads_with_value(q, k, v):
+    return torch.einsum("bhij,bhjd->bid", (q @ k.mT).softmax(-1), v)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_form_is_rewritten(name: str) -> None:
     f, sites, mask = FORMS[name]

@@ -87,6 +87,28 @@ def mask_that_is_no_mask(q, k, v):
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
+MIX = torch.nn.Parameter(torch.linspace(-1, 1, N * N, dtype=torch.float64).view(N, N).sin())
+
+
+def mixed_along_keys(q, k, v):
+    return (q @ k.mT).softmax(-1) @ MIX @ v
+
+
+def mixed_and_dropped(q, k, v):
+    p = torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), MIX[:H, :H])
+    return F.dropout(p, 0.3, True) @ v
+
+
+def mixed_and_normalised(q, k, v):
+    p = torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), MIX[:H, :H].exp())
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+def mixed_and_through_a_norm(q, k, v):
+    p = torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), MIX[:H, :H])
+    return F.instance_norm(p) @ v
+
+
 def detached(q, k, v):
     return (q @ k.mT).softmax(-1).detach() @ v
 
@@ -116,6 +138,10 @@ def without_gradient(q, k, v):
         divided_by_sum_and_what_is_no_exponential,
         times_the_sum,
         mask_that_is_no_mask,
+        mixed_along_keys,
+        mixed_and_dropped,
+        mixed_and_normalised,
+        mixed_and_through_a_norm,
         detached,
         without_gradient,
     ],
