@@ -17,6 +17,7 @@ aten = torch.ops.aten
 _LIMIT = 200
 # What mixes along dimensions that it keeps: what it makes of scores is scores.
 _KEEPING = {
+    aten.softmax.int, aten.log_softmax.int,
     aten.tril.default, aten.triu.default, aten.cumsum.default, aten.flip.default, aten.convolution.default,
     aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.index_put.default, aten.masked_scatter.default,
     aten.native_layer_norm.default, aten.native_batch_norm.default, aten.native_group_norm.default,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from fx_passes.canonicalise.axes import Axis, Layout, NotUnderstood, broadcast, fresh, known, leaves
+from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, all_axes, broadcast, fresh, known, leaves
 from fx_passes.canonicalise.carries import carries
 from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.contraction import Operand, contraction
@@ -14,7 +14,7 @@ from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Scores, 
 from fx_passes.canonicalise.scores import scores
 from fx_passes.canonicalise.softmax import divisor, row_sum, softmax_input
 from fx_passes.canonicalise.views import after, is_cast, is_view
-from fx_passes.canonicalise.weights import leads_to_softmax, weights
+from fx_passes.canonicalise.weights import leads_to_softmax, through_views, weights
 from fx_passes.find.context import Level
 from fx_passes.find.trace import Trace, Value
 
@@ -51,9 +51,7 @@ def understand(trace: Trace, constants: Constants, product: Value) -> tuple[Atte
     raise reason or NotUnderstood("no softmax is in the product")
 
 
-def _attention(
-    walk: Walk, out: Value, layout: Layout, side: Operand, value: Operand, summed: tuple[Axis, ...]
-) -> Attention:
+def _attention(walk: Walk, out: Value, layout: Layout, side: Operand, value: Operand, summed: Dim) -> Attention:
     walk.visit(out)
     terms = weights(walk, side.value, side.layout, summed)
     keys = set(leaves(summed))
@@ -65,14 +63,34 @@ def _attention(
     if level(walk.context, value.value) < Level.COMPUTED:
         raise NotUnderstood("value is a parameter, not an activation")
     done = [replace(t, scores=scores(walk, t)) for t in terms]
+    for term in done:
+        _check_value(walk, term, value, summed)
     if not all(t.normalised for t in done):
         out, layout, done = _normalised_later(walk, out, layout, done, summed)
     _check_regions(walk)
     return Attention(out, layout, done, value, _form(done), walk.visited)
 
 
+def _check_value(walk: Walk, term: Term, value: Operand, summed: Dim) -> None:
+    """NotUnderstood where the product with value is one of scores with scores, such as an entropy."""
+    found, inner = term.scores, through_views(value)
+    if inner.value.op is aten.softmax.int and set(leaves(inner.layout[inner.value.args[1]])) & set(leaves(summed)):
+        raise NotUnderstood("value is a softmax over the same keys")
+    over = set(leaves(term.keys if term.extension is None else term.extension[0]))
+    others = {axis for axis in leaves(summed) if axis not in over}  # summed over, too
+    if found is None or found.query is None or found.key is None:
+        if others:
+            raise NotUnderstood("the product with value sums over more than the keys")
+        return
+    rows = set(all_axes(found.query.layout)) - set(all_axes(found.key.layout))
+    if others & rows:
+        raise NotUnderstood("the product with value sums over the rows")
+    if rows & set(all_axes(value.layout)) and carries(walk.context, value.value, value.layout, summed):
+        raise NotUnderstood("value is made of scores")
+
+
 def _normalised_later(
-    walk: Walk, out: Value, layout: Layout, terms: list[Term], summed: tuple[Axis, ...]
+    walk: Walk, out: Value, layout: Layout, terms: list[Term], summed: Dim
 ) -> tuple[Value, Layout, list[Term]]:
     """exp(scores) @ V divided by the row sums of exp(scores)."""
     if len(terms) != 1 or terms[0].factors or terms[0].masks or terms[0].scale != 1:

@@ -211,10 +211,10 @@ def _normalise(walk: Walk, terms: list[Term], keys: Dim, total: RowSum) -> Term:
 
 def _with_sink(term: Term, other: Operand) -> Term:
     """A term to whose row sum ``exp(logit)`` was added. A shift of the scores and the logit by one tensor cancels."""
-    other = _through_views(other)
+    other = through_views(other)
     if other.value.op is not aten.exp.default:
         raise NotUnderstood("the weights are divided by their sum and a tensor that is no exponential")
-    logit, scores = _through_views(Operand(other.value.args[0], other.layout)), through(term.source.value)
+    logit, scores = through_views(Operand(other.value.args[0], other.layout)), through(term.source.value)
     if not _is_shift(scores):
         return replace(term, sink=Sink(logit))
     shift = through(scores.args[1])
@@ -231,7 +231,7 @@ def _is_shift(value: Value) -> bool:
     return value.op is aten.sub.Tensor and isinstance(value.args[1], Value) and not value.kwargs
 
 
-def _through_views(operand: Operand) -> Operand:
+def through_views(operand: Operand) -> Operand:
     value, layout = operand.value, operand.layout
     while is_view(value) or is_cast(value):
         layout = before(value, layout) if is_view(value) else layout

@@ -109,6 +109,26 @@ def mixed_and_through_a_norm(q, k, v):
     return F.instance_norm(p) @ v
 
 
+def entropy(q, k, v):
+    s = q @ k.mT
+    return -(s.softmax(-1) * s.log_softmax(-1)).sum(-1)
+
+
+def expected_score(q, k, v):
+    s = q @ k.mT
+    return (s.softmax(-1) * s).sum(-1)
+
+
+def agreement_of_both_ways(q, k, v):
+    s = q @ k.mT
+    return (s.softmax(-1) * s.softmax(-2)).sum((-1, -2))
+
+
+def overlap_of_rows(q, k, v):
+    p = (q @ k.mT).softmax(-1)
+    return p @ p.mT
+
+
 def detached(q, k, v):
     return (q @ k.mT).softmax(-1).detach() @ v
 
@@ -138,6 +158,10 @@ def without_gradient(q, k, v):
         divided_by_sum_and_what_is_no_exponential,
         times_the_sum,
         mask_that_is_no_mask,
+        entropy,
+        expected_score,
+        agreement_of_both_ways,
+        overlap_of_rows,
         mixed_along_keys,
         mixed_and_dropped,
         mixed_and_normalised,
