@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,6 +21,30 @@ def through(value: Value) -> Value:
     while value.op is not None and (is_same(value) or is_cast(value)):
         value = value.args[0]
     return value
+
+
+_PURE = {
+    operator.getitem,
+    aten.exp.default,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.detach.default,
+    aten.amax.default,
+    aten.max.dim,
+}
+
+
+def same(a: Any, b: Any, depth: int = 4) -> bool:
+    """Whether two values are one and the same, or computed twice in the same way."""
+    if not isinstance(a, Value) or not isinstance(b, Value):
+        return type(a) is type(b) and bool(a == b)
+    a, b = through(a), through(b)
+    if a is b or a.op is not b.op or a.op not in _PURE or not depth:
+        return a is b
+    if len(a.args) != len(b.args) or a.kwargs or b.kwargs:
+        return False
+    return all(same(x, y, depth - 1) for x, y in zip(a.args, b.args, strict=True))
 
 
 def softmax_input(value: Value) -> tuple[Value, int] | None:
@@ -42,7 +67,7 @@ def _minus_logsumexp(value: Value) -> tuple[Value, int] | None:
     squeezed = False
     if total.op is aten.unsqueeze.default:
         squeezed, dim, total = True, total.args[1] % len(value.shape), through(total.args[0])
-    if total.op is not aten.logsumexp.default or through(total.args[0]) is not through(value.args[0]):
+    if total.op is not aten.logsumexp.default or not same(total.args[0], value.args[0]):
         return None
     dims, keepdim = total.args[1], len(total.args) > 2 and total.args[2]
     if len(dims) != 1 or bool(keepdim) == squeezed:
@@ -56,7 +81,7 @@ def _minus_log_of_sum(value: Value, total: Value) -> tuple[Value, int] | None:
     if total.op is not aten.sum.dim_IntList or len(total.args) < 3 or not total.args[2] or len(total.args[1]) != 1:
         return None
     inner = through(total.args[0])
-    if inner.op is not aten.exp.default or through(inner.args[0]) is not through(value.args[0]):
+    if inner.op is not aten.exp.default or not same(inner.args[0], value.args[0]):
         return None
     return value.args[0], total.args[1][0] % len(value.shape)
 
@@ -108,7 +133,7 @@ def row_sum(
         value = value.args[0]
         if value.op is None:
             return None
-    if not value.args[1] or through(value.args[0]) is not through(numerator) or extra < 0:
+    if not value.args[1] or not same(value.args[0], numerator) or extra < 0:
         return None
     rank = len(value.args[0].shape)
     dims = {d % rank for d in value.args[1]}
@@ -153,4 +178,4 @@ def _is_idle(clamp: Value, numerator: Value) -> bool:
     top = through(shifted.args[1])
     while top.op in (aten.detach.default, operator.getitem):
         top = top.args[0]
-    return top.op in (aten.amax.default, aten.max.dim) and through(top.args[0]) is through(shifted.args[0])
+    return top.op in (aten.amax.default, aten.max.dim) and same(top.args[0], shifted.args[0])

@@ -465,6 +465,12 @@ def dead_rows_are_zero(q, k, v):
     return (q @ k.mT).masked_fill(hidden & ~dead, -INF).softmax(-1).masked_fill(dead, 0.0) @ v
 
 
+@form(mask="none")
+def exp_computed_twice(q, k, v):
+    s = q @ k.mT
+    return (torch.exp(s - s.amax(-1, keepdim=True)) / torch.exp(s - s.amax(-1, keepdim=True)).sum(-1, True)) @ v
+
+
 MIX = torch.nn.Parameter(torch.linspace(-1, 1, H * H, dtype=torch.float64).view(H, H).sin())
 
 

@@ -109,6 +109,16 @@ def mixed_and_through_a_norm(q, k, v):
     return F.instance_norm(p) @ v
 
 
+def over_the_sum_of_something_else(q, k, v):
+    s = q @ k.mT / 9
+    return (s.exp() / (s * 1.01).exp().sum(-1, keepdim=True)) @ v
+
+
+def over_a_sum_without_gradient(q, k, v):
+    s = q @ k.mT / 9
+    return (s.exp() / s.detach().exp().sum(-1, keepdim=True)) @ v
+
+
 def entropy(q, k, v):
     s = q @ k.mT
     return -(s.softmax(-1) * s.log_softmax(-1)).sum(-1)
@@ -158,6 +168,8 @@ def without_gradient(q, k, v):
         divided_by_sum_and_what_is_no_exponential,
         times_the_sum,
         mask_that_is_no_mask,
+        over_the_sum_of_something_else,
+        over_a_sum_without_gradient,
         entropy,
         expected_score,
         agreement_of_both_ways,
