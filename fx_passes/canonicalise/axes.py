@@ -22,7 +22,7 @@ class NotUnderstood(Exception):
 
 @dataclass(eq=False)
 class Axis:
-    """`at` is the one place that a view selects of an axis; nothing behind the view runs over it."""
+    """`at` is the place of an axis that a view selects; nothing behind the view runs over the axis."""
 
     size: Size
     parts: tuple[Axis, ...] | None = None

@@ -17,6 +17,7 @@ aten = torch.ops.aten
 _LIMIT = 200
 # What mixes along dimensions that it keeps: what it makes of scores is scores.
 _KEEPING = {
+    aten.softmax.int, aten.log_softmax.int,
     aten.tril.default, aten.triu.default, aten.cumsum.default, aten.flip.default, aten.convolution.default,
     aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.index_put.default, aten.masked_scatter.default,
     aten.native_layer_norm.default, aten.native_batch_norm.default, aten.native_group_norm.default,
@@ -44,9 +45,35 @@ def is_activations_product(context: Context, c: Contraction, keys: Dim) -> bool:
     return min(level(context, c.left.value), level(context, c.right.value)) >= Level.COMPUTED
 
 
-def carries(context: Context, value: Value, layout: Layout, keys: Dim, seen: set[int] | None = None) -> bool:
-    """Whether a value is, elementwise or rearranged, made of a product of two activations that runs over `keys`."""
-    seen = set() if seen is None else seen
+def carries(context: Context, value: Value, layout: Layout, keys: Dim) -> bool:
+    """Whether a value is, elementwise or rearranged, made of a product of two activations that runs over `keys`.
+
+    The product's rows, if it has such, must be an axis of the value too. Else what a linear layer makes of an
+    attention's result, over whose features the layer sums, would be scores of its rows.
+    """
+    return _carries(
+        context, value, layout, keys, set(), [axis for axis in all_axes(layout) if axis not in leaves(keys)]
+    )
+
+
+def _has_rows(c: Contraction, keys: Dim, kept: list[Axis]) -> bool:
+    left, right = set(all_axes(c.left.layout)), set(all_axes(c.right.layout))
+    rows = left ^ right if left & set(leaves(keys)) and right & set(leaves(keys)) else _others(left, right, keys)
+    return not rows or bool(rows & set(leaves(kept)))
+
+
+def _is_softmax(value: Value) -> bool:
+    """Whether an operand is a softmax as it is: its product is a weighted sum, not scores."""
+    while is_view(value) or is_cast(value) or value.op is aten.dropout.default:
+        value = value.args[0]
+    return value.op is aten.softmax.int
+
+
+def _others(left: set[Axis], right: set[Axis], keys: Dim) -> set[Axis]:
+    return right - left if left & set(leaves(keys)) else left - right
+
+
+def _carries(context: Context, value: Value, layout: Layout, keys: Dim, seen: set[int], kept: list[Axis]) -> bool:
     if value.op is operator.getitem and value.args[1] == 0:
         value = Value(value.args[0].op, value.args[0].args, value.args[0].kwargs, value.fake)
     if id(value) in seen or len(seen) > _LIMIT or value.op is None or not isinstance(value.fake, torch.Tensor):
@@ -58,44 +85,50 @@ def carries(context: Context, value: Value, layout: Layout, keys: Dim, seen: set
         if is_contraction(value):
             c = contraction(value, layout)
             if is_activations_product(context, c, keys):
-                return True
-            return any(_mixes(context, o.value, o.layout, keys, seen) for o in (c.left, c.right))
+                return _has_rows(c, keys, kept) and not (_is_softmax(c.left.value) or _is_softmax(c.right.value))
+            return any(_mixes(context, o.value, o.layout, keys, seen, kept) for o in (c.left, c.right))
         if is_view(value) or is_cast(value):
-            return carries(context, value.args[0], before(value, layout) if is_view(value) else layout, keys, seen)
+            inner = before(value, layout) if is_view(value) else layout
+            return _carries(context, value.args[0], inner, keys, seen, kept)
         if torch.Tag.pointwise in getattr(value.op, "tags", ()) or value.op in _ELEMENTWISE:
             return any(
-                carries(context, v, broadcast(layout, v.shape), keys, seen)
+                _carries(context, v, broadcast(layout, v.shape), keys, seen, kept)
                 for v in arguments(value)
                 if v.fake is not None
             )
         if value.op is partly_written:
-            return carries(context, value.args[0], layout, keys, seen)
+            return _carries(context, value.args[0], layout, keys, seen, kept)
         if value.op in _RANGES:
-            return _ranges(context, value, layout, keys, seen)
+            return _ranges(context, value, layout, keys, seen, kept)
     except NotUnderstood:
         return False
     return False
 
 
-def _mixes(context: Context, value: Value, layout: Layout, keys: Dim, seen: set[int]) -> bool:
-    return bool(set(leaves(keys)) & set(all_axes(layout))) and carries(context, value, layout, keys, seen)
+def _mixes(context: Context, value: Value, layout: Layout, keys: Dim, seen: set[int], kept: list[Axis]) -> bool:
+    return bool(set(leaves(keys)) & set(all_axes(layout))) and _carries(context, value, layout, keys, seen, kept)
 
 
-def _ranges(context: Context, value: Value, layout: Layout, keys: Dim, seen: set[int]) -> bool:
+def _ranges(context: Context, value: Value, layout: Layout, keys: Dim, seen: set[int], kept: list[Axis]) -> bool:
     """Operations along one dimension: what they take from it is another axis, which may be the keys'."""
     mine = set(leaves(keys))
     for source in arguments(value):
         if source.fake is None or len(source.shape) != len(layout) or not source.dtype.is_floating_point:
             continue
         new, over = [], keys
-        for dim, a, b in zip(layout, source.shape, value.shape, strict=True):
-            if known(a == b):
+        for i, (dim, a, b) in enumerate(zip(layout, source.shape, value.shape, strict=True)):
+            mixed = i == 1 and value.op is aten.convolution.default  # its channels
+            if known(a == b) and not mixed:
                 new.append(dim)
                 continue
+            if mixed and set(leaves(dim)) & mine:
+                return False
             axis = () if known(a == 1) else (Axis(a),)
             over = axis if set(leaves(dim)) & mine else over
+            if not mixed and set(leaves(dim)) & set(leaves(kept)):
+                kept.extend(axis)
             new.append(axis)
-        if carries(context, source, tuple(new), over, seen):
+        if _carries(context, source, tuple(new), over, seen, kept):
             return True
     return False
 

@@ -52,7 +52,7 @@ def roles(
         features = tuple(a for a in free_axes(key.layout) if a not in mine and a not in set(places))
         if set(features) - set(all_axes(query.layout)):
             raise NotUnderstood("the key has an axis that the query lacks")
-    if set(places) - set(all_axes(attention.layout)):
+    if set(places) - set(all_axes(attention.layout)) - set(leaves(term.mixed)):
         raise NotUnderstood("an axis of the scores is not in the result")
     if not mine <= set(value_axes):
         raise NotUnderstood("value does not run over the keys")

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import torch
 
-from fx_passes.canonicalise.axes import Axis, Layout, NotUnderstood, broadcast, fresh, known, leaves
+from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, all_axes, broadcast, fresh, known, leaves
 from fx_passes.canonicalise.carries import carries
 from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.contraction import Operand, contraction
 from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Scores, Term, Walk, level
 from fx_passes.canonicalise.scores import scores
-from fx_passes.canonicalise.softmax import row_sum, softmax_input
+from fx_passes.canonicalise.softmax import divisor, row_sum, softmax_input
 from fx_passes.canonicalise.views import after, is_cast, is_view
-from fx_passes.canonicalise.weights import leads_to_softmax, weights
+from fx_passes.canonicalise.weights import leads_to_softmax, through_views, weights
 from fx_passes.find.context import Level
 from fx_passes.find.trace import Trace, Value
 
@@ -42,7 +42,7 @@ def understand(trace: Trace, constants: Constants, product: Value) -> tuple[Atte
         walk = Walk(trace, constants)
         c = contraction(product, fresh(product.shape))
         side, value = (c.right, c.left) if flipped else (c.left, c.right)
-        if not leads_to_softmax(side.value):
+        if not leads_to_softmax(trace.context, side.value):
             continue
         try:
             return _attention(walk, product, c.layout, side, value, c.summed), walk
@@ -51,26 +51,46 @@ def understand(trace: Trace, constants: Constants, product: Value) -> tuple[Atte
     raise reason or NotUnderstood("no softmax is in the product")
 
 
-def _attention(
-    walk: Walk, out: Value, layout: Layout, side: Operand, value: Operand, summed: tuple[Axis, ...]
-) -> Attention:
+def _attention(walk: Walk, out: Value, layout: Layout, side: Operand, value: Operand, summed: Dim) -> Attention:
     walk.visit(out)
     terms = weights(walk, side.value, side.layout, summed)
-    for term in terms:
-        over = term.keys if term.extension is None else term.extension[0]
-        if set(leaves(over)) != set(leaves(summed)):
+    keys = set(leaves(summed))
+    for i, term in enumerate(terms):
+        over = set(leaves(term.keys if term.extension is None else term.extension[0]))
+        if not over or not over <= keys or over & set(leaves(term.mixed)):
             raise NotUnderstood("softmax is not taken over the axis that the product with value sums over")
+        terms[i] = replace(term, mixed=(*leaves(term.mixed), *(a for a in leaves(summed) if a not in over)))
     if level(walk.context, value.value) < Level.COMPUTED:
         raise NotUnderstood("value is a parameter, not an activation")
     done = [replace(t, scores=scores(walk, t)) for t in terms]
+    for term in done:
+        _check_value(walk, term, value, summed)
     if not all(t.normalised for t in done):
         out, layout, done = _normalised_later(walk, out, layout, done, summed)
     _check_regions(walk)
     return Attention(out, layout, done, value, _form(done), walk.visited)
 
 
+def _check_value(walk: Walk, term: Term, value: Operand, summed: Dim) -> None:
+    """NotUnderstood where the product with value is one of scores with scores, such as an entropy."""
+    found, inner = term.scores, through_views(value)
+    if inner.value.op is aten.softmax.int and set(leaves(inner.layout[inner.value.args[1]])) & set(leaves(summed)):
+        raise NotUnderstood("value is a softmax over the same keys")
+    over = set(leaves(term.keys if term.extension is None else term.extension[0]))
+    others = {axis for axis in leaves(summed) if axis not in over}  # summed over, too
+    if found is None or found.query is None or found.key is None:
+        if others:
+            raise NotUnderstood("the product with value sums over more than the keys")
+        return
+    rows = set(all_axes(found.query.layout)) - set(all_axes(found.key.layout))
+    if others & rows:
+        raise NotUnderstood("the product with value sums over the rows")
+    if rows & set(all_axes(value.layout)) and carries(walk.context, value.value, value.layout, summed):
+        raise NotUnderstood("value is made of scores")
+
+
 def _normalised_later(
-    walk: Walk, out: Value, layout: Layout, terms: list[Term], summed: tuple[Axis, ...]
+    walk: Walk, out: Value, layout: Layout, terms: list[Term], summed: Dim
 ) -> tuple[Value, Layout, list[Term]]:
     """exp(scores) @ V divided by the row sums of exp(scores)."""
     if len(terms) != 1 or terms[0].factors or terms[0].masks or terms[0].scale != 1:
@@ -83,12 +103,13 @@ def _normalised_later(
             break
         user = users[0]
         walk.visit(user)
-        if user.op is aten.div.Tensor and user.args[0] is value and isinstance(user.args[1], Value):
-            side = broadcast(layout, user.args[1].shape)
-            found = row_sum(user.args[1], side, term.soft, term.source.layout, summed)
+        below = _divided_by(user, value, layout)
+        if below is not None:
+            found = row_sum(below.value, below.layout, term.soft, term.source.layout, summed)
             if (
                 found is None
                 or found.extra
+                or found.other is not None
                 or not all(known(a == b) for a, b in zip(user.shape, value.shape, strict=True))
             ):
                 break
@@ -98,6 +119,16 @@ def _normalised_later(
             break
         value, layout = user, moved
     raise NotUnderstood("exp is not divided by its row sums")
+
+
+def _divided_by(user: Value, value: Value, layout: Layout) -> Operand | None:
+    """What an operation divides a value with a layout by, also where it multiplies by the reciprocal."""
+    if user.op not in (aten.div.Tensor, aten.mul.Tensor) or not all(isinstance(x, Value) for x in user.args):
+        return None
+    if user.op is aten.div.Tensor:
+        return Operand(user.args[1], broadcast(layout, user.args[1].shape)) if user.args[0] is value else None
+    other = user.args[1] if user.args[0] is value else user.args[0]
+    return divisor(other, broadcast(layout, other.shape))
 
 
 def _check_regions(walk: Walk) -> None:

@@ -55,8 +55,8 @@ def _selects(value: Value) -> bool:
 
 def chunk_of(value: Value, layout: Layout) -> Layout | None:
     """The layout of a slice's first argument where the slice is one of equal parts, cut or combed; None otherwise."""
-    defaults: tuple[Any, ...] = (0, None, None, 1)
-    dim, start, _, step = [*value.args[1:], *defaults[len(value.args) - 1 :]]
+    given = (*value.args[1:], *(0, None, None, 1)[len(value.args) - 1 :])
+    dim, start, step = given[0], given[1], given[3]
     dim, start = dim % len(value.shape), start or 0
     total, size = value.args[0].shape[dim], value.shape[dim]
     if not all(isinstance(x, int) for x in (total, size, start, step)) or not size or total % size:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, broadcast, known, leaves
-from fx_passes.canonicalise.contraction import Operand
-from fx_passes.canonicalise.forms import Factor, Mask, Sink, Term, Walk
-from fx_passes.canonicalise.softmax import row_sum, softmax_input, through
+from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, all_axes, broadcast, known, leaves
+from fx_passes.canonicalise.contraction import Operand, contraction, is_contraction, operands
+from fx_passes.canonicalise.forms import Factor, Mask, Sink, Term, Walk, level
+from fx_passes.canonicalise.softmax import RowSum, divisor, row_sum, softmax_input, through
 from fx_passes.canonicalise.views import before, chunk_of, is_cast, is_view
+from fx_passes.find.context import Context, Level
 from fx_passes.find.trace import Value, partly_written
 
 aten = torch.ops.aten
@@ -28,20 +29,34 @@ FILLS = {
 _LIMIT = 60
 
 
-def leads_to_softmax(value: Value, depth: int = 0) -> bool:
+def leads_to_softmax(context: Context, value: Value, depth: int = 0) -> bool:
     """Whether a softmax is found above a value through operations that `weights` understands."""
     if value.op is None or depth > _LIMIT or not isinstance(value.fake, torch.Tensor):
         return False
     if value.op in (aten.softmax.int, aten.exp.default):
         return True
     if is_view(value) or is_cast(value) or value.op in _PASS:
-        return leads_to_softmax(value.args[0], depth + 1)
+        return leads_to_softmax(context, value.args[0], depth + 1)
     if value.op in PRODUCTS | SUMS | FILLS:
-        return any(isinstance(x, Value) and leads_to_softmax(x, depth + 1) for x in value.args[:3])
+        return any(isinstance(x, Value) and leads_to_softmax(context, x, depth + 1) for x in value.args[:3])
+    if mixes(context, value):
+        return any(leads_to_softmax(context, x, depth + 1) for x in operands(value))
     return False
 
 
-_PASS = {aten.dropout.default, aten.neg.default, aten.nan_to_num.default, aten.slice.Tensor}
+def mixes(context: Context, value: Value) -> bool:
+    """Whether a value is a product with a parameter, which may mix the weights of heads."""
+    return is_contraction(value) and any(level(context, x) <= Level.PARAMETER for x in operands(value))
+
+
+_PASS = {
+    aten.dropout.default,
+    aten.neg.default,
+    aten.nan_to_num.default,
+    aten.slice.Tensor,
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+}
 
 
 def weights(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
@@ -70,6 +85,10 @@ def weights(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
         return _filled(walk, value, layout, keys)
     if value.op is aten.slice.Tensor:
         return _sliced(walk, value, layout, keys)
+    if is_contraction(value):
+        return _mixed(walk, value, layout, keys)
+    if value.op in (aten.sum.dim_IntList, aten.mean.dim):
+        return _summed(walk, value, layout, keys)
     raise NotUnderstood(f"the weights go through {name(value)} before the product with value")
 
 
@@ -80,8 +99,46 @@ def name(value: Value) -> str:
     return str(getattr(op, "overloadpacket", op)).removeprefix("aten.") if op is not None else "an unknown operation"
 
 
+def _mixed(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
+    """Weights mixed across heads: a factor for each pair of heads, and a sum over those of the softmax."""
+    c = contraction(value, layout)
+    for side, other in ((c.left, c.right), (c.right, c.left)):
+        if leads_to_softmax(walk.context, side.value) and not set(leaves(keys)) & set(all_axes(other.layout)):
+            factor = Factor(other.value, other.layout)
+            terms = weights(walk, side.value, side.layout, keys)
+            return [replace(t, factors=[*t.factors, factor], mixed=(*t.mixed, *c.summed)) for t in terms]
+    raise NotUnderstood("the weights enter another product before the one with value")
+
+
+def _summed(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
+    """Weights summed over axes other than the keys, or their mean."""
+    source, dims = value.args[0], {d % len(value.args[0].shape) for d in value.args[1] or ()}
+    rest = iter(layout)
+    wide: list[Dim] = []
+    mixed: list[Axis] = []
+    for i, size in enumerate(source.shape):
+        if i in dims:
+            axis = Axis(size)
+            wide.append(() if known(size == 1) else (axis,))
+            mixed += wide[-1]
+        if i not in dims or (len(value.args) > 2 and value.args[2]):
+            dim = next(rest)
+            wide += [] if i in dims else [dim]
+    count = math.prod(axis.size for axis in mixed) if value.op is aten.mean.dim else 1
+    if not dims or not isinstance(count, int) or value.kwargs.get("dtype") not in (None, source.dtype):
+        raise NotUnderstood("the weights are summed in a way that was not understood")
+    terms = weights(walk, source, tuple(wide), keys)
+    return [replace(t, scale=t.scale / count, mixed=(*t.mixed, *mixed)) for t in terms]
+
+
+def _not_mixed(terms: list[Term]) -> list[Term]:
+    if any(t.mixed for t in terms):
+        raise NotUnderstood("the weights of several heads are mixed before they are dropped, masked or normalised")
+    return terms
+
+
 def _dropout(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
-    terms = weights(walk, value.args[0], layout, keys)
+    terms = _not_mixed(weights(walk, value.args[0], layout, keys))
     if len(terms) > 1:
         raise NotUnderstood("dropout acts on a sum of softmaxes")
     if terms[0].dropout:
@@ -98,11 +155,11 @@ def _product(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
     divides = value.op in (aten.div.Tensor, aten.div.Scalar)
     if value.kwargs.get("rounding_mode") is not None:
         raise NotUnderstood("the weights are rounded")
-    if not divides and isinstance(b, Value) and leads_to_softmax(b):
-        if isinstance(a, Value) and leads_to_softmax(a):
+    if not divides and isinstance(b, Value) and leads_to_softmax(walk.context, b):
+        if isinstance(a, Value) and leads_to_softmax(walk.context, a):
             raise NotUnderstood("two softmaxes are multiplied with one another")
         a, b = b, a
-    if not isinstance(a, Value) or not leads_to_softmax(a):
+    if not isinstance(a, Value) or not leads_to_softmax(walk.context, a):
         raise NotUnderstood("a softmax divides")
     inner = broadcast(layout, a.shape)
     if not isinstance(b, (Value, int, float)):
@@ -111,15 +168,18 @@ def _product(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
         return [replace(t, scale=t.scale / b if divides else t.scale * b) for t in weights(walk, a, inner, keys)]
     side = broadcast(layout, b.shape)
     terms = weights(walk, a, inner, keys)
+    inverse = None if divides else divisor(b, side)
+    if inverse is not None:
+        b, side, divides = inverse.value, inverse.layout, True
     total = row_sum(b, side, a, inner, keys) if divides else None
-    if total is not None:
-        return [_normalise(walk, terms, keys, total.extra)]
+    if total is not None and not (total.extra and len(terms) == 1 and terms[0].normalised):
+        return [_normalise(walk, _not_mixed(terms), keys, total)]
     factor = Factor(b, side, -1 if divides else 1)
     return [replace(t, factors=[*t.factors, factor]) for t in terms]
 
 
-def _normalise(walk: Walk, terms: list[Term], keys: Dim, extra: float) -> Term:
-    """A term over its own row sum: constant factors of 0 and 1 become masks, those without keys cancel.
+def _normalise(walk: Walk, terms: list[Term], keys: Dim, total: RowSum) -> Term:
+    """A term over its own row sum: factors of 0 and 1 become masks, those without keys cancel.
 
     A number added to the sum is a sink, whose logit is the number's logarithm.
     """
@@ -132,23 +192,73 @@ def _normalise(walk: Walk, terms: list[Term], keys: Dim, extra: float) -> Term:
     for factor in term.factors:
         if not set(leaves(keys)) & set(factor.axes):
             continue
-        constant = walk.constant(factor.value)
-        if constant is None or factor.power != 1 or not bool(((constant == 0) | (constant == 1)).all()):
+        if factor.power != 1 or not _is_zeros_and_ones(walk, factor.value):
             raise NotUnderstood("the weights are multiplied by a tensor over query and key, and normalised again")
         masks.append(Mask(factor.value, factor.layout, True, -math.inf))
     if term.scale <= 0:
         raise NotUnderstood("the weights are scaled by a number that is not positive, and normalised again")
-    if extra and (term.normalised or term.factors or term.scale != 1):
-        raise NotUnderstood("the weights are divided by their sum and a number")
     kept = [replace(m, fill=-math.inf) for m in masks]
-    if extra:
-        return replace(term, masks=kept, normalised=True, sink=Sink(None, math.log(extra)))
-    return replace(term, factors=[], masks=kept, scale=1.0, normalised=True)
+    if not total.extra and total.other is None:
+        return replace(term, factors=[], masks=kept, scale=1.0, normalised=True)
+    if term.normalised or term.factors or term.scale != 1:
+        raise NotUnderstood("the weights are divided by their sum and a number")
+    if total.other is None:
+        return replace(term, masks=kept, normalised=True, sink=Sink(None, math.log(total.extra)))
+    if total.extra:
+        raise NotUnderstood("the weights are divided by their sum, a number and a tensor")
+    return replace(_with_sink(term, total.other), masks=kept, normalised=True)
+
+
+def _with_sink(term: Term, other: Operand) -> Term:
+    """A term to whose row sum ``exp(logit)`` was added. A shift of the scores and the logit by one tensor cancels."""
+    other = through_views(other)
+    if other.value.op is not aten.exp.default:
+        raise NotUnderstood("the weights are divided by their sum and a tensor that is no exponential")
+    logit, scores = through_views(Operand(other.value.args[0], other.layout)), through(term.source.value)
+    if not _is_shift(scores):
+        return replace(term, sink=Sink(logit))
+    shift = through(scores.args[1])
+    source = Operand(scores.args[0], broadcast(term.source.layout, scores.args[0].shape))
+    if logit.value.op is aten.neg.default and through(logit.value.args[0]) is shift:
+        return replace(term, source=source, sink=Sink(None, 0.0))
+    if _is_shift(logit.value) and through(logit.value.args[1]) is shift:
+        kept = logit.value.args[0]
+        return replace(term, source=source, sink=Sink(Operand(kept, broadcast(logit.layout, kept.shape))))
+    return replace(term, sink=Sink(logit))
+
+
+def _is_shift(value: Value) -> bool:
+    return value.op is aten.sub.Tensor and isinstance(value.args[1], Value) and not value.kwargs
+
+
+def through_views(operand: Operand) -> Operand:
+    value, layout = operand.value, operand.layout
+    while is_view(value) or is_cast(value):
+        layout = before(value, layout) if is_view(value) else layout
+        value = value.args[0]
+    return Operand(value, layout)
+
+
+def _is_zeros_and_ones(walk: Walk, value: Value) -> bool:
+    """Whether a tensor holds nothing but 0 and 1: a bool tensor as numbers, a constant, or a product of such."""
+    while (is_view(value) or is_cast(value)) and value.dtype != torch.bool:
+        value = value.args[0]
+    if value.dtype == torch.bool or (value.op is aten._to_copy.default and value.args[0].dtype == torch.bool):
+        return True
+    if value.op is aten.mul.Tensor and all(isinstance(x, Value) for x in value.args):
+        return all(_is_zeros_and_ones(walk, x) for x in value.args)
+    constant = walk.constant(value)
+    return constant is not None and bool(((constant == 0) | (constant == 1)).all())
 
 
 def _sum(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
     a, b = value.args[0], value.args[1]
-    if not (isinstance(a, Value) and isinstance(b, Value) and leads_to_softmax(a) and leads_to_softmax(b)):
+    if not (
+        isinstance(a, Value)
+        and isinstance(b, Value)
+        and leads_to_softmax(walk.context, a)
+        and leads_to_softmax(walk.context, b)
+    ):
         raise NotUnderstood("something else than a softmax is added to the weights")
     sign = float(value.kwargs.get("alpha", 1)) * (-1.0 if value.op is aten.sub.Tensor else 1.0)
     left = weights(walk, a, broadcast(layout, a.shape), keys)
@@ -159,7 +269,9 @@ def _sum(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
 def _nan_to_num(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
     if any(x not in (None, 0, 0.0) for x in (*value.args[1:], *value.kwargs.values())):
         raise NotUnderstood("NaN weights are replaced by a number that is not zero")
-    return weights(walk, value.args[0], layout, keys)  # rows that see no key have zero weights in the operator
+    return _not_mixed(
+        weights(walk, value.args[0], layout, keys)
+    )  # rows that see no key have zero weights in the operator
 
 
 def number_of(walk: Walk, x: Any, buffers: bool = True) -> float | None:
@@ -192,16 +304,24 @@ def choices(walk: Walk, value: Value) -> list[tuple[Any, float, Value, bool]]:
 
 def _filled(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
     for kept, fill, condition, keep in choices(walk, value):
-        if fill != 0 or not leads_to_softmax(kept):
+        if fill != 0 or not leads_to_softmax(walk.context, kept):
             continue
         if not keep and condition.op is aten.isnan.default and through(condition.args[0]) is through(kept):
-            return weights(walk, kept, broadcast(layout, kept.shape), keys)  # as nan_to_num
+            return _not_mixed(weights(walk, kept, broadcast(layout, kept.shape), keys))  # as nan_to_num
         mask = Mask(condition, broadcast(layout, condition.shape), keep, 0.0)
-        terms = weights(walk, kept, broadcast(layout, kept.shape), keys)
+        terms = _not_mixed(weights(walk, kept, broadcast(layout, kept.shape), keys))
+        if not set(leaves(keys)) & set(all_axes(mask.layout)):
+            factor = Factor(condition if keep else _negated(condition), mask.layout)
+            return [replace(t, factors=[*t.factors, factor]) for t in terms]
         if any(t.dropout for t in terms):
             raise NotUnderstood("the weights are masked after dropout")
         return [replace(t, masks=[*t.masks, mask]) for t in terms]
     raise NotUnderstood("the weights are masked in a way that was not understood")
+
+
+def _negated(condition: Value) -> Value:
+    with condition.fake.fake_mode:
+        return Value(aten.logical_not.default, (condition,), {}, torch.logical_not(condition.fake), home=condition.home)
 
 
 def _sliced(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:

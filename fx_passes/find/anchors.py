@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from fx_passes.canonicalise.contraction import is_contraction
 from fx_passes.canonicalise.views import is_cast, is_view
+from fx_passes.canonicalise.weights import mixes
 from fx_passes.find.trace import Trace, Value
 
 aten = torch.ops.aten
@@ -17,7 +18,7 @@ _WORDS = ("softmax", "softmin", "exp", "attention", "multi_head")
 _NOT = ("expand", "expm1", "explicit", "export")
 _THROUGH = {
     aten.dropout.default, aten.neg.default, aten.nan_to_num.default, aten.slice.Tensor,
-    aten.mul.Tensor, aten.div.Tensor,
+    aten.mul.Tensor, aten.div.Tensor, aten.sum.dim_IntList, aten.mean.dim,
     aten.add.Tensor, aten.sub.Tensor, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self,
     aten.where.ScalarOther, aten.where.ScalarSelf, aten.mul.Scalar, aten.div.Scalar, aten.pow.Tensor_Scalar,
 }  # fmt: skip
@@ -60,6 +61,8 @@ def products(trace: Trace, soft: Value) -> list[Value]:
             if is_contraction(user):
                 if user not in found:
                     found.append(user)
+                if mixes(trace.context, user):
+                    todo.append(user)
             elif user.op is not operator.getitem and (user.op in _THROUGH or is_view(user) or is_cast(user)):
                 todo.append(user)
     return found

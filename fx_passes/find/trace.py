@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fx_passes.find.context import Context, attribute, fake_of
+from fx_passes.find.smaller import SMALLER, masked_by_index, sets_by_mask
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -213,7 +213,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":
             return func(*args, **kwargs)
-        smaller = _SMALLER.get(func)
+        smaller = SMALLER.get(func)
         if smaller is not None:
             with self:
                 result = smaller(*args, **kwargs)
@@ -263,9 +263,9 @@ class _Recorder(TorchDispatchMode):
         value = None
         if func is aten.copy_.default and args[0].device == args[1].device:
             value = self.lookup(self._copied(args[0], args[1]))
-        elif func is aten.index_put_.default and _sets_by_mask(*args):
+        elif func is aten.index_put_.default and sets_by_mask(*args):
             with self:
-                value = self.lookup(_masked_fill(*args))
+                value = self.lookup(masked_by_index(*args))
         elif target is not None and functional is not None and "out" not in kwargs:
             value = self._value(functional, args, kwargs, target)
         written = [target] if target is not None else [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -300,113 +300,6 @@ def _functional(func: Any) -> Any:
     packet = getattr(aten, func._schema.name.split("::")[1].removesuffix("_"), None)
     found = getattr(packet, func._overloadname, None) if packet is not None and func.namespace == "aten" else None
     return found if found is not None and not found._schema.is_mutable else None
-
-
-def _baddbmm(input: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    product = aten.bmm.default(a, b) if a.dim() == 3 else aten.mm.default(a, b)
-    product = product if alpha == 1 else aten.mul.Tensor(product, alpha)
-    if beta == 0:
-        return product  # type: ignore[no-any-return]
-    return aten.add.Tensor(product, input if beta == 1 else aten.mul.Tensor(input, beta))  # type: ignore[no-any-return]
-
-
-def _sets_by_mask(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> bool:
-    """Whether ``x[..., mask] = number`` is all that an index_put does."""
-    masks = [i for i in indices if i is not None]
-    return not accumulate and len(masks) == 1 and masks[0].dtype == torch.bool and not values.dim()
-
-
-def _masked_fill(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
-    mask = next(i for i in indices if i is not None)
-    for _ in range(x.dim() - [i is not None for i in indices].index(True) - mask.dim()):
-        mask = aten.unsqueeze.default(mask, -1)
-    return aten.masked_fill.Tensor(x, mask, values)  # type: ignore[no-any-return]
-
-
-def _index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
-    if not _sets_by_mask(x, indices, values, accumulate):
-        return NotImplemented
-    return _masked_fill(x, indices, values)
-
-
-def _stack(tensors: Any, dim: int = 0) -> Tensor:
-    dim %= tensors[0].dim() + 1
-    return aten.cat.default([aten.unsqueeze.default(t, dim) for t in tensors], dim)  # type: ignore[no-any-return]
-
-
-def _split(x: Tensor, sizes: Any, dim: int = 0) -> Any:
-    total = x.shape[dim]
-    sizes = list(sizes) if isinstance(sizes, (list, tuple)) else [sizes] * -(-total // sizes)
-    if not all(isinstance(n, int) for n in (total, *sizes)):
-        return NotImplemented
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [aten.slice.Tensor(x, dim, end - n, min(end, total)) for n, end in zip(sizes, ends, strict=True)]
-
-
-def _unbind(x: Tensor, dim: int = 0) -> Any:
-    if not isinstance(x.shape[dim], int):
-        return NotImplemented
-    return [aten.select.int(x, dim, i) for i in range(x.shape[dim])]
-
-
-def _filled(number: float) -> Callable[..., Tensor]:
-    """`zeros_like` and the like: what they hold does not depend on the tensor that they are like."""
-
-    def like(x: Tensor, size: Any = None, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-        size = x.shape if size is None else size
-        return aten.full.default(size, number, dtype=dtype or x.dtype, device=device or x.device)  # type: ignore[no-any-return]
-
-    return like
-
-
-def _full_like(x: Tensor, number: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-    return aten.full.default(x.shape, number, dtype=dtype or x.dtype, device=device or x.device)  # type: ignore[no-any-return]
-
-
-def _new_full(x: Tensor, size: Any, number: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-    return aten.full.default(size, number, dtype=dtype or x.dtype, device=device or x.device)  # type: ignore[no-any-return]
-
-
-def _exp2(x: Tensor) -> Tensor:
-    return aten.exp.default(aten.mul.Tensor(x, math.log(2)))  # type: ignore[no-any-return]
-
-
-def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
-    return aten.softmax.int(x, dim, torch.float32 if half_to_float else None)  # type: ignore[no-any-return]
-
-
-def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
-    return aten.log_softmax.int(x, dim, torch.float32 if half_to_float else None)  # type: ignore[no-any-return]
-
-
-def _mv(a: Tensor, b: Tensor) -> Tensor:
-    return aten.squeeze.dim(aten.mm.default(a, aten.unsqueeze.default(b, -1)), -1)  # type: ignore[no-any-return]
-
-
-_SMALLER: dict[Any, Callable[..., Any]] = {
-    aten.baddbmm.default: _baddbmm,
-    aten.addmm.default: _baddbmm,
-    aten._softmax.default: _softmax,
-    aten._safe_softmax.default: lambda x, dim, dtype=None: aten.softmax.int(x, dim, dtype),
-    aten._log_softmax.default: _log_softmax,
-    aten.mv.default: _mv,
-    aten.index_put.default: _index_put,
-    aten.stack.default: _stack,
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split,
-    aten.unbind.int: _unbind,
-    aten.zeros_like.default: _filled(0),
-    aten.ones_like.default: _filled(1),
-    aten.new_zeros.default: _filled(0),
-    aten.new_ones.default: _filled(1),
-    aten.full_like.default: _full_like,
-    aten.new_full.default: _new_full,
-    aten.exp2.default: _exp2,
-    aten.rsub.Scalar: lambda x, other, alpha=1: aten.add.Tensor(
-        aten.neg.default(x if alpha == 1 else x * alpha), other
-    ),
-    aten.rsub.Tensor: lambda x, other, *, alpha=1: aten.sub.Tensor(other, x, alpha=alpha),
-}
 
 
 def _same_geometry(a: Any, b: Any) -> bool:

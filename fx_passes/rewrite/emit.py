@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fx_passes.canonicalise.axes import Dim, leaves
+from fx_passes.canonicalise.axes import Dim, all_axes, free_axes, leaves
 from fx_passes.canonicalise.contraction import Operand
 from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask
 from fx_passes.canonicalise.masks import Seen
@@ -63,14 +63,40 @@ class Emitter:
         dtype = attention.out.dtype
         out = self._call(ready, number, self._compute_dtype(ready))
         groups = [role.batch, role.query_heads, role.rows, role.out]
-        out = build.unmerge(out, groups, attention.layout, attention.out.shape)
+        mixed = set(leaves(ready.term.mixed))
+        if mixed:
+            out = self._mixed(
+                out, groups, attention, [f for f in ready.on_out if mixed & set(f.axes)], self._compute_dtype(ready)
+            )
+        else:
+            out = build.unmerge(out, groups, attention.layout, attention.out.shape)
         for factor in ready.on_out:
-            out = self._factor(out, factor, [*attention.layout])
+            if not mixed & set(factor.axes):
+                out = self._factor(out, factor, [*attention.layout])
         if ready.term.scale != 1.0:
             out = build.call(operator.mul, out, ready.term.scale)
         if ready.on_out or self._compute_dtype(ready) != dtype:
             out = build.call(aten.to.dtype, out, dtype)
         return out
+
+    def _mixed(
+        self, out: Node, groups: list[Dim], attention: Attention, factors: list[Factor], dtype: torch.dtype
+    ) -> Node:
+        """Results of several heads times factors, summed over the axes that the attention's layout has not."""
+        build = self.build
+        axes = [axis for group in groups for axis in leaves(group)]
+        numbers = {axis: i for i, axis in enumerate(axes)}
+        out = build.unmerge(out, groups, tuple((axis,) for axis in axes), None)
+        args: list[Any] = [out, list(numbers.values())]
+        for factor in factors:
+            mine = free_axes(factor.layout)
+            node = build.arrange(Operand(factor.value, factor.layout), [(axis,) for axis in mine], (True,) * len(mine))
+            node = node if factor.value.dtype == dtype else build.call(aten.to.dtype, node, dtype)
+            node = node if factor.power == 1 else build.call(aten.reciprocal.default, node)
+            args += [node, [numbers.setdefault(axis, len(numbers)) for axis in mine]]
+        kept = [axis for axis in all_axes(attention.layout) if axis in numbers]
+        out = build.call(torch.einsum, *args, [numbers[axis] for axis in kept])
+        return build.unmerge(out, [(axis,) for axis in kept], attention.layout, None)
 
     def _compute_dtype(self, ready: Ready) -> torch.dtype:
         """The widest of query, key and value; for logits that of the value, unless they are finer."""

@@ -365,6 +365,146 @@ def convolved_scores(q, k, v):
     return F.conv2d(q @ k.mT, kernel, padding=1, groups=H).softmax(-1) @ v
 
 
+@form(mask="causal")
+def masked_by_index(q, k, v):
+    s = q @ k.mT
+    s[:, :, ~band()] = -INF
+    return s.softmax(-1) @ v
+
+
+@form(mask="causal")
+def filled_with_a_tensor(q, k, v):
+    return (q @ k.mT).masked_fill(~band(), torch.tensor(-INF, dtype=q.dtype)).softmax(-1) @ v
+
+
+@form()
+def nan_replaced_by_zeros_like(q, k, v):
+    p = (q @ k.mT).masked_fill((k.sum((1, 3)) > 3)[:, None, None], -INF).softmax(-1)
+    return torch.where(torch.isnan(p), torch.zeros_like(p), p) @ v
+
+
+@form(mask="causal")
+def differential_of_a_view(q, k, v):
+    p = (q @ k.mT).masked_fill(~band(), -INF).softmax(-1).view(B, 2, 2, M, N)
+    return (p[:, :, 0] - q.mean() * p[:, :, 1]) @ v[:, :2]
+
+
+@form()
+def differential_of_chunks(q, k, v):
+    a, b = (q @ k.mT).softmax(-1).chunk(2, 1)
+    return (a - 0.3 * b) @ v[:, :2]
+
+
+@form()
+def differential_of_every_other_head(q, k, v):
+    p = (q @ k.mT + torch.arange(N) * torch.linspace(0, 1, H).view(H, 1, 1)).softmax(-1)
+    return (p[:, ::2] - 0.3 * p[:, 1::2]) @ v[:, :2]
+
+
+@form()
+def weights_by_head(q, k, v):
+    return torch.stack([p @ v[:, h] for h, p in enumerate((q @ k.mT).softmax(-1).unbind(1))], 1)
+
+
+@form()
+def weights_of_one_row(q, k, v):
+    return torch.einsum("bhj,bhjd->bhd", (q @ k.mT).softmax(-1)[:, :, 2], v)
+
+
+@form()
+def split_between_two_kinds_of_keys(q, k, v):
+    a, b = (q @ k.mT).softmax(-1).split([9, 5], -1)
+    return a @ v[:, :, :9] + b @ v[:, :, 9:]
+
+
+@form()
+def scores_of_the_best_keys(q, k, v):
+    s, best = (q @ k.mT).topk(4, -1)
+    chosen = v.unsqueeze(2).expand(-1, -1, M, -1, -1).gather(3, best[..., None].expand(-1, -1, -1, -1, D))
+    return (s.softmax(-1).unsqueeze(-2) @ chosen).squeeze(-2)
+
+
+@form(mask="none")
+def times_the_reciprocal(q, k, v):
+    e = torch.exp2(q @ k.mT / 4)
+    return (e * e.sum(-1, keepdim=True).reciprocal()) @ v
+
+
+@form(mask="none")
+def times_one_over_late(q, k, v):
+    e = torch.exp(q @ k.mT / 4)
+    return (e @ v) * (1.0 / e.sum(-1)[..., None])
+
+
+@form(mask="none")
+def sink_in_the_sum(q, k, v):
+    s, sink = q @ k.mT, q.mean((0, 2, 3)).view(H, 1, 1)
+    top = torch.maximum(s.amax(-1, keepdim=True), sink)
+    e = (s - top).exp()
+    return (e / ((sink - top).exp() + e.sum(-1, keepdim=True))) @ v
+
+
+@form(mask="none")
+def one_more_in_the_sum(q, k, v):
+    s = q @ k.mT
+    top = s.amax(-1, keepdim=True).clamp(min=0)
+    e = (s - top).exp()
+    return (e / ((-top).exp() + e.sum(-1, keepdim=True))) @ v
+
+
+@form(mask="mask")
+def exp_times_mask(q, k, v):
+    e = (q @ k.mT).exp() * (k.sum((1, 3)) > -1)[:, None, None].to(q.dtype)
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@form(mask="mask")
+def dead_rows_are_zero(q, k, v):
+    hidden = (k.sum((1, 3)) > 0)[:, None, None].expand(B, 1, M, N) | (torch.arange(M) < 2)[:, None]
+    dead = hidden.all(-1, keepdim=True)
+    return (q @ k.mT).masked_fill(hidden & ~dead, -INF).softmax(-1).masked_fill(dead, 0.0) @ v
+
+
+@form(mask="none")
+def exp_computed_twice(q, k, v):
+    s = q @ k.mT
+    return (torch.exp(s - s.amax(-1, keepdim=True)) / torch.exp(s - s.amax(-1, keepdim=True)).sum(-1, True)) @ v
+
+
+MIX = torch.nn.Parameter(torch.linspace(-1, 1, H * H, dtype=torch.float64).view(H, H).sin())
+
+
+@form(mask="causal")
+def talking_heads(q, k, v):
+    p = (q @ k.mT).masked_fill(~band(), -INF).softmax(-1)
+    return torch.einsum("bhij,hg->bgij", p, MIX) @ v
+
+
+@form(mask="none")
+def talking_by_linear(q, k, v):
+    return F.linear((q @ k.mT).softmax(-1).permute(0, 2, 3, 1), MIX).permute(0, 3, 1, 2) @ v
+
+
+@form(mask="none")
+def talking_by_convolution(q, k, v):
+    return F.conv2d((q @ k.mT).softmax(-1), MIX[:, :, None, None]) @ v
+
+
+@form(mask="none")
+def talking_then_gated(q, k, v):
+    return (torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), MIX) * v.mean(-1)[..., None, :]) @ v
+
+
+@form(mask="none")
+def mean_of_the_heads_weights(q, k, v):
+    return (q @ k.mT).softmax(-1).mean(1) @ v[:, 0]
+
+
+@form(mask="none")
+def summed_over_heads_with_value(q, k, v):
+    return torch.einsum("bhij,bhjd->bid", (q @ k.mT).softmax(-1), v)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_form_is_rewritten(name: str) -> None:
     f, sites, mask = FORMS[name]

@@ -64,6 +64,81 @@ def clamped_sum(q, k, v):
     return (e / e.sum(-1, keepdim=True).clamp_min(8.0)) @ v
 
 
+def one_key_of_the_weights(q, k, v):
+    return (q @ k.mT).softmax(-1)[..., :1] * v
+
+
+def rows_cut_unevenly(q, k, v):
+    return (q @ k.mT).softmax(-1)[:, :, 1:6] @ v
+
+
+def divided_by_sum_and_what_is_no_exponential(q, k, v):
+    e = (q @ k.mT / 9).exp()
+    return (e / (e.sum(-1, keepdim=True) + q.pow(2).mean(-1, keepdim=True))) @ v
+
+
+def times_the_sum(q, k, v):
+    e = (q @ k.mT / 9).exp()
+    return (e @ v) * e.sum(-1, keepdim=True)
+
+
+def mask_that_is_no_mask(q, k, v):
+    e = (q @ k.mT / 9).exp() * (k @ q.mT).tanh()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+MIX = torch.nn.Parameter(torch.linspace(-1, 1, N * N, dtype=torch.float64).view(N, N).sin())
+
+
+def mixed_along_keys(q, k, v):
+    return (q @ k.mT).softmax(-1) @ MIX @ v
+
+
+def mixed_and_dropped(q, k, v):
+    p = torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), MIX[:H, :H])
+    return F.dropout(p, 0.3, True) @ v
+
+
+def mixed_and_normalised(q, k, v):
+    p = torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), MIX[:H, :H].exp())
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+def mixed_and_through_a_norm(q, k, v):
+    p = torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), MIX[:H, :H])
+    return F.instance_norm(p) @ v
+
+
+def over_the_sum_of_something_else(q, k, v):
+    s = q @ k.mT / 9
+    return (s.exp() / (s * 1.01).exp().sum(-1, keepdim=True)) @ v
+
+
+def over_a_sum_without_gradient(q, k, v):
+    s = q @ k.mT / 9
+    return (s.exp() / s.detach().exp().sum(-1, keepdim=True)) @ v
+
+
+def entropy(q, k, v):
+    s = q @ k.mT
+    return -(s.softmax(-1) * s.log_softmax(-1)).sum(-1)
+
+
+def expected_score(q, k, v):
+    s = q @ k.mT
+    return (s.softmax(-1) * s).sum(-1)
+
+
+def agreement_of_both_ways(q, k, v):
+    s = q @ k.mT
+    return (s.softmax(-1) * s.softmax(-2)).sum((-1, -2))
+
+
+def overlap_of_rows(q, k, v):
+    p = (q @ k.mT).softmax(-1)
+    return p @ p.mT
+
+
 def detached(q, k, v):
     return (q @ k.mT).softmax(-1).detach() @ v
 
@@ -88,6 +163,21 @@ def without_gradient(q, k, v):
         not_normalised,
         normalised_again_with_epsilon,
         clamped_sum,
+        one_key_of_the_weights,
+        rows_cut_unevenly,
+        divided_by_sum_and_what_is_no_exponential,
+        times_the_sum,
+        mask_that_is_no_mask,
+        over_the_sum_of_something_else,
+        over_a_sum_without_gradient,
+        entropy,
+        expected_score,
+        agreement_of_both_ways,
+        overlap_of_rows,
+        mixed_along_keys,
+        mixed_and_dropped,
+        mixed_and_normalised,
+        mixed_and_through_a_norm,
         detached,
         without_gradient,
     ],
@@ -125,3 +215,29 @@ def test_is_no_attention(body: Callable[..., Any]) -> None:
     backend = SUSBackend(c=2, compiler="eager")
     torch.compile(Model(body), backend=backend)(torch.randn(B, N, D)).sum().backward()
     assert not backend.report.sites
+
+
+def linear_attention(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return (x @ w).softmax(-1) @ ((x @ w.T).softmax(-2).mT @ x)
+
+
+def linear_attention_of_convolutions(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    x = x.flatten(0, 1).mT
+    return F.conv1d(x, w[..., None]).softmax(-1) @ F.conv1d(x, w.T[..., None]).mT @ x
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        linear_attention,
+        linear_attention_of_convolutions,
+        lambda x, w: ((torch.tanh(x) @ w[:, :1]).softmax(-2) * x).sum(-2),  # pooling with learned scores
+        lambda x, w: x.softmax(-2).mT @ x,
+        lambda x, w: torch.einsum("bhne,bhned->bhnd", (x @ w).softmax(-1), torch.stack([x * i for i in range(D)], -2)),
+    ],
+)
+def test_what_follows_an_attention_is_no_attention(body: Callable[..., Any]) -> None:
+    """It derives from a product of two activations that runs over its keys, but not as scores."""
+    w = torch.nn.Parameter(torch.linspace(-1, 1, D * D, dtype=torch.float64).view(D, D).sin())
+    report = compare(lambda q, k, v: body((q @ k.mT).softmax(-1) @ v, w), *tensors(*[(B, H, N, D)] * 3))
+    assert report.rewritten == 1, str(report)

@@ -13,6 +13,19 @@ from tests.passes.harness import compare, tensors
 
 B, H, M, N, D = 2, 4, 6, 6, 4
 
+MIX = torch.nn.Parameter(torch.linspace(-1, 1, H * H, dtype=torch.float64).view(H, H).sin())
+
+
+def by_index(s: Tensor) -> Tensor:
+    s = s.clone()
+    s[:, :, torch.ones(M, N).triu(1) > 0] = float("-inf")
+    return s
+
+
+def over_own_sum(e: Tensor) -> Tensor:
+    return e / e.sum(-1, keepdim=True)
+
+
 SCALES = {
     "none": lambda s, q, k: s,
     "number": lambda s, q, k: s * 0.6,
@@ -21,6 +34,8 @@ SCALES = {
     "per key": lambda s, q, k: s * (1 + k.mean(-1) ** 2)[..., None, :],
     "softcap": lambda s, q, k: 4 * torch.tanh(s / 4),
     "clamped": lambda s, q, k: s.clamp(-3, 3),
+    "per row": lambda s, q, k: s / (1 + q.mean(-1, keepdim=True) ** 2),
+    "mixed": lambda s, q, k: torch.einsum("bhij,hg->bgij", s, MIX),
 }
 MASKS = {
     "none": lambda s, k: s,
@@ -31,6 +46,18 @@ MASKS = {
     "bias": lambda s, k: s + k.mean((0, 1, 3)),
     "full bias": lambda s, k: s + (k @ k.mT)[:, :1],
     "row shift": lambda s, k: s - s.amax(-1, keepdim=True),
+    "by index": lambda s, k: by_index(s),
+    "by a tensor": lambda s, k: s.masked_fill(torch.eye(M, N).bool(), torch.tensor(-1e5, dtype=s.dtype)),
+    "cut and joined": lambda s, k: torch.cat(s.chunk(2, 1), 1),
+}
+SOFTMAXES = {
+    "softmax": lambda s: s.softmax(-1),
+    "exp": lambda s: over_own_sum((s - s.amax(-1, keepdim=True)).exp()),
+    "exp2": lambda s: over_own_sum((s * 1.5).exp2()),
+    "reciprocal": lambda s: s.exp() * s.exp().sum(-1, keepdim=True).reciprocal(),
+    "log": lambda s: (s - s.logsumexp(-1, keepdim=True)).exp(),
+    "one more": lambda s: s.exp() / (1 + s.exp().sum(-1, keepdim=True)),
+    "sink": lambda s: torch.nn.functional.pad(s, (0, 1)).softmax(-1)[..., :-1],
 }
 CASTS = {"none": lambda p: p, "double": lambda p: p.to(torch.float64), "copy": lambda p: p.clone()}
 AFTER = {
@@ -42,6 +69,9 @@ AFTER = {
     "halved": lambda p, v: p / 2,
     "nan": lambda p, v: torch.nan_to_num(p, 0.0),
     "negated": lambda p, v: -p,
+    "mixed": lambda p, v: torch.einsum("bhij,hg->bgij", p, MIX),
+    "row mask": lambda p, v: p.masked_fill(torch.arange(M)[:, None] < 2, 0.0),
+    "differences": lambda p, v: (p[:, :2] - 0.5 * p[:, 2:])[:, None].expand(B, 2, 2, M, N).reshape(B, H, M, N),
 }
 LAYOUTS = ("bhmd", "bmhd", "folded", "grouped", "keys first")
 
@@ -51,14 +81,15 @@ LAYOUTS = ("bhmd", "bmhd", "folded", "grouped", "keys first")
     first=st.sampled_from(sorted(SCALES)),
     mask=st.sampled_from(sorted(MASKS)),
     second=st.sampled_from(sorted(SCALES)),
+    softmax=st.sampled_from(sorted(SOFTMAXES)),
     cast=st.sampled_from(sorted(CASTS)),
     after=st.sampled_from(sorted(AFTER)),
     layout=st.sampled_from(LAYOUTS),
 )
-def test_exact_or_left(first: str, mask: str, second: str, cast: str, after: str, layout: str) -> None:
+def test_exact_or_left(first: str, mask: str, second: str, softmax: str, cast: str, after: str, layout: str) -> None:
     def probabilities(s: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         s = SCALES[second](MASKS[mask](SCALES[first](s, q, k), k), q, k)
-        return AFTER[after](CASTS[cast](s.softmax(-1)), v)
+        return AFTER[after](CASTS[cast](SOFTMAXES[softmax](s)), v)
 
     def f(q: Tensor, k: Tensor, v: Tensor) -> Any:
         if layout == "bhmd":
