@@ -71,7 +71,7 @@ def _of(trace: Trace, constants: Constants, soft: Value, before: list[Found]) ->
     for product in products(trace, soft):
         item = _checked(trace, [soft], lambda p=product: understand(trace, constants, p))
         if item.attention is not None:
-            item.softs = [t.soft for t in item.attention.terms]
+            item.softs = [t.soft for t in item.attention.terms if not t.plain]
             found.append(item)
         else:
             reasons.append(item.reason)
@@ -86,7 +86,7 @@ def _of(trace: Trace, constants: Constants, soft: Value, before: list[Found]) ->
 def _checked(trace: Trace, softs: list[Value], attempt: Any) -> Found:
     try:
         attention, walk = attempt()
-        ready = [prepare(walk, attention, term) for term in attention.terms]
+        ready = [prepare(walk, attention, term) for term in attention.terms if not term.plain]
         apart = {id(v) for v in attention.visited}
         for term in attention.terms:
             if term.dropout and term.shared_dropout is not None and is_live(trace, term.shared_dropout, apart):

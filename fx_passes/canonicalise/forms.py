@@ -109,6 +109,7 @@ class Term:
     shared_dropout: Value | None = None
     extension: tuple[Dim, int] | None = None  # the keys proper and their place among the softmax's columns
     sink: Sink | None = None  # a number added to the row sum
+    plain: bool = False  # no softmax: its scale and factors, the same for all keys, are the weights
     mixed: Dim = ()  # axes of the softmax, such as heads, that are summed over behind it: the result is, too
     scores: Scores | None = None
 

@@ -62,9 +62,13 @@ def _attention(walk: Walk, out: Value, layout: Layout, side: Operand, value: Ope
         terms[i] = replace(term, mixed=(*leaves(term.mixed), *(a for a in leaves(summed) if a not in over)))
     if level(walk.context, value.value) < Level.COMPUTED:
         raise NotUnderstood("value is a parameter, not an activation")
-    done = [replace(t, scores=scores(walk, t)) for t in terms]
+    done = [t if t.plain else replace(t, scores=scores(walk, t)) for t in terms]
     for term in done:
         _check_value(walk, term, value, summed)
+    if done[-1].plain and any(set(leaves(t.keys if t.extension is None else t.extension[0])) != keys for t in done):
+        raise NotUnderstood(
+            "something is added to the weights, and the product with value sums over more than the keys"
+        )
     if not all(t.normalised for t in done):
         out, layout, done = _normalised_later(walk, out, layout, done, summed)
     _check_regions(walk)
@@ -79,7 +83,7 @@ def _check_value(walk: Walk, term: Term, value: Operand, summed: Dim) -> None:
     over = set(leaves(term.keys if term.extension is None else term.extension[0]))
     others = {axis for axis in leaves(summed) if axis not in over}  # summed over, too
     if found is None or found.query is None or found.key is None:
-        if others:
+        if others and not term.plain:
             raise NotUnderstood("the product with value sums over more than the keys")
         return
     rows = set(all_axes(found.query.layout)) - set(all_axes(found.key.layout))
@@ -138,6 +142,7 @@ def _check_regions(walk: Walk) -> None:
 
 
 def _form(terms: list[Term]) -> str:
+    terms = [t for t in terms if not t.plain]
     spelled = "softmax" if all(t.soft.op is aten.softmax.int for t in terms) else "exp"
     if len(terms) > 1:
         return f"{len(terms)} x {spelled}, one product"

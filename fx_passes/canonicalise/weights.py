@@ -134,6 +134,8 @@ def _summed(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
 def _not_mixed(terms: list[Term]) -> list[Term]:
     if any(t.mixed for t in terms):
         raise NotUnderstood("the weights of several heads are mixed before they are dropped, masked or normalised")
+    if any(t.plain for t in terms):
+        raise NotUnderstood("something is added to the weights before they are dropped, masked or normalised")
     return terms
 
 
@@ -232,9 +234,13 @@ def _is_shift(value: Value) -> bool:
 
 
 def through_views(operand: Operand) -> Operand:
+    """What an operand is a view or cast of, as far as its axes can be followed."""
     value, layout = operand.value, operand.layout
     while is_view(value) or is_cast(value):
-        layout = before(value, layout) if is_view(value) else layout
+        try:
+            layout = before(value, layout) if is_view(value) else layout
+        except NotUnderstood:
+            break
         value = value.args[0]
     return Operand(value, layout)
 
@@ -253,17 +259,25 @@ def _is_zeros_and_ones(walk: Walk, value: Value) -> bool:
 
 def _sum(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
     a, b = value.args[0], value.args[1]
-    if not (
-        isinstance(a, Value)
-        and isinstance(b, Value)
-        and leads_to_softmax(walk.context, a)
-        and leads_to_softmax(walk.context, b)
-    ):
-        raise NotUnderstood("something else than a softmax is added to the weights")
     sign = float(value.kwargs.get("alpha", 1)) * (-1.0 if value.op is aten.sub.Tensor else 1.0)
-    left = weights(walk, a, broadcast(layout, a.shape), keys)
-    right = weights(walk, b, broadcast(layout, b.shape), keys)
-    return [*left, *(replace(t, scale=t.scale * sign) for t in right)]
+    found: list[Term] = []
+    for side, scale in ((a, 1.0), (b, sign)):
+        if isinstance(side, Value) and leads_to_softmax(walk.context, side):
+            terms = weights(walk, side, broadcast(layout, side.shape), keys)
+            found += [replace(t, scale=t.scale * scale) for t in terms]
+        else:
+            found.append(_plain(value, side, layout, keys, scale))
+    return sorted(found, key=lambda t: t.plain)
+
+
+def _plain(soft: Value, side: Any, layout: Layout, keys: Dim, scale: float) -> Term:
+    """A number, or a tensor that is the same for all keys, that is added to weights."""
+    if isinstance(side, (int, float)):
+        return Term(soft, Operand(soft, layout), keys, scale=scale * side, plain=True)
+    outer = broadcast(layout, side.shape) if isinstance(side, Value) else layout
+    if not isinstance(side, Value) or set(leaves(keys)) & set(all_axes(outer)):
+        raise NotUnderstood("something else than a softmax is added to the weights")
+    return Term(soft, Operand(side, outer), keys, scale=scale, factors=[Factor(side, outer)], plain=True)
 
 
 def _nan_to_num(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fx_passes.canonicalise.axes import Dim, all_axes, free_axes, leaves
+from fx_passes.canonicalise.axes import Axis, Dim, NotUnderstood, all_axes, free_axes, leaves
 from fx_passes.canonicalise.contraction import Operand
-from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask
+from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Term
 from fx_passes.canonicalise.masks import Seen
 from fx_passes.canonicalise.ready import Ready
 from fx_passes.canonicalise.roles import Roles
@@ -56,6 +56,9 @@ class Emitter:
             node = self._term(attention, item, number)
             total = node if total is None else self.build.call(operator.add, total, node)
         assert total is not None
+        for term in attention.terms:
+            if term.plain:
+                total = self.build.call(operator.add, total, self._plain(attention, term))
         return total
 
     def _term(self, attention: Attention, ready: Ready, number: int) -> Node:
@@ -65,9 +68,8 @@ class Emitter:
         groups = [role.batch, role.query_heads, role.rows, role.out]
         mixed = set(leaves(ready.term.mixed))
         if mixed:
-            out = self._mixed(
-                out, groups, attention, [f for f in ready.on_out if mixed & set(f.axes)], self._compute_dtype(ready)
-            )
+            factors = [f for f in ready.on_out if mixed & set(f.axes)]
+            out = self._mixed(out, groups, attention, factors, self._compute_dtype(ready), ready.term.mixed)
         else:
             out = build.unmerge(out, groups, attention.layout, attention.out.shape)
         for factor in ready.on_out:
@@ -80,20 +82,36 @@ class Emitter:
         return out
 
     def _mixed(
-        self, out: Node, groups: list[Dim], attention: Attention, factors: list[Factor], dtype: torch.dtype
+        self, out: Node, groups: list[Dim], attention: Attention, factors: list[Factor], dtype: torch.dtype, mixed: Dim
     ) -> Node:
         """Results of several heads times factors, summed over the axes that the attention's layout has not."""
-        build = self.build
         axes = [axis for group in groups for axis in leaves(group)]
+        out = self.build.unmerge(out, groups, tuple((axis,) for axis in axes), None)
+        return self._contract(out, axes, attention, factors, dtype, mixed)
+
+    def _plain(self, attention: Attention, term: Term) -> Node:
+        """What a term without softmax gives: factors times value, summed over the keys."""
+        build, value, dtype = self.build, attention.value, attention.out.dtype
+        axes = free_axes(value.layout)
+        node = self._cast(build.arrange(value, [(axis,) for axis in axes], (True,) * len(axes)), value, dtype)
+        out = self._contract(node, [*axes], attention, term.factors, dtype, term.mixed)
+        return out if term.scale == 1.0 else build.call(operator.mul, out, term.scale)
+
+    def _contract(
+        self, node: Node, axes: list[Axis], attention: Attention, factors: list[Factor], dtype: torch.dtype, mixed: Dim
+    ) -> Node:
+        """A node with these axes times factors, summed over what the attention's layout has not."""
+        build = self.build
         numbers = {axis: i for i, axis in enumerate(axes)}
-        out = build.unmerge(out, groups, tuple((axis,) for axis in axes), None)
-        args: list[Any] = [out, list(numbers.values())]
+        args: list[Any] = [node, list(numbers.values())]
         for factor in factors:
             mine = free_axes(factor.layout)
-            node = build.arrange(Operand(factor.value, factor.layout), [(axis,) for axis in mine], (True,) * len(mine))
-            node = node if factor.value.dtype == dtype else build.call(aten.to.dtype, node, dtype)
-            node = node if factor.power == 1 else build.call(aten.reciprocal.default, node)
-            args += [node, [numbers.setdefault(axis, len(numbers)) for axis in mine]]
+            other = build.arrange(Operand(factor.value, factor.layout), [(axis,) for axis in mine], (True,) * len(mine))
+            other = other if factor.value.dtype == dtype else build.call(aten.to.dtype, other, dtype)
+            other = other if factor.power == 1 else build.call(aten.reciprocal.default, other)
+            args += [other, [numbers.setdefault(axis, len(numbers)) for axis in mine]]
+        if any(axis not in numbers for axis in leaves(mixed)):
+            raise NotUnderstood("the weights are repeated and summed again")
         kept = [axis for axis in all_axes(attention.layout) if axis in numbers]
         out = build.call(torch.einsum, *args, [numbers[axis] for axis in kept])
         return build.unmerge(out, [(axis,) for axis in kept], attention.layout, None)

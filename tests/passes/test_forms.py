@@ -486,6 +486,16 @@ def talking_by_linear(q, k, v):
 
 
 @form(mask="none")
+def talking_with_a_bias(q, k, v):
+    return F.linear((q @ k.mT).softmax(-1).permute(0, 2, 3, 1), MIX, MIX[0]).permute(0, 3, 1, 2) @ v
+
+
+@form(mask="none")
+def mixed_with_equal_weights(q, k, v):
+    return ((0.9 * (q @ k.mT).softmax(-1) + 0.1 / N) * k.mean(-1)[:, :, None]) @ v
+
+
+@form(mask="none")
 def talking_by_convolution(q, k, v):
     return F.conv2d((q @ k.mT).softmax(-1), MIX[:, :, None, None]) @ v
 

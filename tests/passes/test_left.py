@@ -28,7 +28,16 @@ def squared(q, k, v):
 
 
 def added_to(q, k, v):
-    return ((q @ k.mT).softmax(-1) + 0.1) @ v
+    return ((q @ k.mT).softmax(-1) + torch.eye(N, dtype=q.dtype)) @ v
+
+
+def added_to_and_normalised(q, k, v):
+    p = (q @ k.mT).softmax(-1) + 1e-3
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+def added_to_and_masked(q, k, v):
+    return ((q @ k.mT).softmax(-1) + 0.1).tril() @ v
 
 
 def gated_per_entry(q, k, v):
@@ -156,6 +165,8 @@ def without_gradient(q, k, v):
         over_heads,
         squared,
         added_to,
+        added_to_and_normalised,
+        added_to_and_masked,
         gated_per_entry,
         zeroed_without_mask,
         zeroed_elsewhere,

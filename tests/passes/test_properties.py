@@ -70,6 +70,7 @@ AFTER = {
     "nan": lambda p, v: torch.nan_to_num(p, 0.0),
     "negated": lambda p, v: -p,
     "mixed": lambda p, v: torch.einsum("bhij,hg->bgij", p, MIX),
+    "moved": lambda p, v: 0.9 * p + 0.1 / N,
     "row mask": lambda p, v: p.masked_fill(torch.arange(M)[:, None] < 2, 0.0),
     "differences": lambda p, v: (p[:, :2] - 0.5 * p[:, 2:])[:, None].expand(B, 2, 2, M, N).reshape(B, H, M, N),
 }
@@ -101,7 +102,7 @@ def test_exact_or_left(first: str, mask: str, second: str, softmax: str, cast: s
         if layout == "folded":
             a, b, c = (x.reshape(B * H, -1, D) for x in (q, k, v))
             s = torch.bmm(a, b.mT).view(B, H, M, N)
-            return torch.bmm(probabilities(s, q, k, v).view(B * H, M, N), c)
+            return torch.bmm(probabilities(s, q, k, v).reshape(B * H, M, N), c)
         if layout == "grouped":
             b, c = (x[:, :2].repeat_interleave(2, 1) for x in (k, v))
             return probabilities(q @ b.mT, q, b, c) @ c
