@@ -63,7 +63,7 @@ def test_importing_the_package_does_not_import_triton() -> None:
 
 
 # The interpreter's tests that the default run leaves to `slow`, for its time.
-_QUICK = "outdated or causal or low_precision or padding or bias_and_its_gradient or sinks or lost or split or lowered"
+_QUICK = "outdated or causal or late or low_precision or padding or bias or sinks or lost or split or lowered"
 _INTERPRETER = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/cuda/check_kernels.py", "--timeout=1500")
 
 
@@ -72,7 +72,12 @@ def test_kernels_in_the_interpreter() -> None:
 
 
 def test_block_kernels_in_the_interpreter() -> None:
-    _run(*_INTERPRETER[:-2], "tests/ops/cuda/check_block.py", "-k", "causal or bfloat16 or nothing or order or shape1")
+    _run(
+        *_INTERPRETER[:-2],
+        "tests/ops/cuda/check_block.py",
+        "-k",
+        "causal or low_precision or padding or order or key_bias",
+    )
 
 
 @pytest.mark.slow

@@ -17,34 +17,23 @@ if not torch.cuda.is_available():
 
 from tests.ops.cuda import block_calls
 from tests.ops.cuda.calls import check, problem, run
+from tests.ops.cuda.features import features
 
 pytestmark = pytest.mark.gpu
 
-FEATURES: dict[str, Any] = {
-    "plain": {},
-    "causal": {"static": {"right": 0}},
-    "window": {"static": {"left": 300, "right": 0}},
-    "softcap": {"static": {"softcap": 5.0}},
-    "dropout": {"static": {"dropout_p": 0.2}},
-    "library": {"static": {"forward": "library"}},
-    "sinks": {"sinks": torch.tensor([0.5, -1.0])},
-    "bias": {"attn_bias": torch.randn(1, 2, 700, 1000)},
-    "padding": {"attn_mask": torch.rand(1, 1, 1, 1000) < 0.7},
-    "mask": {"attn_mask": torch.rand(1, 2, 700, 1000) < 0.5},
-    "ids": {"query_ids": torch.arange(700)[None] // 200, "key_ids": torch.arange(1000)[None] // 200},
-}
+FEATURES = features(700, 1000)
 
 
 @pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_features(name: str, dtype: torch.dtype) -> None:
-    check(problem(m=700, n=1000, d=64, e=64, dtype=dtype, **FEATURES[name]), 30.0)
+    check(problem(d=64, e=64, dtype=dtype, **FEATURES[name]), 30.0)
 
 
 @pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_features_of_the_block_sampler(name: str, dtype: torch.dtype) -> None:
-    block_calls.check(block_calls.problem(m=700, n=1000, d=64, e=64, dtype=dtype, **FEATURES[name]), 128.0)
+    block_calls.check(block_calls.problem(d=64, e=64, dtype=dtype, **FEATURES[name]), 128.0)
 
 
 @pytest.mark.parametrize("d", [16, 32, 80, 128, 256])
