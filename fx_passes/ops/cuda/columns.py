@@ -123,7 +123,8 @@ def attention_columns(
         row_number = item // capacity
         plane_of_row = row_number // m
         rows = (row_number - plane_of_row * m).to(tl.int32)
-        head = (plane_of_row - batch * heads).to(tl.int64)
+        # Lanes without a point have row 0 of plane 0, whose distance to this batch is no head.
+        head = tl.where(valid, plane_of_row - batch * heads, 0).to(tl.int64)
         query_at = batch * q_b + head * q_h + rows.to(tl.int64) * q_m
         query = load_rows(query_ptr, query_at, 1, valid, D, BD, True)
         grad_at = batch * o_b + head * o_h + rows.to(tl.int64) * o_m
