@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 pytest.importorskip("triton")
 
-from fx_passes.ops.cuda import support
+from fx_passes.ops.cuda import library, support
 from fx_passes.ops.cuda.lists import capacity_for, new_lists
 from fx_passes.ops.problem import Problem, Static
 
@@ -125,6 +126,13 @@ def test_compiles_every_feature(arch: int, name: str, sampler: dict[str, Any]) -
     _check(_compile(arch, {"d": 64, "features": _TOGETHER[name], **sampler}), arch, stack=320)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", [{}, {"sampler": "block"}], ids=["systematic", "block"])
+def test_compiles_where_numbers_are_one(sampler: dict[str, Any]) -> None:
+    """Triton makes a constant of an argument that is 1: n, every stride, and what is not in `scores.COUNTS`."""
+    _check(_compile(90, {"d": 64, "c": 0.5, "n": 1, "heads": 1, "groups": 1, **sampler}), 90)
+
+
 @EVERY
 @pytest.mark.slow
 @pytest.mark.parametrize(("d", "stack"), [(64, 0), (128, 0), (256, 480)])
@@ -137,6 +145,45 @@ def test_compiles_in_float32(arch: int, d: int, stack: int) -> None:
 @pytest.mark.parametrize(("d", "stack"), [(64, 0), (128, 480)])
 def test_compiles_the_block_sampler_in_float32(arch: int, d: int, stack: int) -> None:
     _check(_compile(arch, {"d": d, "dtype": "float32", **BLOCK}), arch, stack=stack, dots=False)
+
+
+@pytest.mark.parametrize(("sampler", "c"), [("systematic", 30.0), ("block", 256.0)])
+def test_lengths_and_sites_share_their_kernels(sampler: str, c: float) -> None:
+    """Two of each for all lengths, heads and sites: n is a multiple of 16 or not. `columns` has two forms."""
+    from tests.ops.cuda.ahead import record, variants
+
+    launches = [
+        launch
+        for n in (1000, 1024, 3000, 8208, 20000)
+        for heads, site in ((1, 0), (8, 1), (16, 4))
+        for launch in record(n=n, heads=heads, groups=heads, sampler=sampler, c=c, site=site, features=("dropout",))
+    ]
+    assert all(k <= (4 if name == "attention_columns" else 2) for name, k in variants(launches).items())
+
+
+_TF32 = """
+import torch
+from fx_passes.ops.cuda.launch import shared_arguments
+from fx_passes.ops.problem import Problem, Static
+x = torch.empty(1, 1, 4, 16)
+p = Problem(x, x, x, *[None] * 6, static=Static(scale=1.0))
+print(shared_arguments(p, x)["PRECISION"])
+{}
+print(shared_arguments(p, x)["PRECISION"])
+"""
+
+
+@pytest.mark.parametrize("switch", ["cuda.matmul.allow_tf32 = True", "fp32_precision = 'tf32'"], ids=["old", "new"])
+def test_tf32_is_used_where_it_is_allowed(switch: str) -> None:
+    assert _run("-c", _TF32.format("torch.backends." + switch)).split() == ["ieee", "tf32"]
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_the_librarys_output_has_the_operators_layout(backend: SDPBackend) -> None:
+    q, k, v = (torch.randn(2, 3, 40, 16) for _ in range(3))
+    with sdpa_kernel(backend):
+        out = library.forward(Problem(q, k, v, *[None] * 6, static=Static(scale=0.25)))  # type: ignore[arg-type]
+    assert out.transpose(1, 2).is_contiguous()
 
 
 def _problem(sampler: str, n: int = 4096, d: int = 128, dtype: torch.dtype = torch.bfloat16) -> Problem:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fx_passes.ops.cuda.scores import LOG2E, Rules, capped, dropout_entries, load_rows, power, scores
+from fx_passes.ops.cuda.scores import LOG2E, Rules, capped, dropout_entries, jit, load_rows, power, scores
 
 RESOLUTION = tl.constexpr(1 << 29)  # times 24 bits of a tile's length is exact in float64
 
@@ -55,7 +55,7 @@ def _point(place, index, units, weights):
     return lane, q.to(tl.float32), (index == 0) | (x - 4294967296.0 < low)
 
 
-@triton.jit
+@jit
 def attention_columns(
     query_ptr, q_b, q_h, q_m,
     key_ptr, k_b, k_h, k_n,

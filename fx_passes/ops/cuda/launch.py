@@ -60,7 +60,8 @@ def shared_arguments(problem: Problem, dropout_seed: Tensor) -> dict[str, Any]:
         "E": problem.value.shape[-1],
         "BD": padded(problem.query.shape[-1]),
         "BE": padded(problem.value.shape[-1]),
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        # `allow_tf32` says the same, but raises where it was not `allow_tf32` that set it.
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
     }
     if mask is not None and all(mask.shape[i] == 1 or mask.stride(i) == 0 for i in (1, 2)):
         arguments |= {"mask_h": None, "mask_m": None}  # a function of the key alone
@@ -96,7 +97,7 @@ def launch_forward(
     attention_forward[(programs,)](
         q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
         out, *(out.stride()[:3] if out is not None else (0, 0, 0)),
-        softmax.maximum, softmax.total, problem.sinks,
+        softmax.maximum, softmax.total, None if problem.sinks is None else problem.sinks.contiguous(),
         c_ptr=c, c_limit=c_limit(lists.capacity) if lists else 1.0, seed_ptr=seed,
         row_stream=stream_word(problem.static.site, STREAM_ROW), scratch_ptr=scratch,
         tile_ptr=lists.tile if lists else None, rank_ptr=lists.rank if lists else None,

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from fx_passes.ops.cuda.scores import jit
 
-@triton.jit
+
+@jit
 def count_points(
     tile_ptr, counts_ptr, total, capacity, m, blocks, tiles, BM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -21,7 +22,7 @@ def count_points(
     tl.atomic_add(counts_ptr + at * tiles + (word & 0xFFFF), 1, mask=word >= 0, sem="relaxed")
 
 
-@triton.jit
+@jit
 def place_points(
     tile_ptr, rank_ptr, start_ptr, before_ptr, order_ptr,
     total, capacity, m, heads, group, blocks, tiles,
@@ -42,7 +43,7 @@ def place_points(
     tl.store(order_ptr + start + before + rank, item.to(order_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@jit
 def attention_rows(
     key_ptr, k_b, k_h, k_n,
     found_ptr, dlogit_ptr, dquery_ptr, kept_ptr,
@@ -78,7 +79,7 @@ def attention_rows(
     tl.store(kept_ptr + program, tl.sum(count, 0))
 
 
-@triton.jit
+@jit
 def attention_delta(
     grad_ptr, o_b, o_h, o_m,
     out_ptr, s_b, s_h, s_m,

@@ -82,6 +82,21 @@ def test_strides() -> None:
     assert torch.equal(r["gradients"].key, right["gradients"].key)
 
 
+def test_sinks_need_no_unit_stride() -> None:
+    apart = torch.tensor([1.0, 9.0, -2.0, 9.0])
+    right = run(problem(sinks=apart[::2].contiguous()), 8.0)["out"]
+    assert torch.equal(run(problem(sinks=apart[::2]), 8.0)["out"], right)
+
+
+def test_launches_are_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    guarded: list[torch.Tensor] = []
+    guard = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: guarded.append(x) or guard(x))
+    p = problem()
+    run(p, 8.0)
+    assert [x is p.query for x in guarded] == [True, True]
+
+
 def test_rows_that_are_masked_at_a_finite_value_are_uniform() -> None:
     bias = torch.zeros(1, 1, 96, 160)
     bias[:, :, ::2] = -1e9

@@ -19,6 +19,9 @@ def features(m: int, n: int) -> dict[str, dict[str, Any]]:
 
     padding = torch.rand(2, 1, 1, n, generator=generator) < 0.6
     padding[1] = False  # nothing is seen
+    # One of all batches, whose heads lie so far apart that a head that is none is in no tensor.
+    far = torch.zeros(2 << 24, dtype=torch.bool).as_strided((1, 2, m, n), (0, 1 << 24, n, 1))
+    far.copy_(torch.rand(1, 2, m, n, generator=generator) < 0.5)
     ids = {"query_ids": torch.arange(m)[None] // 50, "key_ids": torch.arange(n)[None] // 50}
     found: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -30,6 +33,7 @@ def features(m: int, n: int) -> dict[str, dict[str, Any]]:
         "padding": {"b": 2, "h": 1, "g": 1, "attn_mask": padding},
         "mask": {"attn_mask": torch.rand(1, 2, m, n, generator=generator) < 0.5},
         "documents": {**ids, "prefix": torch.tensor([30]), "static": {"right": 0}},
+        "shared_mask": {"b": 2, "attn_mask": far},
         "bias": {"attn_bias": noise(1, 2, m, n)},
         "key_bias": {"attn_bias": noise(1, 1, 1, n)},
         "row_bias": {"attn_bias": noise(1, 2, m, 1)},
