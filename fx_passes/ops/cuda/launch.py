@@ -114,19 +114,18 @@ def launch_forward(
 
 def _order(problem: Problem, lists: Lists) -> tuple[Tensor, Tensor]:
     """Numbers of the points grouped by (key head, tile), and where each group starts: [key heads * tiles + 1]."""
-    (b, h, m, _), (_, groups, n, _), sizes = problem.query.shape, problem.key.shape, sizes_of(problem)
+    (b, _, m, _), (_, groups, n, _), sizes = problem.query.shape, problem.key.shape, sizes_of(problem)
     blocks, tiles, slots = -(-m // sizes.bm), -(-n // sizes.sub), lists.tile.numel()
     counts = torch.zeros((b * groups, problem.group * blocks, tiles), dtype=torch.int32, device=lists.tile.device)
     count_points[(-(-slots // _POINTS),)](
         lists.tile, counts, slots, lists.capacity, m, blocks, tiles, BM=sizes.bm, BLOCK=_POINTS
     )
-    start = torch.zeros(b * groups * tiles + 1, dtype=torch.int64, device=counts.device)
-    torch.cumsum(counts.sum(1).view(-1), 0, out=start[1:])
-    before = counts.cumsum(1, dtype=torch.int32).sub_(counts)
-    order = torch.empty(slots, dtype=torch.int32 if slots < 1 << 31 else torch.int64, device=counts.device)
+    ends = counts.cumsum_(1)  # in place: it is the one tensor here that grows with rows * keys
+    start = torch.zeros(b * groups * tiles + 1, dtype=torch.int64, device=ends.device)
+    torch.cumsum(ends[:, -1].flatten(), 0, out=start[1:])
+    order = torch.empty(slots, dtype=torch.int32 if slots < 1 << 31 else torch.int64, device=ends.device)
     place_points[(-(-slots // _POINTS),)](
-        lists.tile, lists.rank, start, before, order,
-        slots, lists.capacity, m, h, problem.group, blocks, tiles,
+        lists.tile, lists.rank, start, ends, order, slots, lists.capacity, m, problem.group, blocks, tiles,
         BM=sizes.bm, BLOCK=_POINTS,
     )  # fmt: skip
     return order, start

@@ -24,8 +24,8 @@ def count_points(
 
 @jit
 def place_points(
-    tile_ptr, rank_ptr, start_ptr, before_ptr, order_ptr,
-    total, capacity, m, heads, group, blocks, tiles,
+    tile_ptr, rank_ptr, start_ptr, ends_ptr, order_ptr,
+    total, capacity, m, group, blocks, tiles,
     BM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes every point's number to its place in the order of (key head, tile, query head, row, slot)."""
@@ -36,9 +36,11 @@ def place_points(
     row_number = item // capacity
     plane = row_number // m  # batch * heads + head
     block = row_number % m // BM
-    # `before` has its blocks of rows in the order of planes: those of a key head's group lie one behind the other.
     start = tl.load(start_ptr + plane // group * tiles + tile, mask=live, other=0)
-    before = tl.load(before_ptr + (plane * blocks + block) * tiles + tile, mask=live, other=0)
+    # `ends` counts up to each block of rows and with it, in the order of planes: those of a key head's group lie one
+    # behind the other. What is before a block is the end of the one before.
+    follows = live & (plane % group * blocks + block > 0)
+    before = tl.load(ends_ptr + (plane * blocks + block - 1) * tiles + tile, mask=follows, other=0)
     rank = tl.load(rank_ptr + item, mask=live, other=0)
     tl.store(order_ptr + start + before + rank, item.to(order_ptr.dtype.element_ty), mask=live)
 
