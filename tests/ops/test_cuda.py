@@ -37,11 +37,14 @@ def _run(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def _compile(arch: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-    only = "block" if options.get("sampler") == "block" else ""
+def _compile(arch: int, options: dict[str, Any], only: str = "") -> list[dict[str, Any]]:
+    """Of the block sampler its own kernels, unless `only` names others."""
+    only = only or ("block" if options.get("sampler") == "block" else "")
     lines = _run("-m", "tests.ops.cuda.ahead", str(arch), json.dumps(options), only, TRITON_INTERPRET="0").splitlines()
     found = [json.loads(line) for line in lines]
-    assert {r["kernel"] for r in found} >= ({*DOTS[2:]} if only else {*DOTS[:2]})
+    assert {r["kernel"] for r in found} >= {
+        name for name in (DOTS[2:] if only == "block" else DOTS[:2]) if only in name
+    }
     return found
 
 
@@ -101,6 +104,13 @@ def test_compiles_ahead_of_time(arch: int) -> None:
 )
 def test_compiles_head_sizes(arch: int, options: dict[str, Any]) -> None:
     _check(_compile(arch, options), arch, stack=192)
+
+
+@EVERY
+@pytest.mark.slow
+def test_compiles_the_forward_that_draws_nothing(arch: int) -> None:
+    """That of the block sampler, and of calls without a gradient."""
+    _check(_compile(arch, {"d": 128, **BLOCK}, only="attention_forward"), arch, stack=192)
 
 
 @EVERY
