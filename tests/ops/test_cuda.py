@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 pytest.importorskip("triton")
 
 from fx_passes.ops.cuda import library, support
-from fx_passes.ops.cuda.lists import capacity_for, new_lists
+from fx_passes.ops.cuda.lists import _SLACK, capacity_for, new_lists
 from fx_passes.ops.problem import Problem, Static
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +194,17 @@ def test_the_librarys_output_has_the_operators_layout(backend: SDPBackend) -> No
     with sdpa_kernel(backend):
         out = library.forward(Problem(q, k, v, *[None] * 6, static=Static(scale=0.25)))  # type: ignore[arg-type]
     assert out.transpose(1, 2).is_contiguous()
+
+
+def test_lists_have_room_for_what_rounding_adds() -> None:
+    """A row of one outlier and equal keys: each addition to the float32 total rounds the same way, for 65536 tiles."""
+    generator = torch.Generator().manual_seed(0)
+    mass = torch.rand(4000, generator=generator) + 1
+    total = torch.ones_like(mass)
+    for _ in range(1 << 16):
+        total += mass
+    sums = (1 + 65536 * mass.double()) / total
+    assert 1.003 < sums.max() < _SLACK
 
 
 def _problem(sampler: str, n: int = 4096, d: int = 128, dtype: torch.dtype = torch.bfloat16) -> Problem:
