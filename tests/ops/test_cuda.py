@@ -197,9 +197,9 @@ def test_the_librarys_output_has_the_operators_layout(backend: SDPBackend) -> No
 
 
 def test_lists_have_room_for_what_rounding_adds() -> None:
-    """A row of one outlier and equal keys: each addition to the float32 total rounds the same way, for 65536 tiles."""
+    """A row of one outlier and 65536 tiles of equal small masses: each addition to the total rounds the same way."""
     generator = torch.Generator().manual_seed(0)
-    mass = torch.rand(4000, generator=generator) + 1
+    mass = (torch.rand(4000, generator=generator) + 1) * 2**-18
     total = torch.ones_like(mass)
     for _ in range(1 << 16):
         total += mass
