@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fx_passes.ops.functional import attend
 from fx_passes.ops.reference import Dense, dense_attention
+from fx_passes.state import State
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -51,12 +53,13 @@ class Row:
 
 
 def sus(options: argparse.Namespace, c: float, seed: int = 1) -> Attention:
-    """The operator as the compiler pass emits it; c and seed lie on the device, as a backend's do."""
+    """The operator as the compiler pass emits it: c and seed lie on the device, and a state tells the host c."""
+    state = State(c)
     c_tensor = torch.tensor(c, dtype=torch.float64, device=options.device)
     seed_tensor = torch.tensor(seed, device=options.device)
     right = 0 if options.causal else None
     names = {"sampler": options.sampler, "forward": options.forward}
-    return lambda q, k, v: attend(q, k, v, c_tensor, seed_tensor, right=right, **names)  # type: ignore[arg-type]
+    return lambda q, k, v: attend(q, k, v, c_tensor, seed_tensor, right=right, state=state.id, **names)  # type: ignore[arg-type]
 
 
 def library(options: argparse.Namespace, backend: SDPBackend) -> Attention:
@@ -74,7 +77,9 @@ def flex(options: argparse.Namespace, n: int) -> Attention:
 
     mask = None
     if options.causal:
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device=options.device)
+        # Compiled, so that it makes no n x n tensor: at n = 131072 that has 17 GB.
+        make = torch.compile(create_block_mask)
+        mask = make(lambda b, h, i, j: i >= j, None, None, n, n, device=options.device)
     compiled = torch.compile(flex_attention)
     gqa = options.kv_heads != options.heads
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=gqa)
@@ -164,9 +169,13 @@ def measure(name: str, make: Callable[[], Attention], options: argparse.Namespac
     return row
 
 
-def gradients(attention: Attention, tensors: list[Tensor]) -> list[Tensor]:
+def gradients(attention: Attention, tensors: list[Tensor]) -> tuple[Tensor, ...]:
     q, k, v, grad = tensors
-    return [g.double() for g in torch.autograd.grad(attention(q, k, v), (q, k, v), grad)]
+    return torch.autograd.grad(attention(q, k, v), (q, k, v), grad)
+
+
+def square(x: Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64))
 
 
 def check(options: argparse.Namespace) -> list[str]:
@@ -182,7 +191,7 @@ def check(options: argparse.Namespace) -> list[str]:
         if (found - right).norm() > tolerance * right.norm():
             wrong.append(f"d{name} at c = inf is off by {float((found - right).norm() / right.norm()):.2e}")
     seeds = 64
-    base = gradients(sus(options, float("inf")), tensors)
+    base = [g.double() for g in gradients(sus(options, float("inf")), tensors)]
     draws = [gradients(sus(options, options.c[0], seed), tensors) for seed in range(seeds)]
     for i, name in enumerate("qkv"):
         errors = torch.stack([d[i] - base[i] for d in draws])
@@ -194,22 +203,27 @@ def check(options: argparse.Namespace) -> list[str]:
 
 def variance(options: argparse.Namespace, n: int, c: float) -> dict[str, float]:
     """E|g_sus - g|^2 / Var(g) over inputs drawn anew, for q, k and v: what SUS adds to the spread of a batch."""
-    added, exact = [0.0] * 3, []
+    added, squares = [0.0] * 3, [0.0] * 3
+    sums = [torch.zeros((), device=options.device)] * 3
     for seed in range(options.samples):
         tensors = inputs(options, n, seed=100 + seed)
         right = gradients(sus(options, float("inf")), tensors)
         found = gradients(sus(options, c, seed), tensors)
-        added = [
-            a + float((f - r).square().sum()) / options.samples for a, f, r in zip(added, found, right, strict=True)
-        ]
-        exact.append(right)
-    spread = [float(torch.stack(g).var(0).sum()) for g in zip(*exact, strict=True)]
+        for i, (f, r) in enumerate(zip(found, right, strict=True)):
+            added[i] += square(f.float() - r.float()) / options.samples
+            squares[i] += square(r.float())
+            sums[i] = sums[i] + r.float()
+    # Sums instead of all samples: at the longest n these would not fit.
+    spread = [(x - square(s) / options.samples) / (options.samples - 1) for x, s in zip(squares, sums, strict=True)]
     return {f"d{name}": a / s for name, a, s in zip("qkv", added, spread, strict=True)}
 
 
 def about(options: argparse.Namespace) -> dict[str, Any]:
     """What the numbers were measured on."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = None
+    if shutil.which("git"):
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = done.stdout.strip() or None
     try:
         import triton
 
@@ -220,7 +234,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if options.device == "cuda" else f"CPU ({platform.machine()})",
         "torch": torch.__version__,
         "triton": triton_version,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit,
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
     }
 

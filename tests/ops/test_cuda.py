@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 pytest.importorskip("triton")
 
-from fx_passes.ops.cuda import support
-from fx_passes.ops.cuda.lists import capacity_for, new_lists
+from fx_passes.ops.cuda import library, support
+from fx_passes.ops.cuda.lists import _SLACK, capacity_for, new_lists
 from fx_passes.ops.problem import Problem, Static
 
 ROOT = Path(__file__).parents[2]
@@ -36,11 +37,14 @@ def _run(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def _compile(arch: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-    only = "block" if options.get("sampler") == "block" else ""
+def _compile(arch: int, options: dict[str, Any], only: str = "") -> list[dict[str, Any]]:
+    """Of the block sampler its own kernels, unless `only` names others."""
+    only = only or ("block" if options.get("sampler") == "block" else "")
     lines = _run("-m", "tests.ops.cuda.ahead", str(arch), json.dumps(options), only, TRITON_INTERPRET="0").splitlines()
     found = [json.loads(line) for line in lines]
-    assert {r["kernel"] for r in found} >= ({*DOTS[2:]} if only else {*DOTS[:2]})
+    assert {r["kernel"] for r in found} >= {
+        name for name in (DOTS[2:] if only == "block" else DOTS[:2]) if only in name
+    }
     return found
 
 
@@ -63,7 +67,7 @@ def test_importing_the_package_does_not_import_triton() -> None:
 
 
 # The interpreter's tests that the default run leaves to `slow`, for its time.
-_QUICK = "outdated or causal or low_precision or padding or bias_and_its_gradient or sinks or lost or split or lowered"
+_QUICK = "outdated or causal or late or low_precision or padding or bias or sinks or lost or split or lowered"
 _INTERPRETER = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/cuda/check_kernels.py", "--timeout=1500")
 
 
@@ -72,7 +76,12 @@ def test_kernels_in_the_interpreter() -> None:
 
 
 def test_block_kernels_in_the_interpreter() -> None:
-    _run(*_INTERPRETER[:-2], "tests/ops/cuda/check_block.py", "-k", "causal or bfloat16 or nothing or order or shape1")
+    _run(
+        *_INTERPRETER[:-2],
+        "tests/ops/cuda/check_block.py",
+        "-k",
+        "causal or low_precision or padding or order or key_bias",
+    )
 
 
 @pytest.mark.slow
@@ -99,6 +108,13 @@ def test_compiles_head_sizes(arch: int, options: dict[str, Any]) -> None:
 
 @EVERY
 @pytest.mark.slow
+def test_compiles_the_forward_that_draws_nothing(arch: int) -> None:
+    """That of the block sampler, and of calls without a gradient."""
+    _check(_compile(arch, {"d": 128, **BLOCK}, only="attention_forward"), arch, stack=192)
+
+
+@EVERY
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [{}, BLOCK], ids=["systematic", "block"])
 def test_compiles_the_largest_heads(arch: int, sampler: dict[str, Any]) -> None:
     _check(_compile(arch, {"d": 256, **sampler}), arch, stack=320, small=True)
@@ -120,6 +136,13 @@ def test_compiles_every_feature(arch: int, name: str, sampler: dict[str, Any]) -
     _check(_compile(arch, {"d": 64, "features": _TOGETHER[name], **sampler}), arch, stack=320)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", [{}, {"sampler": "block"}], ids=["systematic", "block"])
+def test_compiles_where_numbers_are_one(sampler: dict[str, Any]) -> None:
+    """Triton makes a constant of an argument that is 1: n, every stride, and what is not in `scores.COUNTS`."""
+    _check(_compile(90, {"d": 64, "c": 0.5, "n": 1, "heads": 1, "groups": 1, **sampler}), 90)
+
+
 @EVERY
 @pytest.mark.slow
 @pytest.mark.parametrize(("d", "stack"), [(64, 0), (128, 0), (256, 480)])
@@ -132,6 +155,56 @@ def test_compiles_in_float32(arch: int, d: int, stack: int) -> None:
 @pytest.mark.parametrize(("d", "stack"), [(64, 0), (128, 480)])
 def test_compiles_the_block_sampler_in_float32(arch: int, d: int, stack: int) -> None:
     _check(_compile(arch, {"d": d, "dtype": "float32", **BLOCK}), arch, stack=stack, dots=False)
+
+
+@pytest.mark.parametrize(("sampler", "c"), [("systematic", 30.0), ("block", 256.0)])
+def test_lengths_and_sites_share_their_kernels(sampler: str, c: float) -> None:
+    """Two of each for all lengths, heads and sites: n is a multiple of 16 or not. `columns` has two forms."""
+    from tests.ops.cuda.ahead import record, variants
+
+    launches = [
+        launch
+        for n in (1000, 1024, 3000, 8208, 20000)
+        for heads, site in ((1, 0), (8, 1), (16, 4))
+        for launch in record(n=n, heads=heads, groups=heads, sampler=sampler, c=c, site=site, features=("dropout",))
+    ]
+    assert all(k <= (4 if name == "attention_columns" else 2) for name, k in variants(launches).items())
+
+
+_TF32 = """
+import torch
+from fx_passes.ops.cuda.launch import shared_arguments
+from fx_passes.ops.problem import Problem, Static
+x = torch.empty(1, 1, 4, 16)
+p = Problem(x, x, x, *[None] * 6, static=Static(scale=1.0))
+print(shared_arguments(p, x)["PRECISION"])
+{}
+print(shared_arguments(p, x)["PRECISION"])
+"""
+
+
+@pytest.mark.parametrize("switch", ["cuda.matmul.allow_tf32 = True", "fp32_precision = 'tf32'"], ids=["old", "new"])
+def test_tf32_is_used_where_it_is_allowed(switch: str) -> None:
+    assert _run("-c", _TF32.format("torch.backends." + switch)).split() == ["ieee", "tf32"]
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_the_librarys_output_has_the_operators_layout(backend: SDPBackend) -> None:
+    q, k, v = (torch.randn(2, 3, 40, 16) for _ in range(3))
+    with sdpa_kernel(backend):
+        out = library.forward(Problem(q, k, v, *[None] * 6, static=Static(scale=0.25)))  # type: ignore[arg-type]
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_lists_have_room_for_what_rounding_adds() -> None:
+    """A row of one outlier and 65536 tiles of equal small masses: each addition to the total rounds the same way."""
+    generator = torch.Generator().manual_seed(0)
+    mass = (torch.rand(4000, generator=generator) + 1) * 2**-18
+    total = torch.ones_like(mass)
+    for _ in range(1 << 16):
+        total += mass
+    sums = (1 + 65536 * mass.double()) / total
+    assert 1.003 < sums.max() < _SLACK
 
 
 def _problem(sampler: str, n: int = 4096, d: int = 128, dtype: torch.dtype = torch.bfloat16) -> Problem:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +20,22 @@ from fx_passes.ops.problem import Gradients, Problem, Softmax
 from fx_passes.ops.tiled.block import ROWS
 from fx_passes.state import get_state
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+def _on_its_device(call: Callable[Concatenate[Problem, P], R]) -> Callable[Concatenate[Problem, P], R]:
+    """Triton launches on the current device, whatever device its tensors are on. PyTorch sets none for an operator."""
+
+    @wraps(call)
+    def guarded(problem: Problem, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(problem.query):  # type: ignore[no-untyped-call]
+            return call(problem, *args, **kwargs)
+
+    return guarded
+
+
+@_on_its_device
 def forward(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> tuple[Tensor, Softmax, Tensor]:
     """Out, softmax, and the byte behind which the lists lie. See `schema.attention`."""
     s = problem.static
@@ -38,6 +56,7 @@ def forward(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> 
     return out, softmax, kept
 
 
+@_on_its_device
 def backward(
     problem: Problem,
     grad: Tensor,

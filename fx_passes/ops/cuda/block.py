@@ -11,7 +11,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fx_passes.ops.cuda.scores import LOG2E, Rules, bounds, capped, dropout_entries, load_rows, power, row_word, scores
+from fx_passes.ops.cuda.scores import (
+    LOG2E,
+    Rules,
+    bounds,
+    capped,
+    dropout_entries,
+    jit,
+    load_rows,
+    power,
+    row_word,
+    scores,
+)
 
 STEPS = tl.constexpr(8)  # of the fixed point for lambda, as in `tiled.block`
 
@@ -60,8 +71,7 @@ def _factor(scratch, low, high, c, TK: tl.constexpr):
     return factor, zero + tl.sum(some, 0).to(tl.float64) <= c
 
 
-# c of a site is an element of a vector: its alignment says nothing, and must not cost a compilation.
-@triton.jit(do_not_specialize_on_alignment=["c_ptr"])
+@jit
 def block_select(
     query_ptr, q_b, q_h, q_m,
     key_ptr, k_b, k_h, k_n,
@@ -131,7 +141,7 @@ def block_select(
         tl.store(count_ptr + number + zero, tl.minimum(carry >> 32, capacity).to(tl.int32))
 
 
-@triton.jit
+@jit
 def block_backward(
     query_ptr, q_b, q_h, q_m,
     key_ptr, k_b, k_h, k_n,

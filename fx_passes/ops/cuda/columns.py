@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fx_passes.ops.cuda.scores import LOG2E, Rules, capped, dropout_entries, load_rows, power, scores
+from fx_passes.ops.cuda.scores import LOG2E, Rules, capped, dropout_entries, jit, load_rows, power, scores
 
 RESOLUTION = tl.constexpr(1 << 29)  # times 24 bits of a tile's length is exact in float64
 
@@ -55,7 +55,7 @@ def _point(place, index, units, weights):
     return lane, q.to(tl.float32), (index == 0) | (x - 4294967296.0 < low)
 
 
-@triton.jit
+@jit
 def attention_columns(
     query_ptr, q_b, q_h, q_m,
     key_ptr, k_b, k_h, k_n,
@@ -123,7 +123,8 @@ def attention_columns(
         row_number = item // capacity
         plane_of_row = row_number // m
         rows = (row_number - plane_of_row * m).to(tl.int32)
-        head = (plane_of_row - batch * heads).to(tl.int64)
+        # Lanes without a point have row 0 of plane 0, whose distance to this batch is no head.
+        head = tl.where(valid, plane_of_row - batch * heads, 0).to(tl.int64)
         query_at = batch * q_b + head * q_h + rows.to(tl.int64) * q_m
         query = load_rows(query_ptr, query_at, 1, valid, D, BD, True)
         grad_at = batch * o_b + head * o_h + rows.to(tl.int64) * o_m

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fx_passes.ops.cuda.scores import LN2, LOG2E, Rules, bounds, dropout_tile, load_rows, power, row_word, scores
+from fx_passes.ops.cuda.scores import LN2, LOG2E, Rules, bounds, dropout_tile, jit, load_rows, power, row_word, scores
 from fx_passes.ops.cuda.select import select
 
 
@@ -60,8 +60,7 @@ def _sweep(
     return acc, top, total, anchor, reset
 
 
-# c of a site is an element of a vector: its alignment says nothing, and must not cost a compilation.
-@triton.jit(do_not_specialize_on_alignment=["c_ptr"])
+@jit
 def attention_forward(
     query_ptr, q_b, q_h, q_m,
     key_ptr, k_b, k_h, k_n,

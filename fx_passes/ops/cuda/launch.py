@@ -60,7 +60,8 @@ def shared_arguments(problem: Problem, dropout_seed: Tensor) -> dict[str, Any]:
         "E": problem.value.shape[-1],
         "BD": padded(problem.query.shape[-1]),
         "BE": padded(problem.value.shape[-1]),
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        # `allow_tf32` says the same, but raises where it was not `allow_tf32` that set it.
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
     }
     if mask is not None and all(mask.shape[i] == 1 or mask.stride(i) == 0 for i in (1, 2)):
         arguments |= {"mask_h": None, "mask_m": None}  # a function of the key alone
@@ -96,7 +97,7 @@ def launch_forward(
     attention_forward[(programs,)](
         q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
         out, *(out.stride()[:3] if out is not None else (0, 0, 0)),
-        softmax.maximum, softmax.total, problem.sinks,
+        softmax.maximum, softmax.total, None if problem.sinks is None else problem.sinks.contiguous(),
         c_ptr=c, c_limit=c_limit(lists.capacity) if lists else 1.0, seed_ptr=seed,
         row_stream=stream_word(problem.static.site, STREAM_ROW), scratch_ptr=scratch,
         tile_ptr=lists.tile if lists else None, rank_ptr=lists.rank if lists else None,
@@ -113,19 +114,18 @@ def launch_forward(
 
 def _order(problem: Problem, lists: Lists) -> tuple[Tensor, Tensor]:
     """Numbers of the points grouped by (key head, tile), and where each group starts: [key heads * tiles + 1]."""
-    (b, h, m, _), (_, groups, n, _), sizes = problem.query.shape, problem.key.shape, sizes_of(problem)
+    (b, _, m, _), (_, groups, n, _), sizes = problem.query.shape, problem.key.shape, sizes_of(problem)
     blocks, tiles, slots = -(-m // sizes.bm), -(-n // sizes.sub), lists.tile.numel()
     counts = torch.zeros((b * groups, problem.group * blocks, tiles), dtype=torch.int32, device=lists.tile.device)
     count_points[(-(-slots // _POINTS),)](
         lists.tile, counts, slots, lists.capacity, m, blocks, tiles, BM=sizes.bm, BLOCK=_POINTS
     )
-    start = torch.zeros(b * groups * tiles + 1, dtype=torch.int64, device=counts.device)
-    torch.cumsum(counts.sum(1).view(-1), 0, out=start[1:])
-    before = counts.cumsum(1, dtype=torch.int32).sub_(counts)
-    order = torch.empty(slots, dtype=torch.int32 if slots < 1 << 31 else torch.int64, device=counts.device)
+    ends = counts.cumsum_(1)  # in place: it is the one tensor here that grows with rows * keys
+    start = torch.zeros(b * groups * tiles + 1, dtype=torch.int64, device=ends.device)
+    torch.cumsum(ends[:, -1].flatten(), 0, out=start[1:])
+    order = torch.empty(slots, dtype=torch.int32 if slots < 1 << 31 else torch.int64, device=ends.device)
     place_points[(-(-slots // _POINTS),)](
-        lists.tile, lists.rank, start, before, order,
-        slots, lists.capacity, m, h, problem.group, blocks, tiles,
+        lists.tile, lists.rank, start, ends, order, slots, lists.capacity, m, problem.group, blocks, tiles,
         BM=sizes.bm, BLOCK=_POINTS,
     )  # fmt: skip
     return order, start

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from fx_passes.ops.cuda.scores import jit
 
-@triton.jit
+
+@jit
 def count_points(
     tile_ptr, counts_ptr, total, capacity, m, blocks, tiles, BM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -21,10 +22,10 @@ def count_points(
     tl.atomic_add(counts_ptr + at * tiles + (word & 0xFFFF), 1, mask=word >= 0, sem="relaxed")
 
 
-@triton.jit
+@jit
 def place_points(
-    tile_ptr, rank_ptr, start_ptr, before_ptr, order_ptr,
-    total, capacity, m, heads, group, blocks, tiles,
+    tile_ptr, rank_ptr, start_ptr, ends_ptr, order_ptr,
+    total, capacity, m, group, blocks, tiles,
     BM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes every point's number to its place in the order of (key head, tile, query head, row, slot)."""
@@ -35,14 +36,16 @@ def place_points(
     row_number = item // capacity
     plane = row_number // m  # batch * heads + head
     block = row_number % m // BM
-    # `before` has its blocks of rows in the order of planes: those of a key head's group lie one behind the other.
     start = tl.load(start_ptr + plane // group * tiles + tile, mask=live, other=0)
-    before = tl.load(before_ptr + (plane * blocks + block) * tiles + tile, mask=live, other=0)
+    # `ends` counts up to each block of rows and with it, in the order of planes: those of a key head's group lie one
+    # behind the other. What is before a block is the end of the one before.
+    follows = live & (plane % group * blocks + block > 0)
+    before = tl.load(ends_ptr + (plane * blocks + block - 1) * tiles + tile, mask=follows, other=0)
     rank = tl.load(rank_ptr + item, mask=live, other=0)
     tl.store(order_ptr + start + before + rank, item.to(order_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@jit
 def attention_rows(
     key_ptr, k_b, k_h, k_n,
     found_ptr, dlogit_ptr, dquery_ptr, kept_ptr,
@@ -78,7 +81,7 @@ def attention_rows(
     tl.store(kept_ptr + program, tl.sum(count, 0))
 
 
-@triton.jit
+@jit
 def attention_delta(
     grad_ptr, o_b, o_h, o_m,
     out_ptr, s_b, s_h, s_m,

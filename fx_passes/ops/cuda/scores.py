@@ -9,6 +9,7 @@ bias or a softcap may make it huge, in natural units (`NATURAL`): a row of -1e9 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import triton
@@ -16,6 +17,22 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+# Numbers of a launch that say nothing about memory's alignment: a kernel is not compiled anew because one of them is 1
+# or a multiple of 16. (n stays: masked loads along keys are wide where it is a multiple of 16.)
+COUNTS = [
+    "batches", "heads", "groups", "group", "m", "blocks", "tiles", "scratch_tiles", "programs", "capacity", "chunk",
+    "first", "row_stream", "block_stream", "dropout_stream", "dropout_threshold",
+]  # fmt: skip
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """A kernel that is launched. c of a site is an element of a vector: its alignment says nothing either."""
+    names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
+    return triton.jit(
+        do_not_specialize=[name for name in COUNTS if name in names],
+        do_not_specialize_on_alignment=[name for name in ("c_ptr",) if name in names],
+    )(kernel)
 
 
 class Rules(NamedTuple):

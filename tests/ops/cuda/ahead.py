@@ -41,12 +41,12 @@ class Recorder:
 
 
 def _source(kernel: Any, call: dict[str, Any]) -> ASTSource:
-    """What the launch would compile: None and 1 are constants, multiples of 16 are known to be that."""
+    """What the launch would compile: None and 1 are constants, multiples of 16 are known to be that, if it may know."""
     signature, constants, attributes = {}, {}, {}
     declared = {p.name for p in kernel.params if p.is_constexpr}
     for index, name in enumerate(kernel.arg_names):
-        x = call[name]
-        if name in declared or x is None or (type(x) is int and x == 1):
+        x, special = call[name], not kernel.params[index].do_not_specialize
+        if name in declared or x is None or (special and type(x) is int and x == 1):
             signature[name], constants[(index,)] = "constexpr", x
         elif isinstance(x, torch.Tensor):
             signature[name] = "*" + _TYPES[x.dtype]
@@ -54,10 +54,21 @@ def _source(kernel: Any, call: dict[str, Any]) -> ASTSource:
             signature[name] = "fp32"
         else:
             signature[name] = "i64" if x >= 1 << 31 else "i32"
-        aligned = isinstance(x, torch.Tensor) and not kernel.params[index].do_not_specialize_on_alignment
-        if signature[name] != "constexpr" and (aligned or (isinstance(x, int) and x % 16 == 0)):
+        aligned = isinstance(x, torch.Tensor) or (isinstance(x, int) and x % 16 == 0)
+        special = special and not kernel.params[index].do_not_specialize_on_alignment
+        if signature[name] != "constexpr" and special and aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
+
+
+def variants(launches: list[tuple[Any, dict[str, Any]]]) -> dict[str, int]:
+    """How often each kernel would be compiled for these launches."""
+    found: dict[str, set[str]] = {}
+    for kernel, call in launches:
+        source = _source(kernel, call)
+        key = repr((source.signature, source.constants, source.attrs, [call.get(k) for k in _OPTIONS]))
+        found.setdefault(kernel.__name__, set()).add(key)
+    return {name: len(keys) for name, keys in found.items()}
 
 
 def _tool(name: str) -> str:
@@ -107,7 +118,7 @@ _KERNELS = {
 
 def record(
     n: int = 32768, heads: int = 8, groups: int = 8, d: int = 128, dtype: str = "bfloat16", c: float = 30.0,
-    sampler: str = "systematic", features: tuple[str, ...] = ("causal",), arch: int = 90,
+    sampler: str = "systematic", features: tuple[str, ...] = ("causal",), arch: int = 90, site: int = 0,
 ) -> list[tuple[Any, dict[str, Any]]]:  # fmt: skip
     """The launches of one forward and backward on meta tensors."""
     recorders = [(module, Recorder(getattr(module, name))) for module, names in _KERNELS.items() for name in names]
@@ -119,13 +130,15 @@ def record(
         patch.setattr(launch, "has_large_tiles", lambda _: arch in (90, 100))
         torch.use_deterministic_algorithms("fixed" in features)
         try:
-            _call(n, heads, groups, d, getattr(torch, dtype), sampler, features)
+            _call(n, heads, groups, d, getattr(torch, dtype), sampler, features, site)
         finally:
             torch.use_deterministic_algorithms(fixed)
     return [(r.kernel, call) for _, r in recorders for call in r.calls]
 
 
-def _call(n: int, heads: int, groups: int, d: int, dtype: torch.dtype, sampler: str, features: tuple[str, ...]) -> None:
+def _call(
+    n: int, heads: int, groups: int, d: int, dtype: torch.dtype, sampler: str, features: tuple[str, ...], site: int
+) -> None:  # fmt: skip
     def new(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype)
 
@@ -149,6 +162,7 @@ def _call(n: int, heads: int, groups: int, d: int, dtype: torch.dtype, sampler: 
         softcap=30.0 if "softcap" in features else 0.0,
         dropout_p=0.1 if "dropout" in features else 0.0,
         sampler=sampler,
+        site=site,
         forward="library" if "library" in features else "auto",
     )
     problem = Problem(new(1, heads, n, d), new(1, groups, n, d), new(1, groups, n, d), **tensors, static=static)

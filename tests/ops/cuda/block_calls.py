@@ -12,7 +12,7 @@ from fx_passes.ops.draws import STREAM_BLOCK, row_words
 from fx_passes.ops.problem import Problem
 from fx_passes.ops.reference import dense_attention, sus_gradients
 from fx_passes.ops.tiled.block import ROWS, choose, probabilities
-from tests.ops.cuda.calls import SEED, TOLERANCE, dense, dropout, error, run
+from tests.ops.cuda.calls import SEED, TOLERANCE, check_blind, dense, dropout, error, run
 from tests.ops.cuda.calls import problem as _problem
 
 
@@ -69,6 +69,7 @@ def check(p: Problem, c: float) -> dict[str, Any]:
     for name, right in gradients.items():
         assert error(getattr(r["gradients"], name), right) < 4 * limit, name
     weights = reference.weights(reference.logits())
+    check_blind(r, weights)
     if p.query.dtype == torch.float32:
         assert int(r["count"]) == int(((weights.float() > 0) & (known > 0)).sum())
     return r

@@ -6,6 +6,8 @@ In the interpreter that is the CPU (`check_kernels` sets TRITON_INTERPRET first)
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,6 +96,13 @@ def kept_matrix(p: Problem, key: Tensor) -> Tensor:
     return matrix[..., :-1]
 
 
+def check_blind(r: dict[str, Any], weights: Tensor) -> None:
+    """Rows that see no key are zero, and so is their gradient."""
+    blind = ~weights.any(-1)
+    assert not r["out"][blind].any()
+    assert not r["gradients"].query[blind].any()
+
+
 def check(p: Problem, c: float) -> dict[str, Any]:
     """Out, softmax and gradients of a call against the reference, with the entries that it kept itself."""
     r, reference, factor = run(p, c), dense(p), dropout(p)
@@ -102,6 +111,7 @@ def check(p: Problem, c: float) -> dict[str, Any]:
     weights = reference.weights(reference.logits())
     shown = torch.exp(reference.logits() - r["softmax"].maximum[..., None].double()) / r["softmax"].total[..., None]
     assert error(shown, weights) < limit
+    check_blind(r, weights)
     matrix = kept_matrix(p, r["key"])
     assert matrix.max() <= 1, "an entry is in a list twice"
     assert int(matrix.sum()) == int(r["count"])
@@ -112,3 +122,61 @@ def check(p: Problem, c: float) -> dict[str, Any]:
     for name, right in gradients.items():
         assert error(getattr(r["gradients"], name), right) < 4 * limit, name
     return r
+
+
+def check_expectation(p: Problem, c: float) -> None:
+    """256 heads with equal contents draw independently: their mean is within the error that their spread predicts."""
+    (_, _, m, _), n, e, heads = p.query.shape, p.key.shape[2], p.value.shape[-1], 256
+    wide = Problem(*(x.expand(-1, heads, -1, -1) for x in (p.query, p.key, p.value)), *[None] * 6, static=p.static)
+    grad = torch.randn(1, 1, m, e, generator=torch.Generator().manual_seed(1)).to(p.query)
+    r = run(wide, c, grad.expand(1, heads, m, e))
+    exact = sus_gradients(dense(p), grad, torch.ones(1, 1, m, n, device=DEVICE))
+    for name in ("query", "key", "value"):
+        samples = getattr(r["gradients"], name)[0].double()
+        noise = samples.var(0).sum().div(heads).sqrt()
+        assert (samples.mean(0) - exact[name][0, 0]).norm() < 1.3 * noise, name
+        assert noise < 0.3 * exact[name].norm()
+
+
+def check_lost_lists(p: Problem, c: float) -> None:
+    """A copy of `kept` has no lists behind it; the backward draws them again, the same ones."""
+    r = run(p, c)
+    number = torch.tensor(c, dtype=torch.float64, device=DEVICE)
+    again, count = attention.backward(
+        p, r["grad"], r["out"], r["softmax"], r["kept"].clone(), number, SEED, SEED, False
+    )  # fmt: skip
+    assert count == r["count"]
+    for name in ("query", "key", "value"):
+        assert torch.equal(getattr(again, name), getattr(r["gradients"], name))
+
+
+def _spread(x: Tensor, dim: int, distance: int, allocate: Callable[[int], Tensor]) -> Tensor:
+    """An equal tensor whose last index of `dim` lies at least `distance` elements behind its first one."""
+    step = 64 * x.shape[-1]
+    strides = [0, 0, 0, 1]
+    for i in reversed([i for i in range(3) if i != dim]):
+        strides[i] = step
+        step *= x.shape[i]
+    strides[dim] = -(-distance // (x.shape[dim] - 1) // step) * step
+    size = 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True))
+    result = allocate(size).as_strided(x.shape, strides)
+    result.copy_(x)
+    assert (x.shape[dim] - 1) * result.stride(dim) >= distance
+    return result
+
+
+def check_offsets(sampler: str, dim: int, distance: int, allocate: Callable[[int], Tensor]) -> None:
+    """Inputs that lie so far apart along a dimension that int32 does not hold their offsets change nothing.
+
+    Args:
+        allocate: makes a float16 vector of so many elements.
+    """
+    p = problem(b=2, h=4, g=2, m=40, n=40, dtype=torch.float16, static={"right": 0, "sampler": sampler})
+    grad = torch.randn(p.query.shape, generator=torch.Generator().manual_seed(0)).to(p.query)
+    right = run(p, 8.0, grad)
+    names = ("query", "key", "value")
+    far = {name: _spread(getattr(p, name), dim, distance, allocate) for name in names}
+    found = run(replace(p, **far), 8.0, _spread(grad, dim, distance, allocate))  # type: ignore[arg-type]
+    assert torch.equal(found["out"], right["out"])
+    for name in names:
+        assert torch.allclose(getattr(found["gradients"], name), getattr(right["gradients"], name), atol=1e-3), name

@@ -11,10 +11,9 @@ import torch
 
 from fx_passes.ops import tiled
 from fx_passes.ops.cuda import attention, launch_block
-from fx_passes.ops.problem import Problem
-from fx_passes.ops.reference import sus_gradients
 from tests.ops.cuda.block_calls import check, problem
-from tests.ops.cuda.calls import SEED, dense, error, run
+from tests.ops.cuda.calls import SEED, check_expectation, check_lost_lists, error, run
+from tests.ops.cuda.features import HEAD_SIZES, features
 
 interpreter.install()
 
@@ -33,12 +32,12 @@ def test_any_budget(c: float) -> None:
     check(problem(m=100, n=200), c)
 
 
-BAND = {"causal": {"right": 0}, "window": {"left": 40, "right": 0}, "end": {"right": 0, "bottom_right": True}}
+FEATURES = features(150, 200)
 
 
-@pytest.mark.parametrize("name", BAND)
-def test_bands(name: str, fixed_order: bool) -> None:
-    check(problem(m=150, n=200, static=BAND[name]), 20.0)
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name: str, fixed_order: bool) -> None:
+    check(problem(**FEATURES[name]), 20.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -46,13 +45,9 @@ def test_low_precision(dtype: torch.dtype) -> None:
     check(problem(dtype=dtype, static={"right": 0}), 20.0)
 
 
-@pytest.mark.parametrize(("d", "e"), [(16, 32), (40, 24), (256, 16)])
+@pytest.mark.parametrize(("d", "e"), HEAD_SIZES)
 def test_head_sizes(d: int, e: int) -> None:
     check(problem(d=d, e=e, m=70, n=130, h=1), 20.0)
-
-
-def test_groups_of_query_heads_in_a_batch(fixed_order: bool) -> None:
-    check(problem(b=2, h=4, g=2, m=70, n=70, static={"right": 0}), 20.0)
 
 
 def test_peaked_rows() -> None:
@@ -64,43 +59,7 @@ def test_a_budget_beyond_all_keys_keeps_each_however_small_its_weight() -> None:
     assert (check(p, 170.0)["lists"].counts == 160).all()
 
 
-def test_padding_and_blocks_that_see_nothing() -> None:
-    mask = torch.rand(2, 1, 1, 130, generator=torch.Generator().manual_seed(0)) < 0.6
-    mask[1] = False
-    r = check(problem(b=2, h=1, g=1, m=70, n=130, attn_mask=mask), 20.0)
-    assert not r["lists"].counts[1].any()
-    assert not r["gradients"].query[1].any()
-    check(problem(m=70, n=130, static={"right": -80}), 20.0)  # the first block is before the band
-
-
-def test_any_mask() -> None:
-    mask = torch.rand(1, 2, 96, 160, generator=torch.Generator().manual_seed(0)) < 0.5
-    check(problem(attn_mask=mask), 20.0)
-
-
-@pytest.mark.parametrize("shape", [(1, 2, 96, 160), (1, 1, 1, 160), (1, 2, 96, 1)])
-def test_bias_and_its_gradient(shape: tuple[int, ...], fixed_order: bool) -> None:
-    check(problem(attn_bias=torch.randn(shape, generator=torch.Generator().manual_seed(0))), 20.0)
-
-
-def test_sinks() -> None:
-    check(problem(sinks=torch.tensor([1.0, -torch.inf])), 20.0)
-
-
-def test_softcap() -> None:
-    check(problem(spread=4.0, static={"softcap": 2.0}), 20.0)
-
-
-def test_documents_and_prefix() -> None:
-    ids = torch.arange(160)[None] // 50
-    check(problem(m=160, query_ids=ids, key_ids=ids, prefix=torch.tensor([30]), static={"right": 0}), 20.0)
-
-
-def test_dropout() -> None:
-    check(problem(static={"dropout_p": 0.3, "site": 3}), 20.0)
-
-
-def test_library_forward() -> None:
+def test_library_forward_keeps_its_bits() -> None:
     p = problem(static={"right": 0, "forward": "library"}, g=2, m=96, n=96)
     library = torch.nn.functional.scaled_dot_product_attention(p.query, p.key, p.value, is_causal=True)
     assert torch.equal(check(p, 20.0)["out"], library)
@@ -119,12 +78,7 @@ def test_gradients_are_those_of_the_tiled_path(c: float) -> None:
 
 
 def test_lost_lists_are_drawn_again() -> None:
-    p = problem(static={"right": 0})
-    r = run(p, 20.0)
-    c = torch.tensor(20.0, dtype=torch.float64)
-    again, count = attention.backward(p, r["grad"], r["out"], r["softmax"], r["kept"].clone(), c, SEED, SEED, False)
-    assert count == r["count"]
-    assert torch.equal(again.query, r["gradients"].query)
+    check_lost_lists(problem(static={"right": 0}), 20.0)
 
 
 def test_a_fixed_order_gives_the_same_bits_and_atomics_the_same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,15 +111,4 @@ def test_c_beyond_the_lists_is_lowered_and_unbiased(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_expected_gradient_is_exact() -> None:
-    """256 heads with equal contents draw independently: their mean is within the error that their spread predicts."""
-    p = problem(h=1, m=32, n=96, spread=2.0)
-    heads = 256
-    wide = Problem(*(x.expand(-1, heads, -1, -1) for x in (p.query, p.key, p.value)), *[None] * 6, static=p.static)
-    grad = torch.randn(1, 1, 32, 16, generator=torch.Generator().manual_seed(1))
-    r = run(wide, 30.0, grad.expand(1, heads, 32, 16))
-    exact = sus_gradients(dense(p), grad, torch.ones(1, 1, 32, 96))
-    for name in ("query", "key", "value"):
-        samples = getattr(r["gradients"], name)[0].double()
-        noise = samples.var(0).sum().div(heads).sqrt()
-        assert (samples.mean(0) - exact[name][0, 0]).norm() < 1.3 * noise, name
-        assert noise < 0.3 * exact[name].norm()
+    check_expectation(problem(h=1, m=32, n=96, spread=2.0), 30.0)

@@ -18,7 +18,18 @@ from fx_passes.ops.cuda.lists import c_limit
 from fx_passes.ops.problem import Problem, Softmax
 from fx_passes.ops.reference import sus_gradients
 from fx_passes.ops.tiled.sample import row_offsets, systematic
-from tests.ops.cuda.calls import SEED, check, dense, error, kept_matrix, problem, run
+from tests.ops.cuda.calls import (
+    SEED,
+    check,
+    check_expectation,
+    check_lost_lists,
+    dense,
+    error,
+    kept_matrix,
+    problem,
+    run,
+)
+from tests.ops.cuda.features import HEAD_SIZES, features
 
 NEEDED = interpreter.install()
 
@@ -35,7 +46,12 @@ def test_no_patch_of_the_interpreter_is_outdated() -> None:
     assert all(NEEDED.values()), f"remove the patches that are no longer needed: {NEEDED}"
 
 
-BAND = {"causal": {"right": 0}, "window": {"left": 40, "right": 0}, "end": {"right": 0, "bottom_right": True}}
+FEATURES = features(96, 160)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name: str) -> None:
+    check(problem(**FEATURES[name]), 8.0)
 
 
 @pytest.mark.parametrize("c", [0.5, 6.0, 60.0])
@@ -43,62 +59,18 @@ def test_gradients_for_any_c(c: float) -> None:
     check(problem(m=40, n=96), c)
 
 
-@pytest.mark.parametrize("name", BAND)
-def test_bands(name: str) -> None:
-    check(problem(static=BAND[name]), 8.0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision(dtype: torch.dtype) -> None:
     check(problem(dtype=dtype, static={"right": 0}), 8.0)
 
 
-@pytest.mark.parametrize(("d", "e"), [(16, 32), (40, 24), (256, 16)])
+@pytest.mark.parametrize(("d", "e"), HEAD_SIZES)
 def test_head_sizes(d: int, e: int) -> None:
     check(problem(d=d, e=e, m=70, n=130, h=1), 8.0)
 
 
-def test_groups_of_query_heads_in_a_batch() -> None:
-    check(problem(b=2, h=4, g=2, m=40, n=70, static={"right": 0}), 8.0)
-
-
 def test_peaked_rows_keep_each_entry_once() -> None:
     check(problem(spread=6.0), 20.0)
-
-
-def test_padding() -> None:
-    mask = torch.rand(2, 1, 1, 130, generator=torch.Generator().manual_seed(0)) < 0.6
-    mask[1] = False  # nothing is seen
-    r = check(problem(b=2, h=1, g=1, m=40, n=130, attn_mask=mask), 8.0)
-    assert not r["out"][1].any()
-    assert not r["gradients"].query[1].any()
-
-
-def test_any_mask() -> None:
-    mask = torch.rand(1, 2, 96, 160, generator=torch.Generator().manual_seed(0)) < 0.5
-    check(problem(attn_mask=mask), 8.0)
-
-
-@pytest.mark.parametrize("shape", [(1, 2, 96, 160), (1, 1, 1, 160), (1, 2, 96, 1)])
-def test_bias_and_its_gradient(shape: tuple[int, ...]) -> None:
-    check(problem(attn_bias=torch.randn(shape, generator=torch.Generator().manual_seed(0))), 8.0)
-
-
-def test_sinks() -> None:
-    check(problem(sinks=torch.tensor([1.0, -torch.inf])), 8.0)
-
-
-def test_softcap() -> None:
-    check(problem(spread=4.0, static={"softcap": 2.0}), 8.0)
-
-
-def test_documents_and_prefix() -> None:
-    ids = torch.arange(160)[None] // 50
-    check(problem(m=160, query_ids=ids, key_ids=ids, prefix=torch.tensor([30]), static={"right": 0}), 8.0)
-
-
-def test_dropout() -> None:
-    check(problem(static={"dropout_p": 0.3, "site": 3}), 8.0)
 
 
 def test_strides() -> None:
@@ -108,6 +80,21 @@ def test_strides() -> None:
     r = run(p, 8.0, torch.ones(()).expand(1, 2, 96, 16))
     right = run(problem(), 8.0, torch.ones(1, 2, 96, 16))
     assert torch.equal(r["gradients"].key, right["gradients"].key)
+
+
+def test_sinks_need_no_unit_stride() -> None:
+    apart = torch.tensor([1.0, 9.0, -2.0, 9.0])
+    right = run(problem(sinks=apart[::2].contiguous()), 8.0)["out"]
+    assert torch.equal(run(problem(sinks=apart[::2]), 8.0)["out"], right)
+
+
+def test_launches_are_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    guarded: list[torch.Tensor] = []
+    guard = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: guarded.append(x) or guard(x))
+    p = problem()
+    run(p, 8.0)
+    assert [x is p.query for x in guarded] == [True, True]
 
 
 def test_rows_that_are_masked_at_a_finite_value_are_uniform() -> None:
@@ -139,28 +126,11 @@ def test_the_set_is_the_one_of_the_reference_path() -> None:
 
 @pytest.mark.slow
 def test_expected_gradient_is_exact() -> None:
-    """256 heads with equal contents draw independently: their mean is within the error that their spread predicts."""
-    p = problem(h=1, m=32, n=96, spread=2.0)
-    heads = 256
-    wide = Problem(*(x.expand(-1, heads, -1, -1) for x in (p.query, p.key, p.value)), *[None] * 6, static=p.static)
-    grad = torch.randn(1, 1, 32, 16, generator=torch.Generator().manual_seed(1))
-    r = run(wide, 4.0, grad.expand(1, heads, 32, 16))
-    exact = sus_gradients(dense(p), grad, torch.ones(1, 1, 32, 96))
-    for name in ("query", "key", "value"):
-        samples = getattr(r["gradients"], name)[0].double()
-        noise = samples.var(0).sum().div(heads).sqrt()
-        assert (samples.mean(0) - exact[name][0, 0]).norm() < 1.3 * noise, name
-        assert noise < 0.3 * exact[name].norm()
+    check_expectation(problem(h=1, m=32, n=96, spread=2.0), 4.0)
 
 
 def test_lost_lists_are_drawn_again() -> None:
-    p = problem(static={"right": 0})
-    r = run(p, 8.0)
-    c = torch.tensor(8.0, dtype=torch.float64)
-    again, count = attention.backward(p, r["grad"], r["out"], r["softmax"], r["kept"].clone(), c, SEED, SEED, False)
-    assert count == r["count"]
-    for name in ("query", "key", "value"):
-        assert torch.equal(getattr(again, name), getattr(r["gradients"], name))
+    check_lost_lists(problem(static={"right": 0}), 8.0)
 
 
 def test_infinite_c_is_exact() -> None:
@@ -173,9 +143,8 @@ def test_infinite_c_is_exact() -> None:
 
 def test_library_forward_keeps_its_bits() -> None:
     p = problem(static={"right": 0, "forward": "library"}, g=2, m=96, n=96)
-    r = check(p, 8.0)
     library = torch.nn.functional.scaled_dot_product_attention(p.query, p.key, p.value, is_causal=True)
-    assert torch.equal(r["out"], library)
+    assert torch.equal(check(p, 8.0)["out"], library)
 
 
 def test_forward_does_not_depend_on_c() -> None:

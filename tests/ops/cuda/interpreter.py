@@ -1,5 +1,7 @@
 """Triton's interpreter with its defects patched, and one check per patch that says whether it is still needed.
 
+It also checks every address that a kernel loads from or stores to: it must lie in one of the launch's tensors.
+
 Import it before anything that imports Triton, in a process of its own: TRITON_INTERPRET=1 counts from the start.
 """
 
@@ -116,6 +118,60 @@ OLD_PATCHES: dict[str, tuple[Callable[[], bool], Callable[[], None]]] = {
 }
 
 
+_masked_load, _masked_store, _atomic = (
+    _builder.create_masked_load,
+    _builder.create_masked_store,
+    _builder.create_atomic_rmw,
+)
+_launch = interpreter.GridExecutor.__call__
+_begins, _ends = np.empty(0, np.uint64), np.empty(0, np.uint64)  # addresses of the running launch's tensors
+
+
+def _launch_with_bounds(self: Any, *args: Any, **kwargs: Any) -> None:
+    global _begins, _ends
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.numel()]
+    spans = sorted(
+        (
+            x.data_ptr(),
+            x.data_ptr() + (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))) * x.itemsize,
+        )
+        for x in tensors
+    )
+    _begins = np.array([begin for begin, _ in spans], np.uint64)
+    _ends = np.maximum.accumulate(np.array([end for _, end in spans], np.uint64))
+    _launch(self, *args, **kwargs)
+
+
+def _check_addresses(pointers: Any, mask: Any) -> None:
+    active = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))[mask.data]
+    size = np.uint64(pointers.get_element_ty().primitive_bitwidth // 8)
+    span = np.searchsorted(_begins, active, side="right") - 1
+    outside = (span < 0) | (active + size > _ends[span])
+    if outside.any():
+        raise IndexError(f"{outside.sum()} of {outside.size} addresses lie in no tensor of the launch")
+
+
+def _checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    _check_addresses(pointers, mask)
+    return _masked_load(self, pointers, mask, *rest)
+
+
+def _checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    _check_addresses(pointers, mask)
+    return _masked_store(self, pointers, value, mask, *rest)
+
+
+def _checked_atomic(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    _check_addresses(pointers, mask)
+    return _atomic(self, operation, pointers, value, mask, *rest)
+
+
+def _check_bounds() -> None:
+    interpreter.GridExecutor.__call__ = _launch_with_bounds
+    _builder.create_masked_load, _builder.create_masked_store = _checked_load, _checked_store
+    _builder.create_atomic_rmw = _checked_atomic
+
+
 @cache
 def install() -> dict[str, bool]:
     """Applies the patches that this Triton needs, once; says for those of `PATCHES` which did."""
@@ -124,4 +180,5 @@ def install() -> dict[str, bool]:
         needed[name] = check()
         if needed[name]:
             patch()
+    _check_bounds()
     return {name: needed[name] for name in PATCHES}
