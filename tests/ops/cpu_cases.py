@@ -99,6 +99,9 @@ CASES = {
     "bias of infinite masks": Case(m=100, n=300, biased="mn", fill=-float("inf")),
     "bias in bfloat16": Case(m=100, n=300, biased="hmn", masked="n", left=50, dtype=torch.bfloat16),
     "long bias": Case(heads=2, groups=1, m=50, n=8500, biased="hmn", masked="mn", left=6000, bottom_right=True),
+    # The backward goes over the keys in several tiles, and a full row is longer than what it lists at once.
+    "tiles": Case(heads=1, groups=1, m=300, n=2600, d=64, e=64, right=0, bottom_right=True),
+    "tiles of other widths": Case(heads=3, groups=1, m=40, n=1900, d=80, e=112, dtype=torch.bfloat16),
     "causal 1000": Case(m=1000, n=1000, d=64, e=64, right=0, scale=0.4),
 }
 

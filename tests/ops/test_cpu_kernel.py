@@ -254,7 +254,7 @@ def test_strides_that_are_no_unit() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_bits_repeat_for_a_number_of_threads(threads: int) -> None:
     before = torch.get_num_threads()
-    case = Case(batch=1, heads=3, groups=3, m=700, n=700, d=64, e=64, right=0)
+    case = Case(batch=1, heads=3, groups=3, m=700, n=1500, d=64, e=64, right=0, bottom_right=True)  # two tiles
     problem, grad = case.problem(), case.grad()
     try:
         runs = []

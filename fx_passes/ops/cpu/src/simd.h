@@ -40,6 +40,10 @@ inline vf splat(float x) { return x - vf{}; }
 inline float sum(vf x) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
   return _mm512_reduce_add_ps(x);
+#elif defined(__AVX2__)
+  __m128 a = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
 #else
   float s = 0;
   for (int i = 0; i < W; i++) s += x[i];
