@@ -151,6 +151,21 @@ def test_keeps_what_the_definition_keeps(name: str, c: float) -> None:
     check_kept(problem, found, c, seed)
 
 
+@pytest.mark.parametrize("c", [float(1 << 17), float(1 << 18), float(1 << 30)])
+@pytest.mark.parametrize("name", ["causal 257", "long"])
+def test_budgets_beyond_all_keys(name: str, c: float) -> None:
+    """From 2^18 on, a row's units are more than the mantissa of a float64 has room for."""
+    problem = CASES[name].problem()
+    found = run(problem, c, 9)
+    kept = kept_weights(problem, found.cache, c, 9)
+    exact = dense(problem)
+    w = exact.weights(exact.logits())
+    sure = w * c > 1.01
+    error = (kept / w - 1).abs()[sure]
+    assert bool(sure.any())
+    assert bool((error <= 2 * logit_error(problem)).all())  # q = 1, and NaN where an entry is missing
+
+
 @pytest.mark.parametrize("c", BUDGETS)
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_of_the_kept_entries(name: str, c: float) -> None:
