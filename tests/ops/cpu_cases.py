@@ -32,6 +32,7 @@ class Case:
     biased: str = ""  # of a bias
     fill: float = 0.0  # the bias has it at every third place, in the last half, and, if float32 has no room for
     # scores beside it, in the first row everywhere
+    documents: int = 0  # packed one after the other, in places that differ between batch entries; 0 is no ids
     dtype: torch.dtype = torch.float32
     scale: float = 0.25
 
@@ -62,7 +63,13 @@ class Case:
                 bias = bias.masked_fill(hidden, self.fill)
             bias = bias.to(self.dtype)
         options = {"left": self.left, "right": self.right, "bottom_right": self.bottom_right, **static}
-        return Problem(q, k, v, mask, bias, None, None, None, None, Static(self.scale, **options))  # type: ignore[arg-type]
+        query_ids = key_ids = None
+        if self.documents:
+            query_ids, key_ids = (
+                torch.randint(self.documents, (self.batch, size), generator=g).sort(-1).values
+                for size in (self.m, self.n)
+            )
+        return Problem(q, k, v, mask, bias, None, query_ids, key_ids, None, Static(self.scale, **options))  # type: ignore[arg-type]
 
     def grad(self) -> Tensor:
         g = torch.Generator().manual_seed(99)
@@ -102,6 +109,9 @@ CASES = {
     # The backward goes over the keys in several tiles, and a full row is longer than what it lists at once.
     "tiles": Case(heads=1, groups=1, m=300, n=2600, d=64, e=64, right=0, bottom_right=True),
     "tiles of other widths": Case(heads=3, groups=1, m=40, n=1900, d=80, e=112, dtype=torch.bfloat16),
+    "documents": Case(batch=2, heads=4, groups=2, m=600, n=600, documents=5, right=0),
+    "documents of other lengths": Case(batch=2, m=150, n=700, documents=9, padded=100, left=90, right=80),
+    "long documents": Case(heads=1, groups=1, m=50, n=8500, documents=3, biased="hn", dtype=torch.bfloat16),
     "causal 1000": Case(m=1000, n=1000, d=64, e=64, right=0, scale=0.4),
 }
 
@@ -122,6 +132,8 @@ def dense(problem: Problem) -> Dense:
         problem.value,
         problem.attn_mask,
         problem.attn_bias,
+        query_ids=problem.query_ids,
+        key_ids=problem.key_ids,
         scale=s.scale,
         left=s.left,
         right=s.right,

@@ -21,7 +21,7 @@ def unsupported(problem: Problem) -> str | None:
     """Why the native kernel does not compute this problem, or None if it does.
 
     It takes float32 or bfloat16; head_dim and value dim multiples of 16 up to 256; masks, biases (without a gradient,
-    see `dispatch.backward`) and windows; no sinks, softcap, dropout, document ids or prefix; a positive scale.
+    see `dispatch.backward`), document ids and windows; no sinks, softcap, dropout or prefix; a positive scale.
     """
     q, k, v, s = problem.query, problem.key, problem.value, problem.static
     if q.device.type != "cpu":
@@ -30,7 +30,6 @@ def unsupported(problem: Problem) -> str | None:
         return str(q.dtype)
     features = {
         "sinks": problem.sinks is not None,
-        "document ids": problem.query_ids is not None,
         "prefix": problem.prefix is not None,
         "softcap": s.softcap != 0,
         "dropout": s.dropout_p != 0,
@@ -63,9 +62,11 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _as_read(problem: Problem) -> Problem:
-    """With tensors as the native kernel reads them: unit strides in the last dimension, biases in float32."""
+    """With tensors as the native kernel reads them: last dimensions of stride 1, biases in float32, ids in int64."""
     q, k, v, bias = _unit(problem.query), _unit(problem.key), _unit(problem.value), problem.attn_bias
-    return replace(problem, query=q, key=k, value=v, attn_bias=None if bias is None else bias.float())
+    query_ids, key_ids = (None if x is None else x.long().contiguous() for x in (problem.query_ids, problem.key_ids))
+    bias = None if bias is None else bias.float()
+    return replace(problem, query=q, key=k, value=v, attn_bias=bias, query_ids=query_ids, key_ids=key_ids)
 
 
 def _native() -> ctypes.CDLL:
@@ -113,6 +114,6 @@ def backward(
         return None
     inputs = (problem.query, problem.key, problem.value)
     query, key, value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-    read = _as_read(replace(problem, attn_bias=None))  # kept weights have it in them
+    read = _as_read(replace(problem, attn_bias=None, query_ids=None, key_ids=None))  # kept weights have them in them
     bind.backward(_native(), read, _unit(grad), _unit(out), lists, (query, key, value))
     return Gradients(query, key, value, None, None), len(lists[1])

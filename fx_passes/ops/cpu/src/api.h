@@ -26,6 +26,8 @@ struct SusCall {
   SusPlaces places_strides;
   const float* bias;  // added to the logits; null is no bias
   SusPlaces bias_strides;
+  const int64_t *query_ids, *key_ids;  // [.., M] and [.., N], a query sees keys of its number; null is no numbers
+  int64_t query_ids_batch, key_ids_batch;  // strides, 0 where they are broadcast
   int64_t batch, heads, groups, m, n, dk, dv;
   int64_t left, right;  // row i sees keys i - left .. i + right
   float scale;    // above 0

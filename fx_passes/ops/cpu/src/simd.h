@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #endif
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // functions with wide vectors are inlined and no interface
+
 namespace sus {
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
