@@ -33,6 +33,7 @@ class Case:
     fill: float = 0.0  # the bias has it at every third place, in the last half, and, if float32 has no room for
     # scores beside it, in the first row everywhere
     documents: int = 0  # packed one after the other, in places that differ between batch entries; 0 is no ids
+    softcap: float = 0.0
     dtype: torch.dtype = torch.float32
     scale: float = 0.25
 
@@ -62,7 +63,8 @@ class Case:
                 hidden[..., self.n // 2 :] = True  # whole chunks, for all rows
                 bias = bias.masked_fill(hidden, self.fill)
             bias = bias.to(self.dtype)
-        options = {"left": self.left, "right": self.right, "bottom_right": self.bottom_right, **static}
+        options = {"left": self.left, "right": self.right, "bottom_right": self.bottom_right}
+        options = {**options, "softcap": self.softcap, **static}
         query_ids = key_ids = None
         if self.documents:
             query_ids, key_ids = (
@@ -112,6 +114,12 @@ CASES = {
     "documents": Case(batch=2, heads=4, groups=2, m=600, n=600, documents=5, right=0),
     "documents of other lengths": Case(batch=2, m=150, n=700, documents=9, padded=100, left=90, right=80),
     "long documents": Case(heads=1, groups=1, m=50, n=8500, documents=3, biased="hn", dtype=torch.bfloat16),
+    "softcap": Case(batch=2, heads=4, groups=2, m=270, n=270, d=64, e=64, right=0, softcap=1.5),
+    "softcap and all else": Case(
+        m=100, n=700, d=16, e=48, biased="hmn", masked="n", documents=2, padded=90, softcap=0.3, left=300
+    ),
+    "long softcap": Case(heads=1, groups=1, m=50, n=8500, right=0, bottom_right=True, softcap=2.0, biased="hn"),
+    "softcap in bfloat16": Case(m=100, n=200, softcap=20.0, dtype=torch.bfloat16),
     "causal 1000": Case(m=1000, n=1000, d=64, e=64, right=0, scale=0.4),
 }
 
@@ -138,6 +146,7 @@ def dense(problem: Problem) -> Dense:
         left=s.left,
         right=s.right,
         bottom_right=s.bottom_right,
+        softcap=s.softcap,
     )
 
 

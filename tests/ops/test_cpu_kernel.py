@@ -324,7 +324,6 @@ def test_exact_backward_takes_the_native_forward() -> None:
 def test_what_it_leaves_to_the_tiled_path() -> None:
     problem = Case().problem()
     other = [
-        replace(problem, static=replace(problem.static, softcap=3.0)),
         replace(problem, static=replace(problem.static, dropout_p=0.1)),
         replace(problem, static=replace(problem.static, scale=-1.0)),
         replace(Case(d=24, e=24).problem()),

@@ -41,7 +41,8 @@ class _Call(Structure):
         *((name, c_int64) for name in ("query_ids_batch", "key_ids_batch")),
         *((name, c_int64) for name in ("batch", "heads", "groups", "m", "n", "dk", "dv", "left", "right")),
         ("scale", c_float),
-        *((name, c_int32) for name in ("dtype", "threads", "reserved")),
+        *((name, c_int32) for name in ("dtype", "threads")),
+        ("softcap", c_float),
     )
 
 
@@ -137,7 +138,7 @@ def call(problem: Problem) -> _Call:
         per_key, mask = (where, strides.batch, strides.key), None
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), _strides(q), _strides(k), _strides(v))
     effects = (*per_key, *_broadcast(mask), *_broadcast(problem.attn_bias), *_ids(problem.query_ids, problem.key_ids))
-    return _Call(*pointers, *effects, *sizes, left, right, s.scale, DTYPES[q.dtype], _threads(), 0)
+    return _Call(*pointers, *effects, *sizes, left, right, s.scale, DTYPES[q.dtype], _threads(), s.softcap)
 
 
 class Lists:

@@ -21,7 +21,7 @@ def unsupported(problem: Problem) -> str | None:
     """Why the native kernel does not compute this problem, or None if it does.
 
     It takes float32 or bfloat16; head_dim and value dim multiples of 16 up to 256; masks, biases (without a gradient,
-    see `dispatch.backward`), document ids and windows; no sinks, softcap, dropout or prefix; a positive scale.
+    see `dispatch.backward`), document ids, softcap and windows; no sinks, dropout or prefix; a positive scale.
     """
     q, k, v, s = problem.query, problem.key, problem.value, problem.static
     if q.device.type != "cpu":
@@ -31,7 +31,6 @@ def unsupported(problem: Problem) -> str | None:
     features = {
         "sinks": problem.sinks is not None,
         "prefix": problem.prefix is not None,
-        "softcap": s.softcap != 0,
         "dropout": s.dropout_p != 0,
         f"scale {s.scale:g}": not s.scale > 0,
         "empty tensors": q.numel() == 0 or k.numel() == 0,

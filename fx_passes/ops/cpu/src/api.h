@@ -33,7 +33,7 @@ struct SusCall {
   float scale;    // above 0
   int32_t dtype;  // SusDtype
   int32_t threads;
-  int32_t reserved;
+  float softcap;  // logits become softcap * tanh(logits / softcap), before biases; 0 is off
 };
 
 struct SusForward {
