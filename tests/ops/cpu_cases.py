@@ -34,6 +34,7 @@ class Case:
     # scores beside it, in the first row everywhere
     documents: int = 0  # packed one after the other, in places that differ between batch entries; 0 is no ids
     softcap: float = 0.0
+    sinks: float | None = None  # the middle one's logit
     dtype: torch.dtype = torch.float32
     scale: float = 0.25
 
@@ -65,13 +66,14 @@ class Case:
             bias = bias.to(self.dtype)
         options = {"left": self.left, "right": self.right, "bottom_right": self.bottom_right}
         options = {**options, "softcap": self.softcap, **static}
+        sinks = None if self.sinks is None else self.sinks + torch.arange(self.heads) - self.heads // 2
         query_ids = key_ids = None
         if self.documents:
             query_ids, key_ids = (
                 torch.randint(self.documents, (self.batch, size), generator=g).sort(-1).values
                 for size in (self.m, self.n)
             )
-        return Problem(q, k, v, mask, bias, None, query_ids, key_ids, None, Static(self.scale, **options))  # type: ignore[arg-type]
+        return Problem(q, k, v, mask, bias, sinks, query_ids, key_ids, None, Static(self.scale, **options))  # type: ignore[arg-type]
 
     def grad(self) -> Tensor:
         g = torch.Generator().manual_seed(99)
@@ -120,6 +122,14 @@ CASES = {
     ),
     "long softcap": Case(heads=1, groups=1, m=50, n=8500, right=0, bottom_right=True, softcap=2.0, biased="hn"),
     "softcap in bfloat16": Case(m=100, n=200, softcap=20.0, dtype=torch.bfloat16),
+    "sinks": Case(batch=2, heads=4, groups=2, m=270, n=270, d=64, e=64, right=0, sinks=1.0),
+    "sinks and all else": Case(
+        batch=2, m=100, n=700, biased="hmn", masked="bmn", fill=-1e9, documents=2, softcap=2.0, left=300, sinks=-2.0
+    ),
+    "sinks alone": Case(batch=2, m=50, n=50, padded=50, sinks=3.0, dtype=torch.bfloat16),
+    "large sinks": Case(m=50, n=300, sinks=100.0),
+    "small sinks": Case(m=50, n=300, sinks=-1e9),
+    "long sinks": Case(heads=1, groups=1, m=50, n=8500, right=0, bottom_right=True, sinks=8.0),
     "causal 1000": Case(m=1000, n=1000, d=64, e=64, right=0, scale=0.4),
 }
 
@@ -140,6 +150,7 @@ def dense(problem: Problem) -> Dense:
         problem.value,
         problem.attn_mask,
         problem.attn_bias,
+        problem.sinks,
         query_ids=problem.query_ids,
         key_ids=problem.key_ids,
         scale=s.scale,
@@ -165,7 +176,7 @@ def kept_weights(problem: Problem, cache: Tensor, c: float, seed: int) -> Tensor
     """Weights of the kept entries in a dense float64 [B, H, M, N], NaN where nothing is kept."""
     parts = kept.unpack(cache, problem, c, seed)
     assert parts is not None
-    offsets, keys, weights = parts
+    offsets, keys, weights = parts.offsets, parts.keys, parts.weights
     b, h, m, _ = problem.query.shape
     table = torch.full((b * h * m, problem.key.shape[2]), torch.nan, dtype=torch.float64)
     rows = torch.repeat_interleave(torch.arange(b * h * m), offsets.diff())

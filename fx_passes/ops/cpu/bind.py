@@ -39,6 +39,7 @@ class _Call(Structure):
         ("bias_strides", _Places),
         *((name, c_void_p) for name in ("query_ids", "key_ids")),
         *((name, c_int64) for name in ("query_ids_batch", "key_ids_batch")),
+        ("sinks", c_void_p),
         *((name, c_int64) for name in ("batch", "heads", "groups", "m", "n", "dk", "dv", "left", "right")),
         ("scale", c_float),
         *((name, c_int32) for name in ("dtype", "threads")),
@@ -137,8 +138,9 @@ def call(problem: Problem) -> _Call:
         where, strides = _broadcast(mask)
         per_key, mask = (where, strides.batch, strides.key), None
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), _strides(q), _strides(k), _strides(v))
-    effects = (*per_key, *_broadcast(mask), *_broadcast(problem.attn_bias), *_ids(problem.query_ids, problem.key_ids))
-    return _Call(*pointers, *effects, *sizes, left, right, s.scale, DTYPES[q.dtype], _threads(), s.softcap)
+    effects = (*per_key, *_broadcast(mask), *_broadcast(problem.attn_bias))
+    more = (*_ids(problem.query_ids, problem.key_ids), None if problem.sinks is None else problem.sinks.data_ptr())
+    return _Call(*pointers, *effects, *more, *sizes, left, right, s.scale, DTYPES[q.dtype], _threads(), s.softcap)
 
 
 class Lists:

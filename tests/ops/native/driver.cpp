@@ -51,6 +51,7 @@ bool run(const Shape& s) {
   std::vector<int64_t> query_ids(size_t(s.batch * s.m)), key_ids(size_t(s.n));
   for (auto& x : query_ids) x = random_bits() % 3;
   for (auto& x : key_ids) x = random_bits() % 3;
+  const std::vector<float> sinks(size_t(s.heads), 1.0f);
   const bool documents = s.effects & 4;
   const int64_t rows = s.batch * s.heads * s.m;
   std::vector<float> maximum(rows), total(rows);
@@ -58,7 +59,8 @@ bool run(const Shape& s) {
                s.masked ? mask.data() : nullptr, s.n, 1,
                s.effects & 1 ? places.data() : nullptr, {0, 0, mask_rows > 1 ? s.n : 0, 1},
                s.effects & 2 ? bias.data() : nullptr, {0, bias_heads > 1 ? s.m * s.n : 0, s.n, 1},
-               documents ? query_ids.data() : nullptr, documents ? key_ids.data() : nullptr, s.m, 0, s.batch, s.heads, s.groups, s.m, s.n, s.dk, s.dv, s.left, s.right,
+               documents ? query_ids.data() : nullptr, documents ? key_ids.data() : nullptr, s.m, 0,
+               s.n % 4 ? nullptr : sinks.data(), s.batch, s.heads, s.groups, s.m, s.n, s.dk, s.dv, s.left, s.right,
                0.2f, s.bfloat16 ? SUS_BFLOAT16 : SUS_FLOAT32, s.threads, s.m % 3 ? 0.0f : 2.0f};
   SusForward forward{call, s.c, 0x123456789abcdefull, 4, 0, out.bytes.data(), out.strides, maximum.data(), total.data()};
   SusLists* lists = sus_forward(&forward);
