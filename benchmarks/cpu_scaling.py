@@ -7,14 +7,17 @@ python benchmarks/cpu_scaling.py --plot     # the picture alone, from the JSON
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import statistics
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from attention import environment
+from torch import Tensor
 
 from fx_passes import sus_attention
 
@@ -22,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks/results/cpu-scaling.json"
 PICTURE = ROOT / "docs/img/cpu-scaling.png"
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
+HEADS, WIDTH, BUDGET = 2, 64, 30.0
 
 
 def memory(field: str) -> int:
@@ -32,27 +36,57 @@ def memory(field: str) -> int:
     raise RuntimeError(f"no {field} in /proc/self/status")
 
 
-def measure(n: int, repeats: int) -> dict[str, float]:
-    """Median of the backward's CPU seconds (load of others does not count) and of wall seconds; memory in bytes."""
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, n, 2, 64, generator=g).transpose(1, 2).requires_grad_() for _ in range(3))
-    grad = torch.randn(1, n, 2, 64, generator=g).transpose(1, 2)
-    out = sus_attention(q, k, v, is_causal=True, c=30.0)
-    cpu, wall, peak = [], [], []
-    for _ in range(repeats + 1):
+@dataclass
+class Length:
+    """One problem, and what was measured of its backward."""
+
+    out: Tensor
+    inputs: tuple[Tensor, ...]
+    grad: Tensor
+    memory: int = 0  # bytes
+    cpu: list[float] = field(default_factory=list)  # seconds of all threads: time that others take does not count
+    wall: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, n: int) -> Length:
+        g = torch.Generator().manual_seed(0)
+        q, k, v, grad = (torch.randn(1, n, HEADS, WIDTH, generator=g).transpose(1, 2) for _ in range(4))
+        inputs = tuple(x.requires_grad_() for x in (q, k, v))
+        return cls(sus_attention(*inputs, is_causal=True, c=BUDGET), inputs, grad)
+
+    def backward(self) -> None:
+        torch.autograd.grad(self.out, self.inputs, self.grad, retain_graph=True)
+
+    def measure_memory(self) -> None:
+        """The most that the backward has besides its inputs, with the lists that it was left; also a warm-up."""
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs have freed would be taken without being seen
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        before, c0, w0 = memory("VmRSS"), time.process_time(), time.perf_counter()
-        torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
-        cpu.append(time.process_time() - c0)
-        wall.append(time.perf_counter() - w0)
-        peak.append(memory("VmHWM") - before)
-    lists = 30 * 2 * n * 8 + 2 * n * 8
-    return {
-        "n": n,
-        "cpu": statistics.median(cpu[1:]),
-        "wall": statistics.median(wall[1:]),
-        "memory": max(peak) + lists,
-    }
+        before = memory("VmRSS")
+        self.backward()
+        rows = HEADS * self.out.shape[2]
+        self.memory = memory("VmHWM") - before + rows * 8 * (int(BUDGET) + 1)
+
+    def measure_time(self) -> None:
+        cpu, wall = time.process_time(), time.perf_counter()
+        self.backward()
+        self.cpu.append(time.process_time() - cpu)
+        self.wall.append(time.perf_counter() - wall)
+
+    def row(self) -> dict[str, float]:
+        """The fastest, since load of others only adds, and the medians."""
+        middle = {f"{name}_median": statistics.median(x) for name, x in (("cpu", self.cpu), ("wall", self.wall))}
+        return {"n": self.out.shape[2], "cpu": min(self.cpu), "wall": min(self.wall), **middle, "memory": self.memory}
+
+
+def measure(rounds: int) -> list[dict[str, float]]:
+    """All lengths in turn, round by round: a noisy minute hits all of them."""
+    lengths = [Length.of(n) for n in LENGTHS]
+    for length in lengths:
+        length.measure_memory()
+    for _ in range(rounds):
+        for length in lengths:
+            length.measure_time()
+    return [length.row() for length in lengths]
 
 
 def slope(rows: list[dict[str, float]], key: str) -> float:
@@ -72,7 +106,7 @@ def plot(result: dict[str, list[dict[str, float]]]) -> None:
     rows = result["rows"]
     n = [r["n"] for r in rows]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    parts = (("cpu", 1e3, "backward, CPU ms"), ("memory", 2**-20, "backward, working memory and lists, MiB"))
+    parts = (("cpu", 1e3, "backward, CPU ms, fastest"), ("memory", 2**-20, "backward, working memory and lists, MiB"))
     for axis, (key, unit, label) in zip(axes, parts, strict=True):
         axis.loglog(n, [r[key] * unit for r in rows], "o-", label=f"measured, slope {slope(rows, key):.2f}")
         axis.loglog(n, [rows[0][key] * unit * x / n[0] for x in n], "k:", label="slope 1")
@@ -90,14 +124,16 @@ def plot(result: dict[str, list[dict[str, float]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", action="store_true", help="draw the picture from the JSON, measure nothing")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     if not args.plot:
-        rows = [measure(n, args.repeats) for n in LENGTHS]
-        slopes = {key: slope(rows, key) for key in ("cpu", "wall", "memory")}
-        RESULT.write_text(
-            json.dumps({"environment": environment("cpu"), "slopes": slopes, "rows": rows}, indent=1) + "\n"
-        )
+        rows = measure(args.rounds)
+        slopes = {key: slope(rows, key) for key in rows[0] if key != "n"}
+        result = {"environment": environment("cpu"), "rounds": args.rounds, "slopes": slopes, "rows": rows}
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        for r in rows:
+            entry = 1e9 / (r["n"] * HEADS * BUDGET)
+            print(f"n {r['n']}: CPU {r['cpu'] * entry:.1f} ns per entry (median {r['cpu_median'] * entry:.1f})")
         print(slopes)
     plot(json.loads(RESULT.read_text()))
 

@@ -32,6 +32,9 @@ class Case:
     biased: str = ""  # of a bias
     fill: float = 0.0  # the bias has it at every third place, in the last half, and, if float32 has no room for
     # scores beside it, in the first row everywhere
+    documents: int = 0  # packed one after the other, in places that differ between batch entries; 0 is no ids
+    softcap: float = 0.0
+    sinks: float | None = None  # the middle one's logit
     dtype: torch.dtype = torch.float32
     scale: float = 0.25
 
@@ -61,8 +64,16 @@ class Case:
                 hidden[..., self.n // 2 :] = True  # whole chunks, for all rows
                 bias = bias.masked_fill(hidden, self.fill)
             bias = bias.to(self.dtype)
-        options = {"left": self.left, "right": self.right, "bottom_right": self.bottom_right, **static}
-        return Problem(q, k, v, mask, bias, None, None, None, None, Static(self.scale, **options))  # type: ignore[arg-type]
+        options = {"left": self.left, "right": self.right, "bottom_right": self.bottom_right}
+        options = {**options, "softcap": self.softcap, **static}
+        sinks = None if self.sinks is None else self.sinks + torch.arange(self.heads) - self.heads // 2
+        query_ids = key_ids = None
+        if self.documents:
+            query_ids, key_ids = (
+                torch.randint(self.documents, (self.batch, size), generator=g).sort(-1).values
+                for size in (self.m, self.n)
+            )
+        return Problem(q, k, v, mask, bias, sinks, query_ids, key_ids, None, Static(self.scale, **options))  # type: ignore[arg-type]
 
     def grad(self) -> Tensor:
         g = torch.Generator().manual_seed(99)
@@ -99,6 +110,26 @@ CASES = {
     "bias of infinite masks": Case(m=100, n=300, biased="mn", fill=-float("inf")),
     "bias in bfloat16": Case(m=100, n=300, biased="hmn", masked="n", left=50, dtype=torch.bfloat16),
     "long bias": Case(heads=2, groups=1, m=50, n=8500, biased="hmn", masked="mn", left=6000, bottom_right=True),
+    # The backward goes over the keys in several tiles, and a full row is longer than what it lists at once.
+    "tiles": Case(heads=1, groups=1, m=300, n=2600, d=64, e=64, right=0, bottom_right=True),
+    "tiles of other widths": Case(heads=3, groups=1, m=40, n=1900, d=80, e=112, dtype=torch.bfloat16),
+    "documents": Case(batch=2, heads=4, groups=2, m=600, n=600, documents=5, right=0),
+    "documents of other lengths": Case(batch=2, m=150, n=700, documents=9, padded=100, left=90, right=80),
+    "long documents": Case(heads=1, groups=1, m=50, n=8500, documents=3, biased="hn", dtype=torch.bfloat16),
+    "softcap": Case(batch=2, heads=4, groups=2, m=270, n=270, d=64, e=64, right=0, softcap=1.5),
+    "softcap and all else": Case(
+        m=100, n=700, d=16, e=48, biased="hmn", masked="n", documents=2, padded=90, softcap=0.3, left=300
+    ),
+    "long softcap": Case(heads=1, groups=1, m=50, n=8500, right=0, bottom_right=True, softcap=2.0, biased="hn"),
+    "softcap in bfloat16": Case(m=100, n=200, softcap=20.0, dtype=torch.bfloat16),
+    "sinks": Case(batch=2, heads=4, groups=2, m=270, n=270, d=64, e=64, right=0, sinks=1.0),
+    "sinks and all else": Case(
+        batch=2, m=100, n=700, biased="hmn", masked="bmn", fill=-1e9, documents=2, softcap=2.0, left=300, sinks=-2.0
+    ),
+    "sinks alone": Case(batch=2, m=50, n=50, padded=50, sinks=3.0, dtype=torch.bfloat16),
+    "large sinks": Case(m=50, n=300, sinks=100.0),
+    "small sinks": Case(m=50, n=300, sinks=-1e9),
+    "long sinks": Case(heads=1, groups=1, m=50, n=8500, right=0, bottom_right=True, sinks=8.0),
     "causal 1000": Case(m=1000, n=1000, d=64, e=64, right=0, scale=0.4),
 }
 
@@ -119,10 +150,14 @@ def dense(problem: Problem) -> Dense:
         problem.value,
         problem.attn_mask,
         problem.attn_bias,
+        problem.sinks,
+        query_ids=problem.query_ids,
+        key_ids=problem.key_ids,
         scale=s.scale,
         left=s.left,
         right=s.right,
         bottom_right=s.bottom_right,
+        softcap=s.softcap,
     )
 
 
@@ -141,7 +176,7 @@ def kept_weights(problem: Problem, cache: Tensor, c: float, seed: int) -> Tensor
     """Weights of the kept entries in a dense float64 [B, H, M, N], NaN where nothing is kept."""
     parts = kept.unpack(cache, problem, c, seed)
     assert parts is not None
-    offsets, keys, weights = parts
+    offsets, keys, weights = parts.offsets, parts.keys, parts.weights
     b, h, m, _ = problem.query.shape
     table = torch.full((b * h * m, problem.key.shape[2]), torch.nan, dtype=torch.float64)
     rows = torch.repeat_interleave(torch.arange(b * h * m), offsets.diff())

@@ -37,9 +37,13 @@ class _Call(Structure):
         ("places_strides", _Places),
         ("bias", c_void_p),
         ("bias_strides", _Places),
+        *((name, c_void_p) for name in ("query_ids", "key_ids")),
+        *((name, c_int64) for name in ("query_ids_batch", "key_ids_batch")),
+        ("sinks", c_void_p),
         *((name, c_int64) for name in ("batch", "heads", "groups", "m", "n", "dk", "dv", "left", "right")),
         ("scale", c_float),
-        *((name, c_int32) for name in ("dtype", "threads", "reserved")),
+        *((name, c_int32) for name in ("dtype", "threads")),
+        ("softcap", c_float),
     )
 
 
@@ -110,6 +114,14 @@ def _broadcast(x: Tensor | None) -> tuple[int | None, _Places]:
     return x.data_ptr(), _Places(*(0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)))
 
 
+def _ids(query: Tensor | None, key: Tensor | None) -> tuple[int | None, int | None, int, int]:
+    """Where contiguous document ids lie, and their strides over the batch."""
+    if query is None or key is None:
+        return None, None, 0, 0
+    steps = [0 if x.shape[0] == 1 else x.shape[1] for x in (query, key)]
+    return query.data_ptr(), key.data_ptr(), steps[0], steps[1]
+
+
 def is_per_key(mask: Tensor) -> bool:
     """Whether a mask is the same for all heads and rows: it is then read when keys are packed, once for all rows."""
     return mask.shape[1:3] == (1, 1)
@@ -127,7 +139,8 @@ def call(problem: Problem) -> _Call:
         per_key, mask = (where, strides.batch, strides.key), None
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), _strides(q), _strides(k), _strides(v))
     effects = (*per_key, *_broadcast(mask), *_broadcast(problem.attn_bias))
-    return _Call(*pointers, *effects, *sizes, left, right, s.scale, DTYPES[q.dtype], _threads(), 0)
+    more = (*_ids(problem.query_ids, problem.key_ids), None if problem.sinks is None else problem.sinks.data_ptr())
+    return _Call(*pointers, *effects, *more, *sizes, left, right, s.scale, DTYPES[q.dtype], _threads(), s.softcap)
 
 
 class Lists:

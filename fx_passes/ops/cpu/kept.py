@@ -6,7 +6,8 @@ tensor copies one byte and loses them; the backward then draws the same entries 
 
 from __future__ import annotations
 
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -28,24 +29,39 @@ def empty() -> Tensor:
     return torch.zeros(1, dtype=torch.uint8)
 
 
-def _parts(buffer: Tensor, rows: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Offsets int64 [rows + 1], keys int32 [count] and weights float32 [count] in a buffer."""
-    ends = [_HEADER, _HEADER + 8 * (rows + 1), _HEADER + 8 * (rows + 1) + 4 * count]
-    ends.append(ends[-1] + 4 * count)
-    parts = [buffer[a:b] for a, b in pairwise(ends)]
-    return parts[0].view(torch.int64), parts[1].view(torch.int32), parts[2].view(torch.float32)
+@dataclass(frozen=True)
+class Parts:
+    """Views of a buffer: int64 [rows + 1], int32 [count], float32 [count]; float32 [B, H, M] where there are sinks."""
+
+    offsets: Tensor
+    keys: Tensor
+    weights: Tensor
+    sinks: Tensor  # their weights in the softmax, whose gradient is exact
 
 
-def allocate(problem: Problem, count: int, c: float, seed: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+def _ends(problem: Problem, rows: int, count: int) -> list[int]:
+    sizes = (_HEADER, 8 * (rows + 1), 4 * count, 4 * count, 0 if problem.sinks is None else 4 * rows)
+    return list(accumulate(sizes))
+
+
+def _parts(buffer: Tensor, problem: Problem, ends: list[int]) -> Parts:
+    dtypes = (torch.int64, torch.int32, torch.float32, torch.float32)
+    views = [buffer[a:b].view(dtype) for (a, b), dtype in zip(pairwise(ends), dtypes, strict=True)]
+    if problem.sinks is not None:
+        views[3] = views[3].view(problem.query.shape[:3])
+    return Parts(*views)
+
+
+def allocate(problem: Problem, count: int, c: float, seed: int) -> tuple[Tensor, Parts]:
     """The tensor to return from the operator, and the parts to fill."""
     header = _header(problem, count, c, seed)
-    rows = int(header[1])
-    buffer = torch.empty(_HEADER + 8 * (rows + 1) + 8 * count, dtype=torch.uint8)
+    ends = _ends(problem, int(header[1]), count)
+    buffer = torch.empty(ends[-1], dtype=torch.uint8)
     buffer[:_HEADER] = header.view(torch.uint8)
-    return buffer[:1], _parts(buffer, rows, count)
+    return buffer[:1], _parts(buffer, problem, ends)
 
 
-def unpack(kept: Tensor, problem: Problem, c: float, seed: int) -> tuple[Tensor, Tensor, Tensor] | None:
+def unpack(kept: Tensor, problem: Problem, c: float, seed: int) -> Parts | None:
     """The parts, if the storage holds the entries of this very call."""
     size = kept.untyped_storage().nbytes()
     if size < _HEADER or kept.storage_offset() != 0:
@@ -53,6 +69,7 @@ def unpack(kept: Tensor, problem: Problem, c: float, seed: int) -> tuple[Tensor,
     buffer = torch.empty(0, dtype=torch.uint8).set_(kept.untyped_storage())
     found = buffer[:_HEADER].view(torch.int64)
     rows, count = int(found[1]), int(found[2])
-    if not torch.equal(found, _header(problem, count, c, seed)) or size < _HEADER + 8 * (rows + 1) + 8 * count:
+    if not torch.equal(found, _header(problem, count, c, seed)):
         return None
-    return _parts(buffer, rows, count)
+    ends = _ends(problem, rows, count)
+    return _parts(buffer, problem, ends) if ends[-1] <= size else None

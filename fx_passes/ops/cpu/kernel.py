@@ -21,7 +21,7 @@ def unsupported(problem: Problem) -> str | None:
     """Why the native kernel does not compute this problem, or None if it does.
 
     It takes float32 or bfloat16; head_dim and value dim multiples of 16 up to 256; masks, biases (without a gradient,
-    see `dispatch.backward`) and windows; no sinks, softcap, dropout, document ids or prefix; a positive scale.
+    see `dispatch.backward`), document ids, softcap, sinks and windows; no dropout or prefix; a positive scale.
     """
     q, k, v, s = problem.query, problem.key, problem.value, problem.static
     if q.device.type != "cpu":
@@ -29,10 +29,7 @@ def unsupported(problem: Problem) -> str | None:
     if q.dtype not in bind.DTYPES:
         return str(q.dtype)
     features = {
-        "sinks": problem.sinks is not None,
-        "document ids": problem.query_ids is not None,
         "prefix": problem.prefix is not None,
-        "softcap": s.softcap != 0,
         "dropout": s.dropout_p != 0,
         f"scale {s.scale:g}": not s.scale > 0,
         "empty tensors": q.numel() == 0 or k.numel() == 0,
@@ -63,9 +60,12 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _as_read(problem: Problem) -> Problem:
-    """With tensors as the native kernel reads them: unit strides in the last dimension, biases in float32."""
+    """With tensors as the native kernel reads them: last dimensions of stride 1, biases in float32, ids in int64."""
     q, k, v, bias = _unit(problem.query), _unit(problem.key), _unit(problem.value), problem.attn_bias
-    return replace(problem, query=q, key=k, value=v, attn_bias=None if bias is None else bias.float())
+    query_ids, key_ids = (None if x is None else x.long().contiguous() for x in (problem.query_ids, problem.key_ids))
+    bias, sinks = (None if x is None else x.float() for x in (bias, problem.sinks))
+    sinks = None if sinks is None else sinks.contiguous()
+    return replace(problem, query=q, key=k, value=v, attn_bias=bias, sinks=sinks, query_ids=query_ids, key_ids=key_ids)
 
 
 def _native() -> ctypes.CDLL:
@@ -75,12 +75,17 @@ def _native() -> ctypes.CDLL:
     return native
 
 
+def _empty_softmax(problem: Problem) -> Softmax:
+    shape = problem.query.shape[:3]
+    return Softmax(*(problem.query.new_empty(shape, dtype=torch.float32) for _ in range(2)))
+
+
 def forward(problem: Problem, c: Tensor, seed: Tensor) -> tuple[Tensor, Softmax, Tensor]:
     """Out [B, H, M, E] (heads and rows swapped in memory), softmax, and the cache of kept entries."""
     q, v = problem.query, problem.value
     b, h, m, _ = q.shape
     out = q.new_empty((b, m, h, v.shape[-1])).transpose(1, 2)
-    softmax = Softmax(*(q.new_empty((b, h, m), dtype=torch.float32) for _ in range(2)))
+    softmax = _empty_softmax(problem)
     return out, softmax, _run(problem, c, seed, out, softmax)
 
 
@@ -92,13 +97,18 @@ def sample(problem: Problem, c: Tensor, seed: Tensor) -> Tensor:
 def _run(problem: Problem, c: Tensor, seed: Tensor, out: Tensor | None, softmax: Softmax | None) -> Tensor:
     wanted = samples(problem, c)
     limit, number = (min(float(c), _LARGEST_C), int(seed)) if wanted else (0.0, 0)
+    if softmax is None and problem.sinks is not None:
+        softmax = _empty_softmax(problem)
     rows = (None, None) if softmax is None else (softmax.maximum, softmax.total)
     stream = stream_word(problem.static.site, STREAM_ROW)
     with bind.forward(_native(), _as_read(problem), limit, number, stream, out, *rows) as lists:
         if not wanted:
             return kept.empty()
         cache, parts = kept.allocate(problem, lists.count, limit, number)
-        lists.export(*parts)
+        lists.export(parts.offsets, parts.keys, parts.weights)
+    if problem.sinks is not None and softmax is not None:
+        sinks = problem.sinks.float()[:, None]
+        torch.div((sinks - softmax.maximum).exp(), softmax.total, out=parts.sinks)
     return cache
 
 
@@ -108,11 +118,17 @@ def backward(
     """Gradients and the number of entries used; None if the cache is lost or was never filled."""
     if not samples(problem, c):
         return None
-    lists = kept.unpack(cache, problem, min(float(c), _LARGEST_C), int(seed))
-    if lists is None:
+    parts = kept.unpack(cache, problem, min(float(c), _LARGEST_C), int(seed))
+    if parts is None:
         return None
     inputs = (problem.query, problem.key, problem.value)
     query, key, value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-    read = _as_read(replace(problem, attn_bias=None))  # kept weights have it in them
+    # Kept weights have biases, ids and sinks in them.
+    read = _as_read(replace(problem, attn_bias=None, query_ids=None, key_ids=None, sinks=None))
+    lists = (parts.offsets, parts.keys, parts.weights)
     bind.backward(_native(), read, _unit(grad), _unit(out), lists, (query, key, value))
-    return Gradients(query, key, value, None, None), len(lists[1])
+    sinks = None
+    if problem.sinks is not None:
+        delta = torch.linalg.vecdot(grad.float(), out.float())
+        sinks = -(parts.sinks * delta).sum((0, 2)).to(problem.sinks.dtype)
+    return Gradients(query, key, value, None, sinks), len(parts.keys)

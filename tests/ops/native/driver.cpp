@@ -12,7 +12,7 @@ std::mt19937 random_bits(1);
 
 struct Shape {
   int64_t batch, heads, groups, m, n, dk, dv, left, right;
-  int effects;  // 1: a mask per query and key; 2: a bias
+  int effects;  // 1: a mask per query and key; 2: a bias; 4: document ids
   bool bfloat16, masked;
   double c;
   int threads;
@@ -48,13 +48,20 @@ bool run(const Shape& s) {
   for (auto& x : places) x = random_bits() % 4 != 0;
   std::vector<float> bias(size_t(bias_heads * s.m * s.n));
   for (size_t i = 0; i < bias.size(); i++) bias[i] = random_bits() % 4 && i % 997 > 200 ? 0.5f : i % 2 ? -3.4e38f : -1e9f;
+  std::vector<int64_t> query_ids(size_t(s.batch * s.m)), key_ids(size_t(s.n));
+  for (auto& x : query_ids) x = random_bits() % 3;
+  for (auto& x : key_ids) x = random_bits() % 3;
+  const std::vector<float> sinks(size_t(s.heads), 1.0f);
+  const bool documents = s.effects & 4;
   const int64_t rows = s.batch * s.heads * s.m;
   std::vector<float> maximum(rows), total(rows);
   SusCall call{query.bytes.data(), key.bytes.data(), value.bytes.data(), query.strides, key.strides, value.strides,
                s.masked ? mask.data() : nullptr, s.n, 1,
                s.effects & 1 ? places.data() : nullptr, {0, 0, mask_rows > 1 ? s.n : 0, 1},
-               s.effects & 2 ? bias.data() : nullptr, {0, bias_heads > 1 ? s.m * s.n : 0, s.n, 1}, s.batch, s.heads, s.groups, s.m, s.n, s.dk, s.dv, s.left, s.right,
-               0.2f, s.bfloat16 ? SUS_BFLOAT16 : SUS_FLOAT32, s.threads, 0};
+               s.effects & 2 ? bias.data() : nullptr, {0, bias_heads > 1 ? s.m * s.n : 0, s.n, 1},
+               documents ? query_ids.data() : nullptr, documents ? key_ids.data() : nullptr, s.m, 0,
+               s.n % 4 ? nullptr : sinks.data(), s.batch, s.heads, s.groups, s.m, s.n, s.dk, s.dv, s.left, s.right,
+               0.2f, s.bfloat16 ? SUS_BFLOAT16 : SUS_FLOAT32, s.threads, s.m % 3 ? 0.0f : 2.0f};
   SusForward forward{call, s.c, 0x123456789abcdefull, 4, 0, out.bytes.data(), out.strides, maximum.data(), total.data()};
   SusLists* lists = sus_forward(&forward);
   CHECK(lists);
@@ -96,7 +103,7 @@ int main() {
     s.dk = widths[pick(0, 6)], s.dv = i % 3 ? s.dk : widths[pick(0, 6)];
     s.right = i % 2 ? none : pick(-5, 5);
     s.left = i % 7 < 4 ? none : pick(0, 300);
-    s.effects = i % 4;
+    s.effects = i % 8;
     s.bfloat16 = i % 4 == 1, s.masked = i % 5 == 2, s.threads = int(pick(1, 3));
     if (s.n > 8192) s.m = pick(1, 30);
     const double budgets[] = {0, 0.3, 1, 8, 30, 5000, 1073741824.0};

@@ -26,12 +26,15 @@ struct SusCall {
   SusPlaces places_strides;
   const float* bias;  // added to the logits; null is no bias
   SusPlaces bias_strides;
+  const int64_t *query_ids, *key_ids;  // [.., M] and [.., N], a query sees keys of its number; null is no numbers
+  int64_t query_ids_batch, key_ids_batch;  // strides, 0 where they are broadcast
+  const float* sinks;  // [H], logits that only the softmax's total knows; null is none
   int64_t batch, heads, groups, m, n, dk, dv;
   int64_t left, right;  // row i sees keys i - left .. i + right
   float scale;    // above 0
   int32_t dtype;  // SusDtype
   int32_t threads;
-  int32_t reserved;
+  float softcap;  // logits become softcap * tanh(logits / softcap), before biases; 0 is off
 };
 
 struct SusForward {
@@ -42,7 +45,7 @@ struct SusForward {
   uint32_t reserved;
   void* out;  // null: another kernel computed it, and this call only samples
   SusStrides out_strides;
-  float *maximum, *total;  // [B, H, M]; not written where out is null
+  float *maximum, *total;  // [B, H, M]; null: not wanted
 };
 
 struct SusBackward {

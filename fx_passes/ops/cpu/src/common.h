@@ -4,6 +4,7 @@
 #include <sched.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -28,23 +29,32 @@ struct SusLists {
   std::vector<Block> blocks;  // in the order of rows
 };
 
-// Zero-initialised on request, aligned, and on huge pages where the system gives them on demand: the backward's gathers
-// would otherwise spend their time in page-table walks.
+constexpr size_t HUGE_PAGE = size_t(1) << 21;
+
+// Asks for huge pages where the system gives them on demand: the walks of page tables and, in memory that is new, the
+// faults would otherwise take a good part of the backward's time.
+inline void ask_for_huge_pages(void* p, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t from = (uintptr_t(p) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t to = (uintptr_t(p) + bytes) / HUGE_PAGE * HUGE_PAGE;
+  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
+}
+
+// Aligned memory.
 class Buffer {
  public:
   explicit Buffer(size_t floats) : size_((floats * sizeof(float) + PAGE - 1) / PAGE * PAGE) {
     const size_t align = size_ >= HUGE_PAGE ? HUGE_PAGE : PAGE;
     void* p = nullptr;
     if (size_ && posix_memalign(&p, align, size_)) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    if (size_ >= HUGE_PAGE) madvise(p, size_, MADV_HUGEPAGE);
-#endif
+    ask_for_huge_pages(p, size_);
     data_.reset(static_cast<float*>(p));
   }
   float* get() const { return data_.get(); }
 
  private:
-  static constexpr size_t PAGE = 4096, HUGE_PAGE = size_t(1) << 21;
+  static constexpr size_t PAGE = 4096;
   struct Free {
     void operator()(float* p) const { free(p); }
   };

@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #endif
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // functions with wide vectors are inlined and no interface
+
 namespace sus {
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
@@ -40,6 +42,10 @@ inline vf splat(float x) { return x - vf{}; }
 inline float sum(vf x) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
   return _mm512_reduce_add_ps(x);
+#elif defined(__AVX2__)
+  __m128 a = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
 #else
   float s = 0;
   for (int i = 0; i < W; i++) s += x[i];
@@ -97,6 +103,21 @@ inline vf exp2v(vf t) {
   const vf scale = (vf)((bits << 23) + 0x3f800000);
   return (vf)((vi)(p * scale) & ~(t < splat(SMALLEST)));
 #endif
+}
+
+// tanh, relative error 2e-7: a polynomial near 0, where 1 - 2 / (e^2x + 1) cancels. NaN for NaN.
+inline vf tanhv(vf x) {
+  const vi sign = (vi)x & int32_t(0x80000000);
+  const vf size = (vf)((vi)x ^ sign), square = x * x;
+  vf p = splat(-5.6599886e-3f);
+  p = p * square + 2.0590988e-2f;
+  p = p * square - 5.3721068e-2f;
+  p = p * square + 1.3331128e-1f;
+  p = p * square - 3.3333261e-1f;
+  p = p * square + 1.0f;
+  const vf end = splat(10.0f), bounded = size > end ? end : size;
+  const vf far = 1.0f - 2.0f / (exp2v(bounded * 2.8853901f) + 1.0f);  // 2 / log 2
+  return size < splat(0.625f) ? x * p : (vf)((vi)far | sign);
 }
 
 }  // namespace sus

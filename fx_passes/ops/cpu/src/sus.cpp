@@ -57,7 +57,7 @@ Forward::Forward(const SusForward& args, SusLists& lists)
   for (int64_t i = 0; i < together; i++)
     ring_.push_back(std::make_unique<Packed>(call_, sampling_ == FROM_PRODUCTS, args.out != nullptr));
   const int64_t weight_rows = sampling_ == FROM_WEIGHTS ? chunks_ * rows_ : rows_;
-  for (int i = 0; i < call_.threads; i++) threads_.push_back(std::make_unique<Thread>(weight_rows, call_.bias || call_.places));
+  for (int i = 0; i < call_.threads; i++) threads_.push_back(std::make_unique<Thread>(weight_rows, has_extras(call_)));
   if (sampling_) lists.blocks.resize(call_.batch * call_.heads * blocks_);
 }
 
