@@ -50,7 +50,8 @@ def _selects(value: Value) -> bool:
     """Whether a value is one place of a dimension."""
     if value.op is not aten.select.int:
         return False
-    return all(isinstance(x, int) for x in (value.args[2], value.args[0].shape[value.args[1]]))
+    place, size = value.args[2], value.args[0].shape[value.args[1]]
+    return isinstance(place, int) and (place >= 0 or isinstance(size, int))
 
 
 def chunk_of(value: Value, layout: Layout) -> Layout | None:
@@ -59,6 +60,8 @@ def chunk_of(value: Value, layout: Layout) -> Layout | None:
     dim, start, step = given[0], given[1], given[3]
     dim, start = dim % len(value.shape), start or 0
     total, size = value.args[0].shape[dim], value.shape[dim]
+    if size == 1 and isinstance(start, int) and start >= 0 and not isinstance(total, int):
+        return (*layout[:dim], (Axis(total, at=start), *layout[dim]), *layout[dim + 1 :])
     if not all(isinstance(x, int) for x in (total, size, start, step)) or not size or total % size:
         return None
     start = max(start + total, 0) if start < 0 else start
@@ -91,7 +94,8 @@ def before(value: Value, layout: Layout) -> Layout:
         return broadcast(layout, source.shape)
     if value.op is aten.select.int:
         i, size = value.args[1] % len(source.shape), source.shape[value.args[1]]
-        chosen = () if size == 1 else (Axis(size, at=value.args[2] % size),)
+        place = value.args[2] + size if value.args[2] < 0 else value.args[2]
+        chosen = () if known(size == 1) else (Axis(size, at=place),)
         return (*layout[:i], chosen, *layout[i:])
     order = _order(value)
     result: list[Any] = [()] * len(order)

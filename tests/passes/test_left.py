@@ -244,6 +244,7 @@ def linear_attention_of_convolutions(x: torch.Tensor, w: torch.Tensor) -> torch.
         linear_attention_of_convolutions,
         lambda x, w: ((torch.tanh(x) @ w[:, :1]).softmax(-2) * x).sum(-2),  # pooling with learned scores
         lambda x, w: x.softmax(-2).mT @ x,
+        lambda x, w: ((x @ w).amax(-1).softmax(-1)[..., None] * x).sum(-2),
         lambda x, w: torch.einsum("bhne,bhned->bhnd", (x @ w).softmax(-1), torch.stack([x * i for i in range(D)], -2)),
     ],
 )
