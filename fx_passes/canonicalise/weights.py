@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, all_axes, broadcast, fresh, known, leaves
+from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, all_axes, broadcast, known, leaves
 from fx_passes.canonicalise.contraction import Operand, contraction, is_contraction, operands
 from fx_passes.canonicalise.forms import Factor, Mask, Sink, Term, Walk, level
 from fx_passes.canonicalise.softmax import RowSum, divisor, row_sum, softmax_input, through
@@ -290,7 +290,9 @@ def number_of(walk: Walk, x: Any, buffers: bool = True) -> float | None:
         return float(x)
     if not isinstance(x, Value):
         return None
-    filled = through_views(Operand(x, fresh(x.shape))).value if isinstance(x.fake, torch.Tensor) else x
+    filled = x
+    while filled.op is aten.detach.default or is_view(filled) or is_cast(filled):
+        filled = filled.args[0]
     if filled.op is aten.full.default and isinstance(filled.args[1], (int, float)):
         return float(filled.args[1])  # of any size, also a dynamic one
     constant = walk.constant(x, buffers)
