@@ -134,7 +134,8 @@ def _as_mask(walk: Walk, bias: Bias) -> Mask | None:
         visible, masked = values == 0, values <= BIG
         if bool((visible | masked).all()):
             fill = -math.inf if bool(torch.isinf(values[masked]).all()) else float(values[masked].max())
-            return Mask(bias.value, bias.layout, True, fill, origin=bias)
+            # `keep` False: visible where the tensor is 0, which its scale leaves 0; True: where it is no mask value.
+            return Mask(bias.value, bias.layout, bias.scale == 1.0, fill, origin=bias)
         return None
     if bias.scale != 1.0:
         return None
@@ -158,7 +159,7 @@ def _filled_zeros(walk: Walk, bias: Bias) -> Mask | None:
 
 
 def _parts(walk: Walk, mask: Mask, rows: Dim, keys: Dim) -> list[_Part]:
-    if mask.value.dtype.is_floating_point and mask.origin is not None:
+    if mask.value.dtype.is_floating_point and mask.origin is not None and mask.keep:
         constant = walk.constant(mask.value)
         matrix = None if constant is None else _matrix(constant > BIG, mask.layout, rows, keys)
         return [_Part(Seen(Operand(mask.value, mask.layout), True, additive=True), matrix)]

@@ -69,6 +69,17 @@ def causal_added(q, k, v):
 
 
 @form(mask="causal")
+def causal_subtracted(q, k, v):
+    return (q @ k.mT - 1e30 * (~band()).to(q.dtype)).softmax(-1) @ v
+
+
+@form(mask="mask")
+def scattered_mask_subtracted_and_scaled(q, k, v):
+    hidden = ((torch.arange(M)[:, None] * 7 + torch.arange(N) * 5) % 3 == 0).to(q.dtype)
+    return ((q @ k.mT - 1e3 * hidden) * 100).softmax(-1) @ v
+
+
+@form(mask="causal")
 def causal_arange(q, k, v):
     i = torch.arange(N)
     return (q @ k.mT + (i[None, :] > i[:, None]) * -1e9).softmax(-1) @ v
