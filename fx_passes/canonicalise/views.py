@@ -46,6 +46,13 @@ def is_view(value: Value) -> bool:
     return is_same(value) or value.op in _RESHAPES or value.op in _SQUEEZES or value.op in _MOVES or _selects(value)
 
 
+def _repeated(value: Value) -> list[Any]:
+    """The shape of `repeat`'s result with two dimensions for each: how often it is repeated, and its size before."""
+    source, times = value.args[0].shape, value.args[1]
+    sizes = (1,) * (len(times) - len(source)) + tuple(source)
+    return [n for pair in zip(times, sizes, strict=True) for n in pair]
+
+
 def _selects(value: Value) -> bool:
     """Whether a value is one place of a dimension."""
     if value.op is not aten.select.int:
@@ -92,6 +99,8 @@ def before(value: Value, layout: Layout) -> Layout:
         return layout[:i] + layout[i + 1 :]
     if value.op is aten.expand.default:
         return broadcast(layout, source.shape)
+    if value.op is aten.repeat.default:
+        return reshape(layout, _repeated(value))[1::2][len(layout) - len(source.shape) :]
     if value.op is aten.select.int:
         i, size = value.args[1] % len(source.shape), source.shape[value.args[1]]
         place = value.args[2] + size if value.args[2] < 0 else value.args[2]
@@ -108,7 +117,7 @@ def after(value: Value, layout: Layout) -> Layout | None:
     """The layout of a view's result; None where the result runs over other axes than the source."""
     if is_same(value):
         return layout
-    if value.op is aten.select.int:
+    if value.op in (aten.select.int, aten.repeat.default):
         return None
     if value.op in _RESHAPES:
         return reshape(layout, value.shape)
@@ -144,7 +153,14 @@ def _order(value: Value) -> list[int]:
 
 
 _FLIPS = {aten.t.default}
-_MOVES = {aten.unsqueeze.default, aten.expand.default, aten.permute.default, aten.transpose.int, aten.t.default}
+_MOVES = {
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.repeat.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+}
 
 
 def peel(value: Value, layout: Layout) -> tuple[Value, Layout]:
@@ -155,7 +171,7 @@ def peel(value: Value, layout: Layout) -> tuple[Value, Layout]:
     chain = [(value, layout)]
     costly = 0
     while is_view(value) and isinstance(value.args[0], Value):
-        copies = value.op is aten.clone.default or (
+        copies = value.op in (aten.clone.default, aten.repeat.default) or (
             value.op is aten.expand.default
             and not (
                 len(value.shape) == len(value.args[0].shape)

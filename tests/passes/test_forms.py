@@ -488,6 +488,32 @@ def context_of_the_largest_scores(q, k, v):
     return s.softmax(-1) @ v, s.max(-1).values.softmax(-1).unsqueeze(-2) @ q
 
 
+@form(mask="causal")
+def heads_in_the_batch_with_repeated_masks(q, k, v):
+    a, b, c = (torch.cat(x.transpose(1, 2).flatten(2).chunk(H, 2), 0) for x in (q, k, v))
+    rows = torch.sign(torch.abs(q.sum((1, 3)))).repeat(H, 1).unsqueeze(-1).repeat(1, 1, N)
+    s = torch.where(band().unsqueeze(0).repeat(B * H, 1, 1), torch.bmm(a, b.mT), torch.full((), -1e9))
+    return torch.cat(torch.bmm(s.softmax(-1) * rows, c).chunk(H, 0), 2)
+
+
+@form(mask="causal")
+def lower_triangle_normalised_late(q, k, v):
+    e = (q @ k.mT / 4).exp().tril()
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+@form(mask="causal")
+def lower_triangle_normalised_again(q, k, v):
+    p = (q @ k.mT).softmax(-1).tril()
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+@form(mask="none")
+def sum_and_a_number_late(q, k, v):
+    e = (q @ k.mT / 4).exp()
+    return (e @ v) / (e.sum(-1, keepdim=True) + 1e-3)
+
+
 MIX = torch.nn.Parameter(torch.linspace(-1, 1, H * H, dtype=torch.float64).view(H, H).sin())
 
 
