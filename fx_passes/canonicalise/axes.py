@@ -78,6 +78,8 @@ def split(axis: Axis, inner: Size) -> tuple[Axis, Axis]:
     """The two parts of an axis, the inner one of a given size."""
     if isinstance(inner, int) and isinstance(axis.size, int) and axis.size % inner:
         raise NotUnderstood("a view splits a dimension in a way that does not divide it")
+    if axis.at is not None and not (isinstance(inner, int) and isinstance(axis.size, int)):
+        raise NotUnderstood("a view splits a dimension of dynamic size of which one place is selected")
     outer = axis.size // inner
     places = (None, None) if axis.at is None else divmod(axis.at, inner)
     axis.parts = (Axis(outer, at=places[0]), Axis(inner, at=places[1]))

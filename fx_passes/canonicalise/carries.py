@@ -98,6 +98,8 @@ def _carries(context: Context, value: Value, layout: Layout, keys: Dim, seen: se
             )
         if value.op is partly_written:
             return _carries(context, value.args[0], layout, keys, seen, kept)
+        if value.op in (aten.amax.default, aten.max.dim):
+            return _largest(context, value, layout, keys, seen, kept)
         if value.op in _RANGES:
             return _ranges(context, value, layout, keys, seen, kept)
     except NotUnderstood:
@@ -107,6 +109,23 @@ def _carries(context: Context, value: Value, layout: Layout, keys: Dim, seen: se
 
 def _mixes(context: Context, value: Value, layout: Layout, keys: Dim, seen: set[int], kept: list[Axis]) -> bool:
     return bool(set(leaves(keys)) & set(all_axes(layout))) and _carries(context, value, layout, keys, seen, kept)
+
+
+def _largest(context: Context, value: Value, layout: Layout, keys: Dim, seen: set[int], kept: list[Axis]) -> bool:
+    """The largest of scores along other axes, as BiDAF's context looks at the query."""
+    source = value.args[0]
+    given = value.args[1] if isinstance(value.args[1], (list, tuple)) else [value.args[1]]
+    dims, keepdim = {d % len(source.shape) for d in given}, len(value.args) > 2 and bool(value.args[2])
+    rest = iter(layout)
+    wide: list[Dim] = []
+    for i, size in enumerate(source.shape):
+        if i in dims:
+            wide.append((Axis(size),))
+            kept.extend(wide[-1])
+        if i not in dims or keepdim:
+            dim = next(rest)
+            wide += [] if i in dims else [dim]
+    return _carries(context, source, tuple(wide), keys, seen, kept)
 
 
 def _ranges(context: Context, value: Value, layout: Layout, keys: Dim, seen: set[int], kept: list[Axis]) -> bool:

@@ -14,7 +14,7 @@ from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Scores, 
 from fx_passes.canonicalise.scores import scores
 from fx_passes.canonicalise.softmax import divisor, row_sum, softmax_input
 from fx_passes.canonicalise.views import after, is_cast, is_view
-from fx_passes.canonicalise.weights import leads_to_softmax, through_views, weights
+from fx_passes.canonicalise.weights import leads_to_softmax, normalise, through_views, weights
 from fx_passes.find.context import Level
 from fx_passes.find.trace import Trace, Value
 
@@ -70,7 +70,7 @@ def _attention(walk: Walk, out: Value, layout: Layout, side: Operand, value: Ope
             "something is added to the weights, and the product with value sums over more than the keys"
         )
     if not all(t.normalised for t in done):
-        out, layout, done = _normalised_later(walk, out, layout, done, summed)
+        out, layout, done = _normalised_later(walk, out, layout, done, summed, through_views(side))
     _check_regions(walk)
     return Attention(out, layout, done, value, _form(done), walk.visited)
 
@@ -94,12 +94,11 @@ def _check_value(walk: Walk, term: Term, value: Operand, summed: Dim) -> None:
 
 
 def _normalised_later(
-    walk: Walk, out: Value, layout: Layout, terms: list[Term], summed: Dim
+    walk: Walk, out: Value, layout: Layout, terms: list[Term], summed: Dim, unnormalised: Operand
 ) -> tuple[Value, Layout, list[Term]]:
     """exp(scores) @ V divided by the row sums of exp(scores)."""
-    if len(terms) != 1 or terms[0].factors or terms[0].masks or terms[0].scale != 1:
+    if len(terms) != 1 or terms[0].mixed or terms[0].extension is not None:
         raise NotUnderstood("exp is not normalised before the product with value")
-    term = terms[0]
     value = out
     for _ in range(20):
         users = walk.trace.users(value)
@@ -109,15 +108,11 @@ def _normalised_later(
         walk.visit(user)
         below = _divided_by(user, value, layout)
         if below is not None:
-            found = row_sum(below.value, below.layout, term.soft, term.source.layout, summed)
-            if (
-                found is None
-                or found.extra
-                or found.other is not None
-                or not all(known(a == b) for a, b in zip(user.shape, value.shape, strict=True))
-            ):
+            found = row_sum(below.value, below.layout, unnormalised.value, unnormalised.layout, summed)
+            if found is None or not all(known(a == b) for a, b in zip(user.shape, value.shape, strict=True)):
                 break
-            return user, layout, [replace(term, normalised=True)]
+            term = normalise(walk, terms, summed, found)
+            return user, layout, [replace(term, scores=scores(walk, term))]
         moved = after(user, layout) if is_view(user) and user.args[0] is value else layout if is_cast(user) else None
         if moved is None:
             break

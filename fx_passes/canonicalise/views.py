@@ -46,11 +46,19 @@ def is_view(value: Value) -> bool:
     return is_same(value) or value.op in _RESHAPES or value.op in _SQUEEZES or value.op in _MOVES or _selects(value)
 
 
+def _repeated(value: Value) -> list[Any]:
+    """The shape of `repeat`'s result with two dimensions for each: how often it is repeated, and its size before."""
+    source, times = value.args[0].shape, value.args[1]
+    sizes = (1,) * (len(times) - len(source)) + tuple(source)
+    return [n for pair in zip(times, sizes, strict=True) for n in pair]
+
+
 def _selects(value: Value) -> bool:
     """Whether a value is one place of a dimension."""
     if value.op is not aten.select.int:
         return False
-    return all(isinstance(x, int) for x in (value.args[2], value.args[0].shape[value.args[1]]))
+    place, size = value.args[2], value.args[0].shape[value.args[1]]
+    return isinstance(place, int) and (place >= 0 or isinstance(size, int))
 
 
 def chunk_of(value: Value, layout: Layout) -> Layout | None:
@@ -59,6 +67,8 @@ def chunk_of(value: Value, layout: Layout) -> Layout | None:
     dim, start, step = given[0], given[1], given[3]
     dim, start = dim % len(value.shape), start or 0
     total, size = value.args[0].shape[dim], value.shape[dim]
+    if size == 1 and isinstance(start, int) and start >= 0 and not isinstance(total, int):
+        return (*layout[:dim], (Axis(total, at=start), *layout[dim]), *layout[dim + 1 :])
     if not all(isinstance(x, int) for x in (total, size, start, step)) or not size or total % size:
         return None
     start = max(start + total, 0) if start < 0 else start
@@ -89,9 +99,12 @@ def before(value: Value, layout: Layout) -> Layout:
         return layout[:i] + layout[i + 1 :]
     if value.op is aten.expand.default:
         return broadcast(layout, source.shape)
+    if value.op is aten.repeat.default:
+        return reshape(layout, _repeated(value))[1::2][len(layout) - len(source.shape) :]
     if value.op is aten.select.int:
         i, size = value.args[1] % len(source.shape), source.shape[value.args[1]]
-        chosen = () if size == 1 else (Axis(size, at=value.args[2] % size),)
+        place = value.args[2] + size if value.args[2] < 0 else value.args[2]
+        chosen = () if known(size == 1) else (Axis(size, at=place),)
         return (*layout[:i], chosen, *layout[i:])
     order = _order(value)
     result: list[Any] = [()] * len(order)
@@ -104,7 +117,7 @@ def after(value: Value, layout: Layout) -> Layout | None:
     """The layout of a view's result; None where the result runs over other axes than the source."""
     if is_same(value):
         return layout
-    if value.op is aten.select.int:
+    if value.op in (aten.select.int, aten.repeat.default):
         return None
     if value.op in _RESHAPES:
         return reshape(layout, value.shape)
@@ -140,7 +153,14 @@ def _order(value: Value) -> list[int]:
 
 
 _FLIPS = {aten.t.default}
-_MOVES = {aten.unsqueeze.default, aten.expand.default, aten.permute.default, aten.transpose.int, aten.t.default}
+_MOVES = {
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.repeat.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+}
 
 
 def peel(value: Value, layout: Layout) -> tuple[Value, Layout]:
@@ -151,7 +171,7 @@ def peel(value: Value, layout: Layout) -> tuple[Value, Layout]:
     chain = [(value, layout)]
     costly = 0
     while is_view(value) and isinstance(value.args[0], Value):
-        copies = value.op is aten.clone.default or (
+        copies = value.op in (aten.clone.default, aten.repeat.default) or (
             value.op is aten.expand.default
             and not (
                 len(value.shape) == len(value.args[0].shape)

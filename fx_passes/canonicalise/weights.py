@@ -175,12 +175,15 @@ def _product(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
         b, side, divides = inverse.value, inverse.layout, True
     total = row_sum(b, side, a, inner, keys) if divides else None
     if total is not None and not (total.extra and len(terms) == 1 and terms[0].normalised):
-        return [_normalise(walk, _not_mixed(terms), keys, total)]
+        return [normalise(walk, _not_mixed(terms), keys, total)]
+    narrow = through_views(Operand(b, side))
+    if len(all_axes(narrow.layout)) < len(all_axes(side)):  # it was repeated, perhaps along the keys
+        b, side = narrow.value, narrow.layout
     factor = Factor(b, side, -1 if divides else 1)
     return [replace(t, factors=[*t.factors, factor]) for t in terms]
 
 
-def _normalise(walk: Walk, terms: list[Term], keys: Dim, total: RowSum) -> Term:
+def normalise(walk: Walk, terms: list[Term], keys: Dim, total: RowSum) -> Term:
     """A term over its own row sum: factors of 0 and 1 become masks, those without keys cancel.
 
     A number added to the sum is a sink, whose logit is the number's logarithm.
@@ -294,6 +297,11 @@ def number_of(walk: Walk, x: Any, buffers: bool = True) -> float | None:
         return float(x)
     if not isinstance(x, Value):
         return None
+    filled = x
+    while filled.op is aten.detach.default or is_view(filled) or is_cast(filled):
+        filled = filled.args[0]
+    if filled.op is aten.full.default and isinstance(filled.args[1], (int, float)):
+        return float(filled.args[1])  # of any size, also a dynamic one
     constant = walk.constant(x, buffers)
     if constant is None or constant.numel() == 0:
         return None

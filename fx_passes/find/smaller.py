@@ -81,6 +81,13 @@ def _exp2(x: Tensor) -> Tensor:
     return aten.exp.default(aten.mul.Tensor(x, math.log(2)))  # type: ignore[no-any-return]
 
 
+def _tril(x: Tensor, diagonal: int = 0) -> Any:
+    if not x.is_floating_point():
+        return NotImplemented
+    seen = aten.tril.default(aten.ones.default(x.shape[-2:], dtype=torch.bool, device=x.device), diagonal)
+    return aten.masked_fill.Scalar(x, aten.logical_not.default(seen), 0)
+
+
 def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     return aten.softmax.int(x, dim, torch.float32 if half_to_float else None)  # type: ignore[no-any-return]
 
@@ -116,6 +123,7 @@ SMALLER: dict[Any, Callable[..., Any]] = {
     aten.convolution.default: _convolution,
     aten.index_put.default: _index_put,
     aten.stack.default: _stack,
+    aten.tril.default: _tril,
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
     aten.unbind.int: _unbind,

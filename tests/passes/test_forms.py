@@ -69,6 +69,17 @@ def causal_added(q, k, v):
 
 
 @form(mask="causal")
+def causal_subtracted(q, k, v):
+    return (q @ k.mT - 1e30 * (~band()).to(q.dtype)).softmax(-1) @ v
+
+
+@form(mask="mask")
+def scattered_mask_subtracted_and_scaled(q, k, v):
+    hidden = ((torch.arange(M)[:, None] * 7 + torch.arange(N) * 5) % 3 == 0).to(q.dtype)
+    return ((q @ k.mT - 1e3 * hidden) * 100).softmax(-1) @ v
+
+
+@form(mask="causal")
 def causal_arange(q, k, v):
     i = torch.arange(N)
     return (q @ k.mT + (i[None, :] > i[:, None]) * -1e9).softmax(-1) @ v
@@ -469,6 +480,38 @@ def dead_rows_are_zero(q, k, v):
 def exp_computed_twice(q, k, v):
     s = q @ k.mT
     return (torch.exp(s - s.amax(-1, keepdim=True)) / torch.exp(s - s.amax(-1, keepdim=True)).sum(-1, True)) @ v
+
+
+@form(sites=2)
+def context_of_the_largest_scores(q, k, v):
+    s = q @ k.mT
+    return s.softmax(-1) @ v, s.max(-1).values.softmax(-1).unsqueeze(-2) @ q
+
+
+@form(mask="causal")
+def heads_in_the_batch_with_repeated_masks(q, k, v):
+    a, b, c = (torch.cat(x.transpose(1, 2).flatten(2).chunk(H, 2), 0) for x in (q, k, v))
+    rows = torch.sign(torch.abs(q.sum((1, 3)))).repeat(H, 1).unsqueeze(-1).repeat(1, 1, N)
+    s = torch.where(band().unsqueeze(0).repeat(B * H, 1, 1), torch.bmm(a, b.mT), torch.full((), -1e9))
+    return torch.cat(torch.bmm(s.softmax(-1) * rows, c).chunk(H, 0), 2)
+
+
+@form(mask="causal")
+def lower_triangle_normalised_late(q, k, v):
+    e = (q @ k.mT / 4).exp().tril()
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+@form(mask="causal")
+def lower_triangle_normalised_again(q, k, v):
+    p = (q @ k.mT).softmax(-1).tril()
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+@form(mask="none")
+def sum_and_a_number_late(q, k, v):
+    e = (q @ k.mT / 4).exp()
+    return (e @ v) / (e.sum(-1, keepdim=True) + 1e-3)
 
 
 MIX = torch.nn.Parameter(torch.linspace(-1, 1, H * H, dtype=torch.float64).view(H, H).sin())

@@ -128,6 +128,16 @@ def over_a_sum_without_gradient(q, k, v):
     return (s.exp() / s.detach().exp().sum(-1, keepdim=True)) @ v
 
 
+def over_the_sum_of_other_rows(q, k, v):
+    e = (q @ k.mT / 9).exp()
+    return (e @ v) / e.sum(-1, keepdim=True).flip(2)
+
+
+def masked_over_the_whole_sum(q, k, v):
+    e = (q @ k.mT / 9).exp()
+    return (e.tril() @ v) / e.sum(-1, keepdim=True)
+
+
 def entropy(q, k, v):
     s = q @ k.mT
     return -(s.softmax(-1) * s.log_softmax(-1)).sum(-1)
@@ -181,6 +191,8 @@ def without_gradient(q, k, v):
         mask_that_is_no_mask,
         over_the_sum_of_something_else,
         over_a_sum_without_gradient,
+        over_the_sum_of_other_rows,
+        masked_over_the_whole_sum,
         entropy,
         expected_score,
         agreement_of_both_ways,
@@ -244,6 +256,7 @@ def linear_attention_of_convolutions(x: torch.Tensor, w: torch.Tensor) -> torch.
         linear_attention_of_convolutions,
         lambda x, w: ((torch.tanh(x) @ w[:, :1]).softmax(-2) * x).sum(-2),  # pooling with learned scores
         lambda x, w: x.softmax(-2).mT @ x,
+        lambda x, w: ((x @ w).amax(-1).softmax(-1)[..., None] * x).sum(-2),
         lambda x, w: torch.einsum("bhne,bhned->bhnd", (x @ w).softmax(-1), torch.stack([x * i for i in range(D)], -2)),
     ],
 )

@@ -35,7 +35,7 @@ SCALES = {
     "softcap": lambda s, q, k: 4 * torch.tanh(s / 4),
     "clamped": lambda s, q, k: s.clamp(-3, 3),
     "per row": lambda s, q, k: s / (1 + q.mean(-1, keepdim=True) ** 2),
-    "mixed": lambda s, q, k: torch.einsum("bhij,hg->bgij", s, MIX),
+    "mixed": lambda s, q, k: torch.einsum("bhij,hg->bgij", s, MIX.abs() + 0.1),
 }
 MASKS = {
     "none": lambda s, k: s,
