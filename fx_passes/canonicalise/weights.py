@@ -237,9 +237,13 @@ def _is_shift(value: Value) -> bool:
 
 
 def through_views(operand: Operand) -> Operand:
+    """The value above views and casts, as far as they are understood."""
     value, layout = operand.value, operand.layout
     while is_view(value) or is_cast(value):
-        layout = before(value, layout) if is_view(value) else layout
+        try:
+            layout = before(value, layout) if is_view(value) else layout
+        except NotUnderstood:
+            break
         value = value.args[0]
     return Operand(value, layout)
 
