@@ -98,8 +98,8 @@ def _prepare(walk: Walk, attention: Attention, term: Term, scores: Scores) -> Re
 def _check_mixed(term: Term, role: Roles) -> None:
     """NotUnderstood where weights are mixed across so many heads that a rewrite would cost more than it saves.
 
-    Each head's weights then meet the values of all heads, side by side: forward and backward on a CPU took 1.2 times the
-    model's own time for 4 heads of 48 (n = 2048), and 3.7 times for 8 (n = 1024).
+    Each head's weights then meet the values of all heads, side by side. Forward and backward on a CPU took 1.2 times
+    the model's own time for 4 heads of 48 (n = 2048), and 3.7 times for 8 (n = 1024).
     """
     if any(set(leaves(term.mixed)) & set(f.axes) and set(leaves(role.out)) & set(f.axes) for f in term.factors):
         width = product(leaves(role.out))
