@@ -46,6 +46,7 @@ def attentions(trace: Trace) -> list[Found]:
     for node in list(trace.context.gm.graph.nodes):
         if is_anchor(node):
             found += _at(trace, constants, node, found)
+    constants.forget()
     return found
 
 

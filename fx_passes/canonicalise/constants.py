@@ -40,8 +40,9 @@ class Constants:
                 log.debug("cannot evaluate %s", value, exc_info=True)
         return known[value]
 
-    def forget(self, sizes: Sizes) -> None:
-        self._known.pop(tuple(sizes.items()), None)
+    def forget(self) -> None:
+        """Drops what was computed at given sizes: layers share masks, and later calls have other sizes."""
+        self._known = {None: self._known.get(None, {})}
 
     def _evaluate(self, value: Value, sizes: Sizes | None, known: dict[Value, Tensor | None]) -> Any:
         if value.op is None:

@@ -82,16 +82,10 @@ class Claim:
     none_lost: bool  # every query sees a key
 
     def holds(self, sizes: Sizes) -> bool:
-        try:
-            matrices = [_matrix(self.constants, seen, self.rows, self.keys, sizes) for seen in self.parts]
-        finally:
-            self.constants.forget(sizes)
-        if any(m is None for m in matrices):
+        parts = [_Part(seen, _matrix(self.constants, seen, self.rows, self.keys, sizes)) for seen in self.parts]
+        if any(p.matrix is None for p in parts) or (self.none_lost and not _none_lost(parts)):
             return False
-        visible = _all([_Part(s, m) for s, m in zip(self.parts, matrices, strict=True)])
-        if self.none_lost and not bool(visible.any(-1).all()):
-            return False
-        return torch.equal(visible, self.places.visible(_length(self.rows, sizes), _length(self.keys, sizes)))
+        return torch.equal(_all(parts), self.places.visible(_length(self.rows, sizes), _length(self.keys, sizes)))
 
 
 def plan(walk: Walk, scores: Scores, term: Term, rows: Dim, keys: Dim) -> Plan | None:

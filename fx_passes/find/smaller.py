@@ -59,21 +59,8 @@ def _unbind(x: Tensor, dim: int = 0) -> Any:
     return [aten.select.int(x, dim, i) for i in range(x.shape[dim])]
 
 
-def _filled(number: float) -> Callable[..., Tensor]:
-    """`zeros_like` and the like: what they hold does not depend on the tensor that they are like."""
-
-    def like(x: Tensor, size: Any = None, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-        size = x.shape if size is None else size
-        return aten.full.default(size, number, dtype=dtype or x.dtype, device=device or x.device)  # type: ignore[no-any-return]
-
-    return like
-
-
-def _full_like(x: Tensor, number: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-    return aten.full.default(x.shape, number, dtype=dtype or x.dtype, device=device or x.device)  # type: ignore[no-any-return]
-
-
-def _new_full(x: Tensor, size: Any, number: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+def _full(x: Tensor, size: Any, number: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    """What `new_full`, `zeros_like` and the like hold does not depend on the tensor that they are like."""
     return aten.full.default(size, number, dtype=dtype or x.dtype, device=device or x.device)  # type: ignore[no-any-return]
 
 
@@ -127,12 +114,12 @@ SMALLER: dict[Any, Callable[..., Any]] = {
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
     aten.unbind.int: _unbind,
-    aten.zeros_like.default: _filled(0),
-    aten.ones_like.default: _filled(1),
-    aten.new_zeros.default: _filled(0),
-    aten.new_ones.default: _filled(1),
-    aten.full_like.default: _full_like,
-    aten.new_full.default: _new_full,
+    aten.zeros_like.default: lambda x, **options: _full(x, x.shape, 0, **options),
+    aten.ones_like.default: lambda x, **options: _full(x, x.shape, 1, **options),
+    aten.full_like.default: lambda x, number, **options: _full(x, x.shape, number, **options),
+    aten.new_zeros.default: lambda x, size, **options: _full(x, size, 0, **options),
+    aten.new_ones.default: lambda x, size, **options: _full(x, size, 1, **options),
+    aten.new_full.default: _full,
     aten.exp2.default: _exp2,
     aten.rsub.Scalar: lambda x, other, alpha=1: aten.add.Tensor(
         aten.neg.default(x if alpha == 1 else x * alpha), other

@@ -103,3 +103,16 @@ class Gradients:
     value: Tensor
     attn_bias: Tensor | None
     sinks: Tensor | None
+
+
+def sink_weights(problem: Problem, softmax: Softmax) -> Tensor:
+    """The weight [B, H, M] that each row gives to its sink."""
+    assert problem.sinks is not None
+    logits = problem.sinks.to(problem.accumulate_dtype)[None, :, None]
+    return (logits - softmax.maximum).exp() / softmax.total
+
+
+def sink_gradient(problem: Problem, weights: Tensor, delta: Tensor) -> Tensor:
+    """Exact: the sink's weight times (0 - delta), summed over rows; delta is dO . O of each row."""
+    assert problem.sinks is not None
+    return -(weights * delta).sum((0, 2)).to(problem.sinks.dtype)

@@ -73,6 +73,8 @@ class Lengths:
         if numbers not in self.checked:
             sizes = self.where.sizes(numbers)
             self.checked[numbers] = all(claim.holds(sizes) for claim in self.claims)
+            for claim in self.claims:
+                claim.constants.forget()
             if not self.checked[numbers]:
                 log.warning("at sizes %s a mask is not what it was: attention runs with its exact backward", sizes)
         return self.checked[numbers]

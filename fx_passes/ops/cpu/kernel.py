@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fx_passes.ops.cpu import bind, kept
 from fx_passes.ops.draws import STREAM_ROW, stream_word
-from fx_passes.ops.problem import Gradients, Problem, Softmax
+from fx_passes.ops.problem import Gradients, Problem, Softmax, sink_gradient, sink_weights
 
 _LARGEST_WIDTH = 256
 _LARGEST_C = float(1 << 30)  # that of tiled.backward
@@ -107,8 +107,7 @@ def _run(problem: Problem, c: Tensor, seed: Tensor, out: Tensor | None, softmax:
         cache, parts = kept.allocate(problem, lists.count, limit, number)
         lists.export(parts.offsets, parts.keys, parts.weights)
     if problem.sinks is not None and softmax is not None:
-        sinks = problem.sinks.float()[:, None]
-        torch.div((sinks - softmax.maximum).exp(), softmax.total, out=parts.sinks)
+        parts.sinks.copy_(sink_weights(problem, softmax))
     return cache
 
 
@@ -130,5 +129,5 @@ def backward(
     sinks = None
     if problem.sinks is not None:
         delta = torch.linalg.vecdot(grad.float(), out.float())
-        sinks = -(parts.sinks * delta).sum((0, 2)).to(problem.sinks.dtype)
+        sinks = sink_gradient(problem, parts.sinks, delta)
     return Gradients(query, key, value, None, sinks), len(parts.keys)

@@ -16,7 +16,7 @@ from fx_passes.ops.cuda import library
 from fx_passes.ops.cuda.launch import launch_backward, launch_forward
 from fx_passes.ops.cuda.launch_block import launch_block_backward, launch_select
 from fx_passes.ops.cuda.lists import BlockLists, Lists, c_limit, capacity_for, find_lists, new_lists
-from fx_passes.ops.problem import Gradients, Problem, Softmax
+from fx_passes.ops.problem import Gradients, Problem, Softmax, sink_gradient, sink_weights
 from fx_passes.ops.tiled.block import ROWS
 from fx_passes.state import get_state
 
@@ -109,12 +109,10 @@ def _host_c(problem: Problem, c: Tensor) -> float:
 
 
 def _sinks(problem: Problem, grad: Tensor, out: Tensor, softmax: Softmax) -> Tensor | None:
-    """Exact: the sink's weight times (0 - delta), summed over rows."""
     if problem.sinks is None:
         return None
     delta = (grad.float() * out.float()).sum(-1)
-    weight = (problem.sinks.float()[None, :, None] - softmax.maximum).exp() / softmax.total
-    return -(weight * delta).sum((0, 2)).to(problem.sinks.dtype)
+    return sink_gradient(problem, sink_weights(problem, softmax), delta)
 
 
 def _places(problem: Problem, lists: Lists, found: Tensor) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fx_passes.ops.problem import Gradients, Problem, Softmax
+from fx_passes.ops.problem import Gradients, Problem, Softmax, sink_gradient, sink_weights
 from fx_passes.ops.tiled.block import add_blocks
 from fx_passes.ops.tiled.dropout import dropout_factor
 from fx_passes.ops.tiled.sample import Entries, independent, row_offsets, systematic
@@ -62,9 +62,7 @@ def backward(
             count += _sampled_rows(problem, rows, grad, softmax, delta, limit, seed, dropout_seed, sums)
     sinks = None
     if problem.sinks is not None:
-        # Exact: the sink's weight times (0 - delta), summed over rows.
-        w = (problem.sinks.to(dtype)[None, :, None] - softmax.maximum).exp() / softmax.total
-        sinks = -(w * delta).sum((0, 2)).to(problem.sinks.dtype)
+        sinks = sink_gradient(problem, sink_weights(problem, softmax), delta)
     return (
         Gradients(
             sums.query.to(problem.query.dtype),
