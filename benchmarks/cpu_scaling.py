@@ -20,6 +20,7 @@ from attention import environment
 from torch import Tensor
 
 from fx_passes import sus_attention
+from fx_passes.ops.cpu import release_memory
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks/results/cpu-scaling.json"
@@ -59,7 +60,8 @@ class Length:
 
     def measure_memory(self) -> None:
         """The most that the backward has besides its inputs, with the lists that it was left; also a warm-up."""
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs have freed would be taken without being seen
+        release_memory()  # what earlier runs have left or freed would be taken without being seen
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         before = memory("VmRSS")
         self.backward()

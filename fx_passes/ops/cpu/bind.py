@@ -81,6 +81,7 @@ def library() -> ctypes.CDLL | None:
         return None
     found.sus_forward.argtypes, found.sus_forward.restype = [POINTER(_Forward)], c_void_p
     found.sus_backward.argtypes, found.sus_backward.restype = [POINTER(_Backward)], ctypes.c_int
+    found.sus_release_memory.argtypes, found.sus_release_memory.restype = [], c_int64
     found.sus_lists_count.argtypes, found.sus_lists_count.restype = [c_void_p], c_int64
     found.sus_lists_export.argtypes, found.sus_lists_export.restype = [*(c_void_p,) * 4, c_int32], None
     found.sus_lists_free.argtypes, found.sus_lists_free.restype = [c_void_p], None

@@ -136,3 +136,9 @@ def backward(
         delta = torch.linalg.vecdot(grad.float(), out.float())
         sinks = sink_gradient(problem, parts.sinks, delta)
     return Gradients(query, key, value, None, sinks), len(parts.keys)
+
+
+def release_memory() -> int:
+    """Gives working memory back that native calls have left for later ones: at most 512 MiB. Returns its bytes."""
+    native = bind.library()
+    return 0 if native is None else int(native.sus_release_memory())

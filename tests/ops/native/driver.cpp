@@ -93,9 +93,33 @@ bool run(const Shape& s) {
   return true;
 }
 
+// What calls leave behind: as much as 512 MiB and 256 pieces, given to whoever wants about that size.
+bool memory() {
+  constexpr size_t MIB = size_t(1) << 20;
+  auto floats = [](size_t mib) { return mib * MIB / sizeof(float); };
+  auto leave = [&](int count, size_t mib) {
+    std::vector<std::unique_ptr<Buffer>> buffers;
+    for (int i = 0; i < count; i++) buffers.push_back(std::make_unique<Buffer>(floats(mib)));
+  };
+  sus_release_memory();
+  leave(300, 2);
+  CHECK(sus_release_memory() == int64_t(256 * 2 * MIB));
+  leave(100, 6);
+  CHECK(sus_release_memory() == int64_t(85 * 6 * MIB));
+  leave(1, 514);
+  leave(100, 1);
+  CHECK(sus_release_memory() == 0);
+  leave(1, 16);
+  leave(1, 9);  // 16 would be too much for it: both are left
+  leave(1, 13);
+  CHECK(sus_release_memory() == int64_t((16 + 10) * MIB));
+  return true;
+}
+
 }  // namespace
 
 int main() {
+  if (!memory()) return 1;
   const int64_t none = int64_t(1) << 60, widths[] = {16, 32, 48, 64, 80, 128, 256};
   for (int i = 0; i < 60; i++) {
     auto pick = [](int64_t low, int64_t high) { return low + int64_t(random_bits() % uint32_t(high - low + 1)); };

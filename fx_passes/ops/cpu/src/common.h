@@ -41,25 +41,105 @@ inline void ask_for_huge_pages(void* p, size_t bytes) {
 #endif
 }
 
-// Aligned memory.
+// Blocks of memory that calls have left, for the calls of the next layer or step: to have the system clear new pages can
+// take longer than a backward that is linear in n. A block is a multiple of HUGE_PAGE. Nobody waits for anybody here: who
+// finds the door shut (in a child, perhaps by a thread of the parent) asks the system.
+class Pool {
+ public:
+  struct Memory {
+    void* start;
+    size_t bytes;
+  };
+
+  // Of at least that many bytes, and not much more.
+  Memory take(size_t bytes) {
+    Memory found{nullptr, bytes};
+    locked([&] {
+      auto best = kept_.end();
+      for (auto it = kept_.begin(); it != kept_.end(); ++it)
+        if (it->bytes >= bytes && it->bytes <= bytes + bytes / 4 && (best == kept_.end() || it->bytes < best->bytes))
+          best = it;
+      if (best == kept_.end()) return;
+      found = *best;
+      kept_bytes_ -= found.bytes;
+      kept_.erase(best);
+    });
+    if (found.start) return found;
+    if (posix_memalign(&found.start, HUGE_PAGE, bytes)) throw std::bad_alloc();
+    ask_for_huge_pages(found.start, bytes);
+    return found;
+  }
+
+  // Keeps it, and lets go what was given longest ago where that is too much.
+  void give(Memory memory) {
+    const bool kept = memory.bytes <= MOST && locked([&] {
+      kept_.push_back(memory);
+      kept_bytes_ += memory.bytes;
+      shrink(MOST);
+    });
+    if (!kept) free(memory.start);
+  }
+
+  // Lets all of it go, and says how many bytes that were.
+  size_t release() {
+    size_t bytes = 0;
+    locked([&] {
+      bytes = kept_bytes_;
+      shrink(0);
+    });
+    return bytes;
+  }
+
+  static Pool& of_process() {
+    static Pool* pool = new Pool;  // never destroyed: threads may outlive what the end of a process destroys
+    return *pool;
+  }
+
+ private:
+  static constexpr size_t MOST = size_t(512) << 20;
+
+  Pool() { kept_.reserve(MOST / HUGE_PAGE + 1); }  // all that fits: memory may not run out while the door is shut
+
+  template <class F>
+  bool locked(const F& f) {
+    if (door_.test_and_set(std::memory_order_acquire)) return false;
+    f();
+    door_.clear(std::memory_order_release);
+    return true;
+  }
+
+  void shrink(size_t bytes) {
+    size_t gone = 0;
+    for (; kept_bytes_ > bytes; kept_bytes_ -= kept_[gone++].bytes) free(kept_[gone].start);
+    kept_.erase(kept_.begin(), kept_.begin() + gone);
+  }
+
+  std::atomic_flag door_ = ATOMIC_FLAG_INIT;
+  std::vector<Memory> kept_;  // in the order in which they were given
+  size_t kept_bytes_ = 0;
+};
+
+// Aligned memory of unknown contents.
 class Buffer {
  public:
-  explicit Buffer(size_t floats) : size_((floats * sizeof(float) + PAGE - 1) / PAGE * PAGE) {
-    const size_t align = size_ >= HUGE_PAGE ? HUGE_PAGE : PAGE;
-    void* p = nullptr;
-    if (size_ && posix_memalign(&p, align, size_)) throw std::bad_alloc();
-    ask_for_huge_pages(p, size_);
-    data_.reset(static_cast<float*>(p));
+  explicit Buffer(size_t floats) : memory_{nullptr, floats * sizeof(float)} {
+    if (memory_.bytes >= HUGE_PAGE) {
+      memory_ = Pool::of_process().take((memory_.bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+    } else if (floats && posix_memalign(&memory_.start, PAGE, memory_.bytes)) {
+      throw std::bad_alloc();
+    }
   }
-  float* get() const { return data_.get(); }
+  ~Buffer() {
+    if (memory_.bytes >= HUGE_PAGE) Pool::of_process().give(memory_);
+    else free(memory_.start);
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  float* get() const { return static_cast<float*>(memory_.start); }
 
  private:
   static constexpr size_t PAGE = 4096;
-  struct Free {
-    void operator()(float* p) const { free(p); }
-  };
-  size_t size_;
-  std::unique_ptr<float, Free> data_;
+  Pool::Memory memory_;
 };
 
 // Runs f(task, thread) for all tasks, the next task to whichever thread is free. Results must not depend on the thread.

@@ -143,4 +143,6 @@ int sus_backward(const SusBackward* args) {
     return 1;
   }
 }
+
+int64_t sus_release_memory() { return int64_t(Pool::of_process().release()); }
 }
