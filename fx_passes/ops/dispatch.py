@@ -75,10 +75,8 @@ def backward(
     elif bool(torch.isinf(c)):
         if not bias_grad and tiled.library_backward_applies(problem, softmax):
             found = tiled.library_backward(problem, grad, out, softmax)
-    elif bias_grad and problem.query.device.type == "cpu":
-        _note(problem, "backward: attn_bias with a gradient")
     elif cpu.supports(problem):
-        found = cpu.backward(problem, grad, out, kept, c, seed, dropout_seed)
+        found = cpu.backward(problem, grad, out, kept, c, seed, dropout_seed, bias_grad)
     if found is None:
         found = tiled.backward(problem, grad, out, softmax, c, seed, dropout_seed, bias_grad)
     gradients, count = found

@@ -107,6 +107,8 @@ CASES = {
     "mask and padding": Case(batch=2, m=60, n=530, masked="mn", padded=300),
     "bias": Case(batch=2, heads=4, groups=2, m=100, n=300, biased="hmn", right=0),
     "bias per key": Case(batch=2, m=100, n=600, biased="bn", fill=-1e4),
+    "bias of all": Case(batch=2, heads=4, groups=2, m=100, n=300, e=48, biased="bhmn", softcap=2.0, dropout=0.2),
+    "bias of places": Case(batch=2, heads=4, groups=2, m=100, n=300, d=64, e=64, biased="mn", softcap=2.0, dropout=0.2),
     "bias of finite masks": Case(batch=2, m=100, n=600, biased="bmn", fill=torch.finfo(torch.float32).min),
     "bias of -1e9": Case(m=100, n=300, biased="mn", fill=-1e9),
     "bias of infinite masks": Case(m=100, n=300, biased="mn", fill=-float("inf")),
@@ -201,7 +203,8 @@ def run(problem: Problem, c: float, seed: int) -> Run:
 
 def gradients(problem: Problem, grad: Tensor, found: Run, c: float, seed: int) -> tuple[Gradients, int]:
     limit = torch.tensor(c, dtype=torch.float64)
-    result = cpu.backward(problem, grad, found.out, found.cache, limit, torch.tensor(seed), DROPOUT_SEED)
+    wanted = problem.attn_bias is not None
+    result = cpu.backward(problem, grad, found.out, found.cache, limit, torch.tensor(seed), DROPOUT_SEED, wanted)
     assert result is not None
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -201,7 +202,6 @@ def test_gradients_of_the_kept_entries(name: str, c: float) -> None:
     # k, d <= 1000 make 32 units, about 2e-6 (measured: 1e-6). In bfloat16 the gradients are rounded to 8 bits, as is
     # the output that delta is made of: 2^-8 at most (measured: 2e-3).
     tolerance = 2.0**-8 if problem.query.dtype == torch.bfloat16 else 32 * UNIT
-    expected.pop("attn_bias", None)  # see test_the_report_says_which_calls_are_not_native
     for key, x in expected.items():
         ours = getattr(result, key).double()
         assert ours.is_contiguous()
@@ -211,9 +211,24 @@ def test_gradients_of_the_kept_entries(name: str, c: float) -> None:
             assert float(ours.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_mean_over_seeds_is_the_exact_gradient(dropout: float) -> None:
-    case = replace(CASES["gqa"], batch=1, heads=4, groups=2, m=96, n=96, dropout=dropout)
+@pytest.mark.parametrize("shape", list(itertools.product((1, 2), (1, 4), (1, 150), (1, 300))))
+def test_gradient_of_a_bias_is_added_up_where_it_is_broadcast(shape: tuple[int, ...]) -> None:
+    case = Case(batch=2, heads=4, groups=2, m=150, n=300, right=0, bottom_right=True)
+    found = []
+    for size in (shape, (2, 4, 150, 300)):
+        problem = replace(case.problem(), attn_bias=torch.full(size, 0.5))
+        result, _ = gradients(problem, case.grad(), run(problem, 9.0, 4), 9.0, 4)
+        assert result.attn_bias.shape == size
+        found.append(result.attn_bias.double())
+    added, full = found
+    k = full.numel() / added.numel()  # the roundings of k additions have signs of their own
+    error = (added - full.sum_to_size(shape)).abs()
+    assert (error <= UNIT * 4 * math.sqrt(k) * full.abs().sum_to_size(shape)).all()
+
+
+@pytest.mark.parametrize(("dropout", "biased"), [(0.0, ""), (0.3, "hn")])
+def test_mean_over_seeds_is_the_exact_gradient(dropout: float, biased: str) -> None:
+    case = replace(CASES["gqa"], batch=1, heads=4, groups=2, m=96, n=96, dropout=dropout, biased=biased)
     problem, grad = case.problem(), case.grad()
     exact = sus_gradients(dense(problem), grad, torch.ones(1, 4, 96, 96), dropout_factor(problem))
     draws: dict[str, list[torch.Tensor]] = {key: [] for key in exact}
@@ -290,7 +305,7 @@ def test_strides_that_are_no_unit() -> None:
 def test_bits_repeat_for_a_number_of_threads(threads: int) -> None:
     before = torch.get_num_threads()
     # Two tiles.
-    case = Case(heads=3, groups=3, m=700, n=1500, d=64, e=64, right=0, bottom_right=True, dropout=0.1)
+    case = Case(heads=3, groups=3, m=700, n=1500, d=64, e=64, right=0, bottom_right=True, dropout=0.1, biased="n")
     problem, grad = case.problem(), case.grad()
     try:
         runs = []
@@ -298,7 +313,7 @@ def test_bits_repeat_for_a_number_of_threads(threads: int) -> None:
             torch.set_num_threads(number)
             found = run(problem, 20.0, 7)
             result, _ = gradients(problem, grad, found, 20.0, 7)
-            runs.append((found.out, result.query, result.key, result.value))
+            runs.append((found.out, result.query, result.key, result.value, result.attn_bias))
         for other in runs[2:]:
             assert all(torch.equal(a, b) for a, b in zip(runs[1], other, strict=True))
         # With 2 threads and 3 heads, each head is cut into slices whose shares of dK and dV are added up.
@@ -307,21 +322,22 @@ def test_bits_repeat_for_a_number_of_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", ["causal 257", "dropout"])
+@pytest.mark.parametrize("name", ["causal 257", "dropout", "bias"])
 def test_a_copied_cache_falls_back_to_the_same_draw(name: str) -> None:
     case = CASES[name]
     problem, grad = case.problem(), case.grad()
     c, seed, dropout_seed = tensor(8.0), torch.tensor(11), torch.tensor(-(1 << 61) + 5)
     out, softmax, cache = dispatch.forward(problem, c, seed, dropout_seed)
     assert cache.shape == (1,)
-    native = dispatch.backward(problem, grad, out, softmax, cache, c, seed, dropout_seed, False)
-    copied = dispatch.backward(problem, grad, out, softmax, cache.clone(), c, seed, dropout_seed, False)
-    for name in ("query", "key", "value"):
-        a, b = getattr(native, name), getattr(copied, name)
+    biased = problem.attn_bias is not None
+    native = dispatch.backward(problem, grad, out, softmax, cache, c, seed, dropout_seed, biased)
+    copied = dispatch.backward(problem, grad, out, softmax, cache.clone(), c, seed, dropout_seed, biased)
+    for field in ("query", "key", "value", *(["attn_bias"] if biased else [])):
+        a, b = getattr(native, field), getattr(copied, field)
         assert float((a - b).norm() / a.norm()) < 0.03  # but for a point on a rounding boundary
-    other = cpu.backward(problem, grad, out, cache, c, torch.tensor(12), dropout_seed)
+    other = cpu.backward(problem, grad, out, cache, c, torch.tensor(12), dropout_seed, biased)
     assert other is None, "a cache of another seed was taken"
-    other = cpu.backward(problem, grad, out, cache, c, seed, ZERO)
+    other = cpu.backward(problem, grad, out, cache, c, seed, ZERO, biased)
     assert (other is None) == (problem.static.dropout_p > 0), (
         "only dropout's seed decides whether that of dropout counts"
     )
@@ -395,7 +411,7 @@ def test_what_it_leaves_to_the_tiled_path() -> None:
         ({"dropout_p": 0.1}, "systematic", None),
         ({"scale": -0.1}, "systematic", "scale -0.1"),
         ({"attn_mask": torch.ones(64, 64)}, "systematic", None),
-        ({"attn_mask": torch.ones(64, 64, requires_grad=True)}, "systematic", "backward: attn_bias with a gradient"),
+        ({"attn_mask": torch.ones(64, 64, requires_grad=True)}, "systematic", None),
         ({}, "independent", "backward: sampler 'independent'"),
     ],
 )

@@ -66,6 +66,8 @@ class _Backward(Structure):
         *((name, c_void_p) for name in ("grad", "out")),
         *((name, _Strides) for name in ("grad_strides", "out_strides")),
         *((name, c_void_p) for name in ("offsets", "keys", "weights", "query_grad", "key_grad", "value_grad")),
+        ("bias_grad", c_void_p),
+        ("bias_grad_strides", _Places),
     )
 
 
@@ -200,9 +202,10 @@ def backward(
     out: Tensor,
     lists: tuple[Tensor, Tensor, Tensor],
     gradients: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
 ) -> None:
-    """Fills the gradients of query, key and value from lists (offsets, keys, weights)."""
-    pointers = (x.data_ptr() for x in (*lists, *gradients))
-    args = _Backward(call(problem), grad.data_ptr(), out.data_ptr(), _strides(grad), _strides(out), *pointers)
+    """Fills the gradients of query, key, value and, if wanted, of the bias from lists (offsets, keys, weights)."""
+    pointers = (grad.data_ptr(), out.data_ptr(), _strides(grad), _strides(out))
+    args = _Backward(call(problem), *pointers, *(x.data_ptr() for x in (*lists, *gradients)), *_broadcast(bias))
     if native.sus_backward(byref(args)):
         raise MemoryError("sus_attention: out of memory in the backward")

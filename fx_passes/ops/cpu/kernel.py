@@ -19,8 +19,8 @@ _LARGEST_C = float(1 << 30)  # that of tiled.backward
 def unsupported(problem: Problem) -> str | None:
     """Why the native kernel does not compute this problem, or None if it does.
 
-    It takes float32 or bfloat16; head_dim and value dim multiples of 16 up to 256; masks, biases (without a gradient,
-    see `dispatch.backward`), document ids, softcap, sinks, windows and dropout; no prefix; a positive scale.
+    It takes float32 or bfloat16; head_dim and value dim multiples of 16 up to 256; masks, biases, document ids,
+    softcap, sinks, windows and dropout; no prefix; a positive scale.
     """
     q, k, v, s = problem.query, problem.key, problem.value, problem.static
     if q.device.type != "cpu":
@@ -117,7 +117,14 @@ def _run(
 
 
 def backward(
-    problem: Problem, grad: Tensor, out: Tensor, cache: Tensor, c: Tensor, seed: Tensor, dropout_seed: Tensor
+    problem: Problem,
+    grad: Tensor,
+    out: Tensor,
+    cache: Tensor,
+    c: Tensor,
+    seed: Tensor,
+    dropout_seed: Tensor,
+    bias_grad: bool,
 ) -> tuple[Gradients, int] | None:
     """Gradients and the number of entries used; None if the cache is lost or was never filled."""
     if not samples(problem, c):
@@ -127,15 +134,20 @@ def backward(
         return None
     inputs = (problem.query, problem.key, problem.value)
     query, key, value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+    bias = None
+    if bias_grad and problem.attn_bias is not None:
+        bias = torch.empty(problem.attn_bias.shape, dtype=torch.float32, device=grad.device)
     # Kept weights have biases, ids and sinks in them.
     read = _as_read(replace(problem, attn_bias=None, query_ids=None, key_ids=None, sinks=None))
     lists = (parts.offsets, parts.keys, parts.weights)
-    bind.backward(_native(), read, _unit(grad), _unit(out), lists, (query, key, value))
+    bind.backward(_native(), read, _unit(grad), _unit(out), lists, (query, key, value), bias)
     sinks = None
     if problem.sinks is not None:
         delta = torch.linalg.vecdot(grad.float(), out.float())
         sinks = sink_gradient(problem, parts.sinks, delta)
-    return Gradients(query, key, value, None, sinks), len(parts.keys)
+    if bias is not None and problem.attn_bias is not None:
+        bias = bias.to(problem.attn_bias.dtype)
+    return Gradients(query, key, value, bias, sinks), len(parts.keys)
 
 
 def release_memory() -> int:

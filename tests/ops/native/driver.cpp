@@ -82,8 +82,10 @@ bool run(const Shape& s) {
   for (float x : total) CHECK(x >= 0.99f && std::isfinite(x));
   Tensor query_grad(s.batch, s.heads, s.m, s.dk, s.bfloat16), key_grad(s.batch, s.groups, s.n, s.dk, s.bfloat16);
   Tensor value_grad(s.batch, s.groups, s.n, s.dv, s.bfloat16);
+  std::vector<float> bias_grad(bias.size());
   SusBackward backward{call, grad.bytes.data(), out.bytes.data(), grad.strides, out.strides, offsets.data(), keys.data(),
-                       weights.data(), query_grad.bytes.data(), key_grad.bytes.data(), value_grad.bytes.data()};
+                       weights.data(), query_grad.bytes.data(), key_grad.bytes.data(), value_grad.bytes.data(),
+                       s.effects & 2 ? bias_grad.data() : nullptr, call.bias_strides};
   CHECK(sus_backward(&backward) == 0);
   forward.out = nullptr;  // sampling only
   forward.maximum = forward.total = nullptr;

@@ -58,6 +58,8 @@ struct SusBackward {
   const int32_t* keys;
   const float* weights;  // as the forward left them
   void *query_grad, *key_grad, *value_grad;  // contiguous, of the inputs' dtype
+  float* bias_grad;  // contiguous; null: not wanted
+  SusPlaces bias_grad_strides;  // 0 where the bias is broadcast
 };
 
 // Kept entries of a forward, in compressed rows; the weight of one that dropout drops is negative. `sus_forward` returns null when memory runs out.
