@@ -1,4 +1,5 @@
-"""Time and memory of the sparse backward from n = 4096 to 65536, and the slope on a log-log plot.
+"""Time and memory of the sparse backward from n = 4096 to 65536, and the slope on a log-log plot: of the times, the
+median over the rounds of the slope within a round.
 
 python benchmarks/cpu_scaling.py            # measures (minutes), writes results/cpu-scaling.json and the picture
 python benchmarks/cpu_scaling.py --plot     # the picture alone, from the JSON
@@ -12,6 +13,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,37 +82,41 @@ class Length:
         return {"n": self.out.shape[2], "cpu": min(self.cpu), "wall": min(self.wall), **middle, "memory": self.memory}
 
 
-def measure(rounds: int) -> list[dict[str, float]]:
-    """All lengths in turn, round by round: a noisy minute hits all of them."""
+def measure(rounds: int) -> tuple[list[dict[str, float]], dict[str, list[float]]]:
+    """All lengths in turn, round by round: a noisy minute hits all of them. Rows, and the slopes within each round."""
     lengths = [Length.of(n) for n in LENGTHS]
     for length in lengths:
         length.measure_memory()
     for _ in range(rounds):
         for length in lengths:
             length.measure_time()
-    return [length.row() for length in lengths]
+    times = {"cpu": zip(*(x.cpu for x in lengths), strict=True), "wall": zip(*(x.wall for x in lengths), strict=True)}
+    slopes = {name: [slope(LENGTHS, seconds) for seconds in rounds] for name, rounds in times.items()}
+    return [length.row() for length in lengths], slopes
 
 
-def slope(rows: list[dict[str, float]], key: str) -> float:
-    """Least-squares slope of log(key) over log(n)."""
-    x, y = ([math.log(r[k]) for r in rows] for k in ("n", key))
+def slope(lengths: Sequence[float], values: Sequence[float]) -> float:
+    """Least-squares slope of log(value) over log(length)."""
+    x, y = ([math.log(number) for number in numbers] for numbers in (lengths, values))
     mean_x, mean_y = statistics.fmean(x), statistics.fmean(y)
     top = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
     return top / sum((a - mean_x) ** 2 for a in x)
 
 
-def plot(result: dict[str, list[dict[str, float]]]) -> None:
+def plot(rows: list[dict[str, float]], slopes: dict[str, float]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = result["rows"]
     n = [r["n"] for r in rows]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    parts = (("cpu", 1e3, "backward, CPU ms, fastest"), ("memory", 2**-20, "backward, working memory and lists, MiB"))
-    for axis, (key, unit, label) in zip(axes, parts, strict=True):
-        axis.loglog(n, [r[key] * unit for r in rows], "o-", label=f"measured, slope {slope(rows, key):.2f}")
+    parts = (
+        ("wall_median", "wall", 1e3, "backward, ms, median"),
+        ("memory", "memory", 2**-20, "backward, working memory and lists, MiB"),
+    )
+    for axis, (key, name, unit, label) in zip(axes, parts, strict=True):
+        axis.loglog(n, [r[key] * unit for r in rows], "o-", label=f"measured, slope {slopes[name]:.2f}")
         axis.loglog(n, [rows[0][key] * unit * x / n[0] for x in n], "k:", label="slope 1")
         axis.set_xlabel("sequence length n")
         axis.set_ylabel(label)
@@ -129,15 +135,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     if not args.plot:
-        rows = measure(args.rounds)
-        slopes = {key: slope(rows, key) for key in rows[0] if key != "n"}
+        rows, rounds = measure(args.rounds)
+        slopes = {"memory": slope(LENGTHS, [r["memory"] for r in rows])}
+        for name, values in rounds.items():
+            low, middle, high = statistics.quantiles(values, n=4)
+            slopes |= {f"{name} lower quartile": low, name: middle, f"{name} upper quartile": high}
         result = {"environment": environment("cpu"), "rounds": args.rounds, "slopes": slopes, "rows": rows}
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
         for r in rows:
             entry = 1e9 / (r["n"] * HEADS * BUDGET)
             print(f"n {r['n']}: CPU {r['cpu'] * entry:.1f} ns per entry (median {r['cpu_median'] * entry:.1f})")
         print(slopes)
-    plot(json.loads(RESULT.read_text()))
+    result = json.loads(RESULT.read_text())
+    plot(result["rows"], result["slopes"])
 
 
 if __name__ == "__main__":

@@ -123,6 +123,9 @@ int64_t sus_lists_count(const SusLists* lists) {
 }
 
 void sus_lists_export(const SusLists* lists, int64_t* offsets, int32_t* keys, float* weights, int32_t threads) {
+  const int64_t count = sus_lists_count(lists);
+  ask_for_huge_pages(keys, count * sizeof(int32_t));  // the backward reads a few entries of each row at a time
+  ask_for_huge_pages(weights, count * sizeof(float));
   *offsets = 0;
   parallel(threads, int64_t(lists->blocks.size()), [&](int64_t i, int) {
     const Block& b = lists->blocks[i];
