@@ -17,6 +17,7 @@ from fx_passes.ops.draws import STREAM_DROPOUT, STREAM_ROW, stream_word
 from fx_passes.ops.problem import Problem, Static
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+LANES = 16  # of src/simd.h
 _NO_BOUND = 1 << 60
 
 
@@ -41,7 +42,8 @@ class _Call(Structure):
         *((name, c_void_p) for name in ("query_ids", "key_ids")),
         *((name, c_int64) for name in ("query_ids_batch", "key_ids_batch")),
         ("sinks", c_void_p),
-        *((name, c_int64) for name in ("batch", "heads", "groups", "m", "n", "dk", "dv", "left", "right")),
+        *((name, c_int64) for name in ("batch", "heads", "groups", "m", "n", "dk", "dv")),
+        *((name, c_int64) for name in ("key_width", "value_width", "left", "right")),
         ("scale", c_float),
         *((name, c_int32) for name in ("dtype", "threads")),
         *((name, c_float) for name in ("softcap", "dropout_factor")),
@@ -134,7 +136,9 @@ def is_per_key(mask: Tensor) -> bool:
 def call(problem: Problem) -> _Call:
     """The arguments that forward and backward share. The tensors of `problem` must outlive the result."""
     q, k, v, mask, s = problem.query, problem.key, problem.value, problem.attn_mask, problem.static
-    sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    widths = (q.shape[3], v.shape[3])
+    padded = (-(-width // LANES) * LANES for width in widths)
+    sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], *padded, *widths)
     left = _NO_BOUND if s.left is None else s.left - problem.diagonal
     right = _NO_BOUND if s.right is None else s.right + problem.diagonal
     per_key: tuple[int | None, int, int] = (None, 0, 0)

@@ -19,8 +19,8 @@ _LARGEST_C = float(1 << 30)  # that of tiled.backward
 def unsupported(problem: Problem) -> str | None:
     """Why the native kernel does not compute this problem, or None if it does.
 
-    It takes float32 or bfloat16; head_dim and value dim multiples of 16 up to 256; masks, biases, document ids,
-    softcap, sinks, windows and dropout; no prefix; a positive scale.
+    It takes float32 or bfloat16; head_dim and value dim up to 256; masks, biases, document ids, softcap, sinks,
+    windows and dropout; no prefix; a positive scale.
     """
     q, k, v, s = problem.query, problem.key, problem.value, problem.static
     if q.device.type != "cpu":
@@ -35,7 +35,7 @@ def unsupported(problem: Problem) -> str | None:
     }
     found = [name for name, has in features.items() if has]
     for name, width in (("head_dim", q.shape[-1]), ("value dim", v.shape[-1])):
-        if width % 16 or not 0 < width <= _LARGEST_WIDTH:
+        if not 0 < width <= _LARGEST_WIDTH:
             found.append(f"{name} {width}")
     if not found and bind.library() is None:
         found.append("no native kernel on this machine")

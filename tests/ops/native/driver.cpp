@@ -61,7 +61,7 @@ bool run(const Shape& s) {
                s.effects & 1 ? places.data() : nullptr, {0, 0, mask_rows > 1 ? s.n : 0, 1},
                s.effects & 2 ? bias.data() : nullptr, {0, bias_heads > 1 ? s.m * s.n : 0, s.n, 1},
                documents ? query_ids.data() : nullptr, documents ? key_ids.data() : nullptr, s.m, 0,
-               s.n % 4 ? nullptr : sinks.data(), s.batch, s.heads, s.groups, s.m, s.n, s.dk, s.dv, s.left, s.right,
+               s.n % 4 ? nullptr : sinks.data(), s.batch, s.heads, s.groups, s.m, s.n, ceil_div(s.dk, 16) * 16, ceil_div(s.dv, 16) * 16, s.dk, s.dv, s.left, s.right,
                0.2f, s.bfloat16 ? SUS_BFLOAT16 : SUS_FLOAT32, s.threads, s.m % 3 ? 0.0f : 2.0f, 1.25f};
   SusForward forward{call, s.c, 0x123456789abcdefull, 0xfedcba987654321ull, 4, 6, s.drop_below, out.bytes.data(),
                      out.strides, maximum.data(), total.data()};
@@ -122,7 +122,7 @@ bool memory() {
 
 int main() {
   if (!memory()) return 1;
-  const int64_t none = int64_t(1) << 60, widths[] = {16, 32, 48, 64, 80, 128, 256};
+  const int64_t none = int64_t(1) << 60, widths[] = {16, 20, 48, 64, 79, 128, 256};
   for (int i = 0; i < 60; i++) {
     auto pick = [](int64_t low, int64_t high) { return low + int64_t(random_bits() % uint32_t(high - low + 1)); };
     Shape s{};

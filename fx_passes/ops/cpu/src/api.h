@@ -29,7 +29,9 @@ struct SusCall {
   const int64_t *query_ids, *key_ids;  // [.., M] and [.., N], a query sees keys of its number; null is no numbers
   int64_t query_ids_batch, key_ids_batch;  // strides, 0 where they are broadcast
   const float* sinks;  // [H], logits that only the softmax's total knows; null is none
-  int64_t batch, heads, groups, m, n, dk, dv;
+  int64_t batch, heads, groups, m, n;
+  int64_t dk, dv;  // widths as computed with: those of the tensors, filled up with zeros to multiples of 16
+  int64_t key_width, value_width;
   int64_t left, right;  // row i sees keys i - left .. i + right
   float scale;    // above 0
   int32_t dtype;  // SusDtype
