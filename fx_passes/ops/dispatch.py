@@ -41,11 +41,13 @@ def forward(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> 
     elif problem.static.sampler != "systematic":
         _note(problem, f"backward: sampler {problem.static.sampler!r}")
     if native and problem.static.forward == "auto":
-        return cpu.forward(problem, c, seed)
+        return cpu.forward(problem, c, seed, dropout_seed)
     out, softmax = tiled.forward(problem, dropout_seed)
     if not out.transpose(1, 2).is_contiguous():  # the layout that the fake implementation promises
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    kept = cpu.sample(problem, c, seed) if native else torch.zeros(1, dtype=torch.uint8, device=out.device)
+    kept = (
+        cpu.sample(problem, c, seed, dropout_seed) if native else torch.zeros(1, dtype=torch.uint8, device=out.device)
+    )
     return out, softmax, kept
 
 
@@ -67,10 +69,8 @@ def backward(
     elif bool(torch.isinf(c)):
         if not bias_grad and tiled.library_backward_applies(problem, softmax):
             found = tiled.library_backward(problem, grad, out, softmax)
-    elif bias_grad and problem.query.device.type == "cpu":
-        _note(problem, "backward: attn_bias with a gradient")
     elif cpu.supports(problem):
-        found = cpu.backward(problem, grad, out, kept, c, seed)
+        found = cpu.backward(problem, grad, out, kept, c, seed, dropout_seed, bias_grad)
     if found is None:
         found = tiled.backward(problem, grad, out, softmax, c, seed, dropout_seed, bias_grad)
     gradients, count = found

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fx_passes.ops import cpu
 from fx_passes.ops.cpu import kept
-from fx_passes.ops.problem import Problem, Softmax, Static
+from fx_passes.ops.draws import STREAM_DROPOUT, entry_words
+from fx_passes.ops.problem import Gradients, Problem, Softmax, Static
 from fx_passes.ops.reference import Dense
 
 
@@ -35,6 +36,7 @@ class Case:
     documents: int = 0  # packed one after the other, in places that differ between batch entries; 0 is no ids
     softcap: float = 0.0
     sinks: float | None = None  # the middle one's logit
+    dropout: float = 0.0
     dtype: torch.dtype = torch.float32
     scale: float = 0.25
 
@@ -65,7 +67,7 @@ class Case:
                 bias = bias.masked_fill(hidden, self.fill)
             bias = bias.to(self.dtype)
         options = {"left": self.left, "right": self.right, "bottom_right": self.bottom_right}
-        options = {**options, "softcap": self.softcap, **static}
+        options = {**options, "softcap": self.softcap, "dropout_p": self.dropout, **static}
         sinks = None if self.sinks is None else self.sinks + torch.arange(self.heads) - self.heads // 2
         query_ids = key_ids = None
         if self.documents:
@@ -105,6 +107,8 @@ CASES = {
     "mask and padding": Case(batch=2, m=60, n=530, masked="mn", padded=300),
     "bias": Case(batch=2, heads=4, groups=2, m=100, n=300, biased="hmn", right=0),
     "bias per key": Case(batch=2, m=100, n=600, biased="bn", fill=-1e4),
+    "bias of all": Case(batch=2, heads=4, groups=2, m=100, n=300, e=48, biased="bhmn", softcap=2.0, dropout=0.2),
+    "bias of places": Case(batch=2, heads=4, groups=2, m=100, n=300, d=64, e=64, biased="mn", softcap=2.0, dropout=0.2),
     "bias of finite masks": Case(batch=2, m=100, n=600, biased="bmn", fill=torch.finfo(torch.float32).min),
     "bias of -1e9": Case(m=100, n=300, biased="mn", fill=-1e9),
     "bias of infinite masks": Case(m=100, n=300, biased="mn", fill=-float("inf")),
@@ -130,6 +134,14 @@ CASES = {
     "large sinks": Case(m=50, n=300, sinks=100.0),
     "small sinks": Case(m=50, n=300, sinks=-1e9),
     "long sinks": Case(heads=1, groups=1, m=50, n=8500, right=0, bottom_right=True, sinks=8.0),
+    "dropout": Case(batch=2, heads=4, groups=2, m=270, n=270, d=64, e=64, right=0, dropout=0.1),
+    "much dropout": Case(m=100, n=600, d=48, e=64, dropout=0.9, dtype=torch.bfloat16),
+    "dropout in windows": Case(m=700, n=700, left=77, right=33, dropout=0.5),
+    "dropout and all else": Case(
+        batch=2, m=100, n=700, biased="hmn", masked="bmn", fill=-1e9, documents=2, softcap=2.0, sinks=-2.0, dropout=0.3
+    ),
+    "dropout that drops nothing": Case(m=50, n=50, dropout=1e-11),
+    "long dropout": Case(heads=2, groups=1, m=100, n=8300, right=0, bottom_right=True, scale=0.4, dropout=0.2),
     "causal 1000": Case(m=1000, n=1000, d=64, e=64, right=0, scale=0.4),
 }
 
@@ -161,6 +173,23 @@ def dense(problem: Problem) -> Dense:
     )
 
 
+DROPOUT_SEED = torch.tensor(0x0123456789ABCDEF)
+
+
+def dropout_factor(problem: Problem, seed: Tensor = DROPOUT_SEED) -> Tensor | None:
+    """Of every weight, float64 [B, H, M, N]; None without dropout."""
+    (b, h, m, _), n, p = problem.query.shape, problem.key.shape[2], problem.static.dropout_p
+    if not p:
+        return None
+    words = entry_words(seed, problem.static.site, STREAM_DROPOUT, *(torch.arange(size) for size in (b * h, m, n)))
+    return (words.view(b, h, m, n) >= int(p * 2**32)).double() / (1 - p)
+
+
+def draw(problem: Problem, c: float, seed: int) -> kept.Draw:
+    below = int(problem.static.dropout_p * 2**32)
+    return kept.Draw(c, seed, int(DROPOUT_SEED) if below else 0, below)
+
+
 @dataclass(frozen=True)
 class Run:
     out: Tensor
@@ -169,12 +198,20 @@ class Run:
 
 
 def run(problem: Problem, c: float, seed: int) -> Run:
-    return Run(*cpu.forward(problem, torch.tensor(c, dtype=torch.float64), torch.tensor(seed)))
+    return Run(*cpu.forward(problem, torch.tensor(c, dtype=torch.float64), torch.tensor(seed), DROPOUT_SEED))
+
+
+def gradients(problem: Problem, grad: Tensor, found: Run, c: float, seed: int) -> tuple[Gradients, int]:
+    limit = torch.tensor(c, dtype=torch.float64)
+    wanted = problem.attn_bias is not None
+    result = cpu.backward(problem, grad, found.out, found.cache, limit, torch.tensor(seed), DROPOUT_SEED, wanted)
+    assert result is not None
+    return result
 
 
 def kept_weights(problem: Problem, cache: Tensor, c: float, seed: int) -> Tensor:
-    """Weights of the kept entries in a dense float64 [B, H, M, N], NaN where nothing is kept."""
-    parts = kept.unpack(cache, problem, c, seed)
+    """Weights of the kept entries in a dense float64 [B, H, M, N], NaN where nothing is kept, as they are stored."""
+    parts = kept.unpack(cache, problem, draw(problem, c, seed))
     assert parts is not None
     offsets, keys, weights = parts.offsets, parts.keys, parts.weights
     b, h, m, _ = problem.query.shape

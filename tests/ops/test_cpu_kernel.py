@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -18,7 +19,18 @@ from fx_passes.ops.draws import row_words
 from fx_passes.ops.reference import dense_attention, sus_gradients
 from fx_passes.ops.tiled.sample import LANES, ONE, STEPS, systematic
 from fx_passes.ops.tiled.tiles import CHUNK
-from tests.ops.cpu_cases import CASES, Case, Run, dense, kept_weights, run
+from tests.ops.cpu_cases import (
+    CASES,
+    DROPOUT_SEED,
+    Case,
+    Run,
+    dense,
+    draw,
+    dropout_factor,
+    gradients,
+    kept_weights,
+    run,
+)
 
 pytestmark = pytest.mark.skipif(bind.library() is None, reason="no C++ compiler")
 
@@ -45,9 +57,10 @@ def logit_error(problem) -> float:
 
 
 def check_forward(problem, out: torch.Tensor) -> None:
-    error = logit_error(problem)
+    error = logit_error(problem) / (1 - problem.static.dropout_p)
     rounding = 2.0**-8 if problem.query.dtype == torch.bfloat16 else 0.0  # of the output itself: 8 bits
-    torch.testing.assert_close(out.double(), dense_attention(dense(problem)), atol=error, rtol=error + rounding)
+    expected = dense_attention(dense(problem), dropout_factor(problem))
+    torch.testing.assert_close(out.double(), expected, atol=error, rtol=error + rounding)
 
 
 def tensor(c: float) -> torch.Tensor:
@@ -87,7 +100,7 @@ def test_forward_error_is_not_above_the_library(causal: bool, dtype: torch.dtype
     assert ours <= 1.02 * theirs
 
 
-@pytest.mark.parametrize("name", ["causal 257", "gqa", "padding", "bfloat16"])
+@pytest.mark.parametrize("name", ["causal 257", "gqa", "padding", "bfloat16", "dropout", "long dropout"])
 def test_forward_bits_do_not_depend_on_c(name: str) -> None:
     problem = CASES[name].problem()
     first = run(problem, math.inf, 0)
@@ -123,7 +136,10 @@ def border_distance(problem, c: float, seed: int) -> torch.Tensor:
 
 def check_kept(problem, found: Run, c: float, seed: int) -> None:
     """The kept entries are those of the definition, but for points on a border, where rounding decides."""
-    ours = kept_weights(problem, found.cache, c, seed)
+    signed = kept_weights(problem, found.cache, c, seed)
+    factor = dropout_factor(problem)
+    assert torch.equal(signed < 0, ~signed.isnan() & (factor == 0 if factor is not None else torch.tensor(False)))
+    ours = signed.abs()
     theirs = tiled_weights(problem, found.softmax, c, seed)
     differ = ours.isnan() != theirs.isnan()
     # Cumulative W is off by at most the weights' relative error, and each sub-tile is cut to a multiple of 2^-32.
@@ -174,20 +190,20 @@ def test_gradients_of_the_kept_entries(name: str, c: float) -> None:
     case = CASES[name]
     problem, grad = case.problem(), case.grad()
     found = run(problem, c, 3)
-    weights = kept_weights(problem, found.cache, c, 3).nan_to_num(0.0)
+    weights = kept_weights(problem, found.cache, c, 3).nan_to_num(0.0).abs()
     exact = dense(problem)
     w = exact.weights(exact.logits())
     # The oracle multiplies W by m = kept weight / W. An underflowed W is kept with probability 0.
-    expected = sus_gradients(exact, grad, torch.where(weights > 0, weights / w.clamp(min=1e-30), 0.0))
-    gradients, count = cpu.backward(problem, grad, found.out, found.cache, tensor(c), torch.tensor(3))
+    multiplier = torch.where(weights > 0, weights / w.clamp(min=1e-30), 0.0)
+    expected = sus_gradients(exact, grad, multiplier, dropout_factor(problem))
+    result, count = gradients(problem, grad, found, c, 3)
     assert count == int((weights > 0).sum())
     # Norms of errors: those of k additions and of dot products of d numbers grow as sqrt(k) and sqrt(d), and
     # k, d <= 1000 make 32 units, about 2e-6 (measured: 1e-6). In bfloat16 the gradients are rounded to 8 bits, as is
     # the output that delta is made of: 2^-8 at most (measured: 2e-3).
     tolerance = 2.0**-8 if problem.query.dtype == torch.bfloat16 else 32 * UNIT
-    expected.pop("attn_bias", None)  # see test_the_report_says_which_calls_are_not_native
     for key, x in expected.items():
-        ours = getattr(gradients, key).double()
+        ours = getattr(result, key).double()
         assert ours.is_contiguous()
         if x.norm() > 1e-6:  # one key: W = 1 and the logits have no gradient
             assert float((ours - x).norm() / x.norm()) < tolerance, key
@@ -195,17 +211,33 @@ def test_gradients_of_the_kept_entries(name: str, c: float) -> None:
             assert float(ours.norm()) < 1e-5
 
 
-def test_mean_over_seeds_is_the_exact_gradient() -> None:
-    case = replace(CASES["gqa"], batch=1, heads=4, groups=2, m=96, n=96)
+@pytest.mark.parametrize("shape", list(itertools.product((1, 2), (1, 4), (1, 150), (1, 300))))
+def test_gradient_of_a_bias_is_added_up_where_it_is_broadcast(shape: tuple[int, ...]) -> None:
+    case = Case(batch=2, heads=4, groups=2, m=150, n=300, right=0, bottom_right=True)
+    found = []
+    for size in (shape, (2, 4, 150, 300)):
+        problem = replace(case.problem(), attn_bias=torch.full(size, 0.5))
+        result, _ = gradients(problem, case.grad(), run(problem, 9.0, 4), 9.0, 4)
+        assert result.attn_bias.shape == size
+        found.append(result.attn_bias.double())
+    added, full = found
+    k = full.numel() / added.numel()  # the roundings of k additions have signs of their own
+    error = (added - full.sum_to_size(shape)).abs()
+    assert (error <= UNIT * 4 * math.sqrt(k) * full.abs().sum_to_size(shape)).all()
+
+
+@pytest.mark.parametrize(("dropout", "biased"), [(0.0, ""), (0.3, "hn")])
+def test_mean_over_seeds_is_the_exact_gradient(dropout: float, biased: str) -> None:
+    case = replace(CASES["gqa"], batch=1, heads=4, groups=2, m=96, n=96, dropout=dropout, biased=biased)
     problem, grad = case.problem(), case.grad()
-    exact = sus_gradients(dense(problem), grad, torch.ones(1, 4, 96, 96))
+    exact = sus_gradients(dense(problem), grad, torch.ones(1, 4, 96, 96), dropout_factor(problem))
     draws: dict[str, list[torch.Tensor]] = {key: [] for key in exact}
     number = 600
     for seed in range(number):
         found = run(problem, 6.0, seed)
-        gradients, _ = cpu.backward(problem, grad, found.out, found.cache, tensor(6.0), torch.tensor(seed))
+        result, _ = gradients(problem, grad, found, 6.0, seed)
         for key, values in draws.items():
-            values.append(getattr(gradients, key).double())
+            values.append(getattr(result, key).double())
     for key, values in draws.items():
         stack = torch.stack(values)
         error = stack.std(0) / math.sqrt(number)
@@ -230,14 +262,15 @@ def test_any_shape(data: st.DataObject) -> None:
         bottom_right=data.draw(st.booleans()),
         padded=data.draw(st.none() | st.integers(0, n)),
         dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        dropout=data.draw(st.just(0.0) | st.floats(0.0, 0.9)),
     )
     problem, grad = case.problem(), case.grad()
     c, seed = data.draw(st.floats(0.05, 700)), data.draw(st.integers(-(1 << 63), (1 << 63) - 1))
     found = run(problem, c, seed)
     check_forward(problem, found.out)
     check_kept(problem, found, c, seed)
-    gradients, _ = cpu.backward(problem, grad, found.out, found.cache, tensor(c), torch.tensor(seed))
-    assert all(bool(x.isfinite().all()) for x in (gradients.query, gradients.key, gradients.value))
+    result, _ = gradients(problem, grad, found, c, seed)
+    assert all(bool(x.isfinite().all()) for x in (result.query, result.key, result.value))
 
 
 def test_large_logits_and_rows_of_one_key() -> None:
@@ -271,15 +304,16 @@ def test_strides_that_are_no_unit() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_bits_repeat_for_a_number_of_threads(threads: int) -> None:
     before = torch.get_num_threads()
-    case = Case(batch=1, heads=3, groups=3, m=700, n=1500, d=64, e=64, right=0, bottom_right=True)  # two tiles
+    # Two tiles.
+    case = Case(heads=3, groups=3, m=700, n=1500, d=64, e=64, right=0, bottom_right=True, dropout=0.1, biased="n")
     problem, grad = case.problem(), case.grad()
     try:
         runs = []
         for number in (1, *(threads,) * 6):
             torch.set_num_threads(number)
             found = run(problem, 20.0, 7)
-            gradients, _ = cpu.backward(problem, grad, found.out, found.cache, tensor(20.0), torch.tensor(7))
-            runs.append((found.out, gradients.query, gradients.key, gradients.value))
+            result, _ = gradients(problem, grad, found, 20.0, 7)
+            runs.append((found.out, result.query, result.key, result.value, result.attn_bias))
         for other in runs[2:]:
             assert all(torch.equal(a, b) for a, b in zip(runs[1], other, strict=True))
         # With 2 threads and 3 heads, each head is cut into slices whose shares of dK and dV are added up.
@@ -288,26 +322,34 @@ def test_bits_repeat_for_a_number_of_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-def test_a_copied_cache_falls_back_to_the_same_draw() -> None:
-    case = CASES["causal 257"]
+@pytest.mark.parametrize("name", ["causal 257", "dropout", "bias"])
+def test_a_copied_cache_falls_back_to_the_same_draw(name: str) -> None:
+    case = CASES[name]
     problem, grad = case.problem(), case.grad()
-    c, seed = tensor(8.0), torch.tensor(11)
-    out, softmax, cache = dispatch.forward(problem, c, seed, ZERO)
+    c, seed, dropout_seed = tensor(8.0), torch.tensor(11), torch.tensor(-(1 << 61) + 5)
+    out, softmax, cache = dispatch.forward(problem, c, seed, dropout_seed)
     assert cache.shape == (1,)
-    native = dispatch.backward(problem, grad, out, softmax, cache, c, seed, ZERO, False)
-    copied = dispatch.backward(problem, grad, out, softmax, cache.clone(), c, seed, ZERO, False)
-    for name in ("query", "key", "value"):
-        a, b = getattr(native, name), getattr(copied, name)
+    biased = problem.attn_bias is not None
+    native = dispatch.backward(problem, grad, out, softmax, cache, c, seed, dropout_seed, biased)
+    copied = dispatch.backward(problem, grad, out, softmax, cache.clone(), c, seed, dropout_seed, biased)
+    for field in ("query", "key", "value", *(["attn_bias"] if biased else [])):
+        a, b = getattr(native, field), getattr(copied, field)
         assert float((a - b).norm() / a.norm()) < 0.03  # but for a point on a rounding boundary
-    other = cpu.backward(problem, grad, out, cache, c, torch.tensor(12))
+    other = cpu.backward(problem, grad, out, cache, c, torch.tensor(12), dropout_seed, biased)
     assert other is None, "a cache of another seed was taken"
+    other = cpu.backward(problem, grad, out, cache, c, seed, ZERO, biased)
+    assert (other is None) == (problem.static.dropout_p > 0), (
+        "only dropout's seed decides whether that of dropout counts"
+    )
 
 
-@pytest.mark.parametrize("name", ["sinks", "sinks and all else", "long softcap", "documents"])
+@pytest.mark.parametrize(
+    "name", ["sinks", "sinks and all else", "long softcap", "documents", "dropout", "long dropout"]
+)
 def test_sampling_for_another_forward(name: str) -> None:
     problem = CASES[name].problem()
-    caches = [run(problem, 8.0, 5).cache, cpu.sample(problem, tensor(8.0), torch.tensor(5))]
-    ours, theirs = (kept.unpack(cache, problem, 8.0, 5) for cache in caches)
+    caches = [run(problem, 8.0, 5).cache, cpu.sample(problem, tensor(8.0), torch.tensor(5), DROPOUT_SEED)]
+    ours, theirs = (kept.unpack(cache, problem, draw(problem, 8.0, 5)) for cache in caches)
     for field in ("offsets", "keys", "weights", "sinks"):
         assert torch.equal(getattr(ours, field), getattr(theirs, field))
 
@@ -323,6 +365,20 @@ def test_library_forward_keeps_its_bits() -> None:
         assert float((x - y).norm() / x.norm()) < 0.03
 
 
+@pytest.mark.parametrize("forward", ["auto", "library"])
+def test_dropout_drops_the_same_for_every_forward_and_backward(forward: str) -> None:
+    q, k, v = (torch.randn(2, 4, 200, 64, requires_grad=True) for _ in range(3))
+
+    def run(c: float, forward: str) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(5)
+        out = sus_attention(q, k, v, is_causal=True, c=c, dropout_p=0.2, forward=forward)
+        return out, *torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    # c W is at least 1 for nearly all of the weight, and those entries are kept; at c = inf, PyTorch computes.
+    for x, y in zip(run(1e9, forward), run(math.inf, "auto"), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+
+
 def test_exact_backward_takes_the_native_forward() -> None:
     q, k, v = (torch.randn(2, 4, 200, 64, requires_grad=True) for _ in range(3))
     ours = torch.autograd.grad(sus_attention(q, k, v, is_causal=True, c=math.inf).square().sum(), (q, k, v))
@@ -335,7 +391,6 @@ def test_exact_backward_takes_the_native_forward() -> None:
 def test_what_it_leaves_to_the_tiled_path() -> None:
     problem = Case().problem()
     other = [
-        replace(problem, static=replace(problem.static, dropout_p=0.1)),
         replace(problem, static=replace(problem.static, scale=-1.0)),
         replace(Case(d=24, e=24).problem()),
         replace(problem, query=problem.query.double(), key=problem.key.double(), value=problem.value.double()),
@@ -353,9 +408,10 @@ def test_what_it_leaves_to_the_tiled_path() -> None:
     ("options", "sampler", "reason"),
     [
         ({}, "systematic", None),
-        ({"dropout_p": 0.1}, "systematic", "dropout"),
+        ({"dropout_p": 0.1}, "systematic", None),
+        ({"scale": -0.1}, "systematic", "scale -0.1"),
         ({"attn_mask": torch.ones(64, 64)}, "systematic", None),
-        ({"attn_mask": torch.ones(64, 64, requires_grad=True)}, "systematic", "backward: attn_bias with a gradient"),
+        ({"attn_mask": torch.ones(64, 64, requires_grad=True)}, "systematic", None),
         ({}, "independent", "backward: sampler 'independent'"),
     ],
 )

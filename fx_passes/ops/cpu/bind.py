@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops.cpu.build import BuildError, arch, library_path
-from fx_passes.ops.problem import Problem
+from fx_passes.ops.draws import STREAM_DROPOUT, STREAM_ROW, stream_word
+from fx_passes.ops.problem import Problem, Static
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NO_BOUND = 1 << 60
@@ -43,7 +44,7 @@ class _Call(Structure):
         *((name, c_int64) for name in ("batch", "heads", "groups", "m", "n", "dk", "dv", "left", "right")),
         ("scale", c_float),
         *((name, c_int32) for name in ("dtype", "threads")),
-        ("softcap", c_float),
+        *((name, c_float) for name in ("softcap", "dropout_factor")),
     )
 
 
@@ -51,8 +52,8 @@ class _Forward(Structure):
     _fields_ = (
         ("call", _Call),
         ("c", c_double),
-        ("seed", c_uint64),
-        *((name, c_uint32) for name in ("stream", "reserved")),
+        *((name, c_uint64) for name in ("seed", "dropout_seed")),
+        *((name, c_uint32) for name in ("stream", "dropout_stream", "drop_below")),
         ("out", c_void_p),
         ("out_strides", _Strides),
         *((name, c_void_p) for name in ("maximum", "total")),
@@ -65,6 +66,8 @@ class _Backward(Structure):
         *((name, c_void_p) for name in ("grad", "out")),
         *((name, _Strides) for name in ("grad_strides", "out_strides")),
         *((name, c_void_p) for name in ("offsets", "keys", "weights", "query_grad", "key_grad", "value_grad")),
+        ("bias_grad", c_void_p),
+        ("bias_grad_strides", _Places),
     )
 
 
@@ -141,7 +144,13 @@ def call(problem: Problem) -> _Call:
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), _strides(q), _strides(k), _strides(v))
     effects = (*per_key, *_broadcast(mask), *_broadcast(problem.attn_bias))
     more = (*_ids(problem.query_ids, problem.key_ids), None if problem.sinks is None else problem.sinks.data_ptr())
-    return _Call(*pointers, *effects, *more, *sizes, left, right, s.scale, DTYPES[q.dtype], _threads(), s.softcap)
+    numbers = (s.scale, DTYPES[q.dtype], _threads(), s.softcap, 1 / (1 - s.dropout_p))
+    return _Call(*pointers, *effects, *more, *sizes, left, right, *numbers)
+
+
+def drop_below(static: Static) -> int:
+    """Words of dropout below it drop their weight; 0 where there is no dropout."""
+    return int(static.dropout_p * (1 << 32))
 
 
 class Lists:
@@ -167,7 +176,7 @@ def forward(
     problem: Problem,
     c: float,
     seed: int,
-    stream: int,
+    dropout_seed: int,
     out: Tensor | None,
     maximum: Tensor | None,
     total: Tensor | None,
@@ -176,7 +185,10 @@ def forward(
     strides = _Strides() if out is None else _strides(out)
     pointers = (None if x is None else x.data_ptr() for x in (maximum, total))
     where = None if out is None else out.data_ptr()
-    args = _Forward(call(problem), c, seed % (1 << 64), stream % (1 << 32), 0, where, strides, *pointers)
+    seeds = (x % (1 << 64) for x in (seed, dropout_seed))
+    streams = (stream_word(problem.static.site, x) % (1 << 32) for x in (STREAM_ROW, STREAM_DROPOUT))
+    below = drop_below(problem.static)
+    args = _Forward(call(problem), c, *seeds, *streams, below, where, strides, *pointers)
     handle = native.sus_forward(byref(args))
     if not handle:
         raise MemoryError("sus_attention: out of memory in the forward")
@@ -190,9 +202,10 @@ def backward(
     out: Tensor,
     lists: tuple[Tensor, Tensor, Tensor],
     gradients: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
 ) -> None:
-    """Fills the gradients of query, key and value from lists (offsets, keys, weights)."""
-    pointers = (x.data_ptr() for x in (*lists, *gradients))
-    args = _Backward(call(problem), grad.data_ptr(), out.data_ptr(), _strides(grad), _strides(out), *pointers)
+    """Fills the gradients of query, key, value and, if wanted, of the bias from lists (offsets, keys, weights)."""
+    pointers = (grad.data_ptr(), out.data_ptr(), _strides(grad), _strides(out))
+    args = _Backward(call(problem), *pointers, *(x.data_ptr() for x in (*lists, *gradients)), *_broadcast(bias))
     if native.sus_backward(byref(args)):
         raise MemoryError("sus_attention: out of memory in the backward")

@@ -15,13 +15,24 @@ from torch import Tensor
 from fx_passes.ops.problem import Problem
 
 _MAGIC = 0x5355534B45505401
-_HEADER = 64  # bytes; int64 words: magic, rows, count, seed, bits of c, site
+_HEADER = 64  # bytes; int64 words: magic, rows, count, seed, bits of c, site, seed and threshold of dropout
 
 
-def _header(problem: Problem, count: int, c: float, seed: int) -> Tensor:
-    bits = torch.tensor(c, dtype=torch.float64).view(torch.int64).item()
+@dataclass(frozen=True)
+class Draw:
+    """What decides which entries are kept, and which of them dropout drops."""
+
+    c: float
+    seed: int
+    dropout_seed: int = 0
+    drop_below: int = 0
+
+
+def _header(problem: Problem, count: int, draw: Draw) -> Tensor:
+    bits = torch.tensor(draw.c, dtype=torch.float64).view(torch.int64).item()
     rows = problem.query.shape[:3].numel()
-    return torch.tensor([_MAGIC, rows, count, seed, bits, problem.static.site, 0, 0], dtype=torch.int64)
+    drawn = (draw.seed, bits, problem.static.site, draw.dropout_seed, draw.drop_below)
+    return torch.tensor([_MAGIC, rows, count, *drawn], dtype=torch.int64)
 
 
 def empty() -> Tensor:
@@ -35,7 +46,7 @@ class Parts:
 
     offsets: Tensor
     keys: Tensor
-    weights: Tensor
+    weights: Tensor  # negative where dropout drops the entry
     sinks: Tensor  # their weights in the softmax, whose gradient is exact
 
 
@@ -52,16 +63,16 @@ def _parts(buffer: Tensor, problem: Problem, ends: list[int]) -> Parts:
     return Parts(*views)
 
 
-def allocate(problem: Problem, count: int, c: float, seed: int) -> tuple[Tensor, Parts]:
+def allocate(problem: Problem, count: int, draw: Draw) -> tuple[Tensor, Parts]:
     """The tensor to return from the operator, and the parts to fill."""
-    header = _header(problem, count, c, seed)
+    header = _header(problem, count, draw)
     ends = _ends(problem, int(header[1]), count)
     buffer = torch.empty(ends[-1], dtype=torch.uint8)
     buffer[:_HEADER] = header.view(torch.uint8)
     return buffer[:1], _parts(buffer, problem, ends)
 
 
-def unpack(kept: Tensor, problem: Problem, c: float, seed: int) -> Parts | None:
+def unpack(kept: Tensor, problem: Problem, draw: Draw) -> Parts | None:
     """The parts, if the storage holds the entries of this very call."""
     size = kept.untyped_storage().nbytes()
     if size < _HEADER or kept.storage_offset() != 0:
@@ -69,7 +80,7 @@ def unpack(kept: Tensor, problem: Problem, c: float, seed: int) -> Parts | None:
     buffer = torch.empty(0, dtype=torch.uint8).set_(kept.untyped_storage())
     found = buffer[:_HEADER].view(torch.int64)
     rows, count = int(found[1]), int(found[2])
-    if not torch.equal(found, _header(problem, count, c, seed)):
+    if not torch.equal(found, _header(problem, count, draw)):
         return None
     ends = _ends(problem, rows, count)
     return _parts(buffer, problem, ends) if ends[-1] <= size else None

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops.cpu import bind, kept
-from fx_passes.ops.draws import STREAM_ROW, stream_word
 from fx_passes.ops.problem import Gradients, Problem, Softmax, sink_gradient, sink_weights
 
 _LARGEST_WIDTH = 256
@@ -20,8 +19,8 @@ _LARGEST_C = float(1 << 30)  # that of tiled.backward
 def unsupported(problem: Problem) -> str | None:
     """Why the native kernel does not compute this problem, or None if it does.
 
-    It takes float32 or bfloat16; head_dim and value dim multiples of 16 up to 256; masks, biases (without a gradient,
-    see `dispatch.backward`), document ids, softcap, sinks and windows; no dropout or prefix; a positive scale.
+    It takes float32 or bfloat16; head_dim and value dim multiples of 16 up to 256; masks, biases, document ids,
+    softcap, sinks, windows and dropout; no prefix; a positive scale.
     """
     q, k, v, s = problem.query, problem.key, problem.value, problem.static
     if q.device.type != "cpu":
@@ -30,7 +29,6 @@ def unsupported(problem: Problem) -> str | None:
         return str(q.dtype)
     features = {
         "prefix": problem.prefix is not None,
-        "dropout": s.dropout_p != 0,
         f"scale {s.scale:g}": not s.scale > 0,
         "empty tensors": q.numel() == 0 or k.numel() == 0,
         f"{k.shape[2]} keys": k.shape[2] >= 1 << 31,
@@ -80,31 +78,38 @@ def _empty_softmax(problem: Problem) -> Softmax:
     return Softmax(*(problem.query.new_empty(shape, dtype=torch.float32) for _ in range(2)))
 
 
-def forward(problem: Problem, c: Tensor, seed: Tensor) -> tuple[Tensor, Softmax, Tensor]:
+def forward(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> tuple[Tensor, Softmax, Tensor]:
     """Out [B, H, M, E] (heads and rows swapped in memory), softmax, and the cache of kept entries."""
     q, v = problem.query, problem.value
     b, h, m, _ = q.shape
     out = q.new_empty((b, m, h, v.shape[-1])).transpose(1, 2)
     softmax = _empty_softmax(problem)
-    return out, softmax, _run(problem, c, seed, out, softmax)
+    return out, softmax, _run(problem, c, seed, dropout_seed, out, softmax)
 
 
-def sample(problem: Problem, c: Tensor, seed: Tensor) -> Tensor:
+def sample(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> Tensor:
     """The cache of kept entries for a forward that another kernel computed: one more pass over the logits."""
-    return _run(problem, c, seed, None, None) if samples(problem, c) else kept.empty()
+    return _run(problem, c, seed, dropout_seed, None, None) if samples(problem, c) else kept.empty()
 
 
-def _run(problem: Problem, c: Tensor, seed: Tensor, out: Tensor | None, softmax: Softmax | None) -> Tensor:
+def _draw(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> kept.Draw:
+    dropped = bind.drop_below(problem.static)
+    return kept.Draw(min(float(c), _LARGEST_C), int(seed), int(dropout_seed) if dropped else 0, dropped)
+
+
+def _run(
+    problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor, out: Tensor | None, softmax: Softmax | None
+) -> Tensor:
     wanted = samples(problem, c)
-    limit, number = (min(float(c), _LARGEST_C), int(seed)) if wanted else (0.0, 0)
+    draw = _draw(problem, c, seed, dropout_seed)
     if softmax is None and problem.sinks is not None:
         softmax = _empty_softmax(problem)
     rows = (None, None) if softmax is None else (softmax.maximum, softmax.total)
-    stream = stream_word(problem.static.site, STREAM_ROW)
-    with bind.forward(_native(), _as_read(problem), limit, number, stream, out, *rows) as lists:
+    limit = draw.c if wanted else 0.0
+    with bind.forward(_native(), _as_read(problem), limit, draw.seed, draw.dropout_seed, out, *rows) as lists:
         if not wanted:
             return kept.empty()
-        cache, parts = kept.allocate(problem, lists.count, limit, number)
+        cache, parts = kept.allocate(problem, lists.count, draw)
         lists.export(parts.offsets, parts.keys, parts.weights)
     if problem.sinks is not None and softmax is not None:
         parts.sinks.copy_(sink_weights(problem, softmax))
@@ -112,25 +117,37 @@ def _run(problem: Problem, c: Tensor, seed: Tensor, out: Tensor | None, softmax:
 
 
 def backward(
-    problem: Problem, grad: Tensor, out: Tensor, cache: Tensor, c: Tensor, seed: Tensor
+    problem: Problem,
+    grad: Tensor,
+    out: Tensor,
+    cache: Tensor,
+    c: Tensor,
+    seed: Tensor,
+    dropout_seed: Tensor,
+    bias_grad: bool,
 ) -> tuple[Gradients, int] | None:
     """Gradients and the number of entries used; None if the cache is lost or was never filled."""
     if not samples(problem, c):
         return None
-    parts = kept.unpack(cache, problem, min(float(c), _LARGEST_C), int(seed))
+    parts = kept.unpack(cache, problem, _draw(problem, c, seed, dropout_seed))
     if parts is None:
         return None
     inputs = (problem.query, problem.key, problem.value)
     query, key, value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+    bias = None
+    if bias_grad and problem.attn_bias is not None:
+        bias = torch.empty(problem.attn_bias.shape, dtype=torch.float32, device=grad.device)
     # Kept weights have biases, ids and sinks in them.
     read = _as_read(replace(problem, attn_bias=None, query_ids=None, key_ids=None, sinks=None))
     lists = (parts.offsets, parts.keys, parts.weights)
-    bind.backward(_native(), read, _unit(grad), _unit(out), lists, (query, key, value))
+    bind.backward(_native(), read, _unit(grad), _unit(out), lists, (query, key, value), bias)
     sinks = None
     if problem.sinks is not None:
         delta = torch.linalg.vecdot(grad.float(), out.float())
         sinks = sink_gradient(problem, parts.sinks, delta)
-    return Gradients(query, key, value, None, sinks), len(parts.keys)
+    if bias is not None and problem.attn_bias is not None:
+        bias = bias.to(problem.attn_bias.dtype)
+    return Gradients(query, key, value, bias, sinks), len(parts.keys)
 
 
 def release_memory() -> int:

@@ -16,6 +16,7 @@ struct Shape {
   bool bfloat16, masked;
   double c;
   int threads;
+  uint32_t drop_below;
 };
 
 // A tensor [batch, rows, heads, width] in memory, handed on as [batch, heads, rows, width].
@@ -61,8 +62,9 @@ bool run(const Shape& s) {
                s.effects & 2 ? bias.data() : nullptr, {0, bias_heads > 1 ? s.m * s.n : 0, s.n, 1},
                documents ? query_ids.data() : nullptr, documents ? key_ids.data() : nullptr, s.m, 0,
                s.n % 4 ? nullptr : sinks.data(), s.batch, s.heads, s.groups, s.m, s.n, s.dk, s.dv, s.left, s.right,
-               0.2f, s.bfloat16 ? SUS_BFLOAT16 : SUS_FLOAT32, s.threads, s.m % 3 ? 0.0f : 2.0f};
-  SusForward forward{call, s.c, 0x123456789abcdefull, 4, 0, out.bytes.data(), out.strides, maximum.data(), total.data()};
+               0.2f, s.bfloat16 ? SUS_BFLOAT16 : SUS_FLOAT32, s.threads, s.m % 3 ? 0.0f : 2.0f, 1.25f};
+  SusForward forward{call, s.c, 0x123456789abcdefull, 0xfedcba987654321ull, 4, 6, s.drop_below, out.bytes.data(),
+                     out.strides, maximum.data(), total.data()};
   SusLists* lists = sus_forward(&forward);
   CHECK(lists);
   const int64_t count = sus_lists_count(lists);
@@ -75,13 +77,15 @@ bool run(const Shape& s) {
   for (int64_t i = 0; i < rows; i++) {
     CHECK(offsets[i + 1] - offsets[i] <= std::ceil(s.c) + 1);
     for (int64_t e = offsets[i]; e < offsets[i + 1]; e++)
-      CHECK(keys[e] >= 0 && keys[e] < s.n && keys[e] <= i % s.m + s.right && weights[e] > 0);
+      CHECK(keys[e] >= 0 && keys[e] < s.n && keys[e] <= i % s.m + s.right && (s.drop_below ? weights[e] != 0 : weights[e] > 0));
   }
   for (float x : total) CHECK(x >= 0.99f && std::isfinite(x));
   Tensor query_grad(s.batch, s.heads, s.m, s.dk, s.bfloat16), key_grad(s.batch, s.groups, s.n, s.dk, s.bfloat16);
   Tensor value_grad(s.batch, s.groups, s.n, s.dv, s.bfloat16);
+  std::vector<float> bias_grad(bias.size());
   SusBackward backward{call, grad.bytes.data(), out.bytes.data(), grad.strides, out.strides, offsets.data(), keys.data(),
-                       weights.data(), query_grad.bytes.data(), key_grad.bytes.data(), value_grad.bytes.data()};
+                       weights.data(), query_grad.bytes.data(), key_grad.bytes.data(), value_grad.bytes.data(),
+                       s.effects & 2 ? bias_grad.data() : nullptr, call.bias_strides};
   CHECK(sus_backward(&backward) == 0);
   forward.out = nullptr;  // sampling only
   forward.maximum = forward.total = nullptr;
@@ -132,6 +136,7 @@ int main() {
     if (s.n > 8192) s.m = pick(1, 30);
     const double budgets[] = {0, 0.3, 1, 8, 30, 5000, 1073741824.0};
     s.c = budgets[pick(0, 6)];
+    s.drop_below = i % 3 == 1 ? uint32_t(random_bits()) : 0;
     if (!run(s)) return fprintf(stderr, "case %d\n", i), 1;
   }
   puts("ok");

@@ -35,14 +35,16 @@ struct SusCall {
   int32_t dtype;  // SusDtype
   int32_t threads;
   float softcap;  // logits become softcap * tanh(logits / softcap), before biases; 0 is off
+  float dropout_factor;  // 1 / (1 - p) of weights that are not dropped
 };
 
 struct SusForward {
   SusCall call;
   double c;  // finite and above 0 samples; 0 does not
   uint64_t seed;
-  uint32_t stream;
-  uint32_t reserved;
+  uint64_t dropout_seed;
+  uint32_t stream, dropout_stream;
+  uint32_t drop_below;  // words below it drop their weight: p 2^32; 0 is no dropout
   void* out;  // null: another kernel computed it, and this call only samples
   SusStrides out_strides;
   float *maximum, *total;  // [B, H, M]; null: not wanted
@@ -54,11 +56,13 @@ struct SusBackward {
   SusStrides grad_strides, out_strides;
   const int64_t* offsets;  // [B * H * M + 1]
   const int32_t* keys;
-  const float* weights;
+  const float* weights;  // as the forward left them
   void *query_grad, *key_grad, *value_grad;  // contiguous, of the inputs' dtype
+  float* bias_grad;  // contiguous; null: not wanted
+  SusPlaces bias_grad_strides;  // 0 where the bias is broadcast
 };
 
-// Kept entries of a forward, in compressed rows. `sus_forward` returns null when memory runs out.
+// Kept entries of a forward, in compressed rows; the weight of one that dropout drops is negative. `sus_forward` returns null when memory runs out.
 struct SusLists;
 
 SusLists* sus_forward(const SusForward*);

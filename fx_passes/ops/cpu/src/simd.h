@@ -10,6 +10,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // functions with wide vectors are inlined and no interface
@@ -28,12 +30,16 @@ constexpr int PARTS = LANES / W;  // vectors of a group
 
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
 
-inline vf load(const float* p) {
-  vf x;
+template <class V, class T>
+inline V load_as(const T* p) {
+  V x;
   memcpy(&x, p, sizeof x);
   return x;
 }
+
+inline vf load(const float* p) { return load_as<vf>(p); }
 
 inline void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
 
@@ -71,6 +77,21 @@ inline float largest(vf x) {
   float m = x[0];
   for (int i = 1; i < W; i++) m = m > x[i] ? m : x[i];
   return m;
+#endif
+}
+
+// Bit i is the sign of x[i].
+inline uint32_t signs(vf x) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)x);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps(x));
+#elif defined(__SSE2__)
+  return uint32_t(_mm_movemask_ps(x));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < W; i++) bits |= uint32_t(((vi)x)[i] < 0) << i;
+  return bits;
 #endif
 }
 

@@ -14,7 +14,7 @@ struct Thread {
   Scratch scratch;
   Sampler sampler;
 
-  Thread(int64_t weight_rows, bool extras) : scratch(weight_rows, extras) {}
+  Thread(const SusForward& args, int64_t weight_rows) : scratch(args, weight_rows) {}
 };
 
 // All tasks of a forward in one parallel region: first those that pack key head 0, then its row blocks, then head 1 ...
@@ -57,7 +57,7 @@ Forward::Forward(const SusForward& args, SusLists& lists)
   for (int64_t i = 0; i < together; i++)
     ring_.push_back(std::make_unique<Packed>(call_, sampling_ == FROM_PRODUCTS, args.out != nullptr));
   const int64_t weight_rows = sampling_ == FROM_WEIGHTS ? chunks_ * rows_ : rows_;
-  for (int i = 0; i < call_.threads; i++) threads_.push_back(std::make_unique<Thread>(weight_rows, has_extras(call_)));
+  for (int i = 0; i < call_.threads; i++) threads_.push_back(std::make_unique<Thread>(args, weight_rows));
   if (sampling_) lists.blocks.resize(call_.batch * call_.heads * blocks_);
 }
 
