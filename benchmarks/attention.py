@@ -36,7 +36,8 @@ RESULTS = Path(__file__).parent / "results"
 class Case:
     """One attention call; `padded` is the share of hidden keys at the end, `table` marks the README's rows.
 
-    `tensor` gives causal and padding to both sides as one M x N tensor: "bool", or "float" with finfo.min.
+    `tensor` gives causal and padding to both sides as one M x N tensor: "bool", or "float" with finfo.min; or a learned
+    bias per head, query and key: "learned".
     """
 
     name: str
@@ -48,6 +49,7 @@ class Case:
     dtype: str = "float32"
     padded: float = 0.0
     tensor: str = ""
+    dropout: float = 0.0
     batch: int = 1
     c: float = 30.0
     forward: str = "auto"
@@ -73,6 +75,8 @@ CPU_CASES = (
         for tensor in ("bool", "float")
         for n, heads in ((2048, 8), (8192, 4))
     ),
+    *(Case(f"dropout n={n}", n, heads, dropout=0.1) for n, heads in ((2048, 8), (8192, 4))),
+    Case("learned bias n=2048", 2048, 8, causal=False, tensor="learned"),
     Case("causal n=8192 library forward", 8192, 4, forward="library"),
 )
 CUDA_CASES = tuple(replace(x, dtype="bfloat16", d=128, heads=16) for x in _BASE)
@@ -102,7 +106,9 @@ def make(case: Case, device: str) -> Inputs:
     if case.padded:
         mask = torch.ones(case.batch, 1, 1, case.n, dtype=torch.bool, device=device)
         mask[..., round(case.n * (1 - case.padded)) :] = False
-    if mask is not None and case.tensor:
+    if case.tensor == "learned":
+        mask = torch.randn(1, case.heads, case.n, case.n, generator=g, device=device).requires_grad_()
+    elif mask is not None and case.tensor:
         mask = mask & torch.ones(case.n, case.n, dtype=torch.bool, device=device).tril()
         if case.tensor == "float":
             mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, torch.finfo(torch.float32).min)
@@ -110,19 +116,25 @@ def make(case: Case, device: str) -> Inputs:
 
 
 def library(case: Case, x: Inputs) -> Tensor:
-    gqa = case.groups is not None
-    return F.scaled_dot_product_attention(x.q, x.k, x.v, attn_mask=x.mask, is_causal=case.causal, enable_gqa=gqa)
+    gqa, p = case.groups is not None, case.dropout
+    return F.scaled_dot_product_attention(x.q, x.k, x.v, x.mask, p, is_causal=case.causal, enable_gqa=gqa)
 
 
 def sparse(case: Case, x: Inputs, c: float | None = None, seed: int | None = None) -> Tensor:
     return sus_attention(
-        x.q, x.k, x.v, attn_mask=x.mask, is_causal=case.causal, enable_gqa=case.groups is not None,
+        x.q, x.k, x.v, x.mask, case.dropout, is_causal=case.causal, enable_gqa=case.groups is not None,
         c=case.c if c is None else c, seed=seed, forward=case.forward,
     )  # fmt: skip
 
 
 def gradients(out: Tensor, x: Inputs) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(out, (x.q, x.k, x.v), x.grad.to(out.dtype))
+    inputs = (x.q, x.k, x.v) if x.mask is None or not x.mask.requires_grad else (x.q, x.k, x.v, x.mask)
+    return torch.autograd.grad(out, inputs, x.grad.to(out.dtype))
+
+
+def with_same_dropout(case: Case, x: Inputs, c: float | None = None, seed: int | None = None) -> Tensor:
+    torch.manual_seed(0)
+    return sparse(case, x, c, seed)
 
 
 def check(case: Case, device: str) -> float:
@@ -135,15 +147,17 @@ def check(case: Case, device: str) -> float:
     x = make(small, device)
     double = Inputs(*(t.detach().double().requires_grad_() for t in (x.q, x.k, x.v)), x.grad.double(), x.mask)
     if x.mask is not None and x.mask.is_floating_point():
-        double = replace(double, mask=x.mask.double())
-    exact_out = library(small, double)
+        double = replace(double, mask=x.mask.detach().double().requires_grad_(x.mask.requires_grad))
+    # The library draws another dropout: PyTorch code at c = inf is then what the kernel is compared with.
+    exact_out = with_same_dropout(small, double, float("inf")) if case.dropout else library(small, double)
     exact = gradients(exact_out, double)
     tolerance = 1e-5 if case.dtype == "float32" else 2e-2
-    assert float((sparse(small, x) - exact_out).detach().abs().max()) < tolerance, f"{case.name}: the forward is wrong"
+    error = float((with_same_dropout(small, x) - exact_out).detach().abs().max())
+    assert error < tolerance, f"{case.name}: the forward is wrong by {error:g}"
     draws = 64
     sums, squares = [torch.zeros_like(e) for e in exact], 0.0
     for seed in range(draws):
-        found = gradients(sparse(small, x, seed=seed), x)
+        found = gradients(with_same_dropout(small, x, seed=seed), x)
         for total, g, e in zip(sums, found, exact, strict=True):
             total += g
             squares += float((g - e).square().sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fx_passes.ops.dispatch import left_to_pytorch
+from fx_passes.state import get_state
 
 REWRITTEN = "rewritten"
 LEFT = "left"
@@ -89,7 +89,8 @@ class Report:
     def __str__(self) -> str:
         if not self._sites:
             return "No softmax attention was found."
-        slow = left_to_pytorch(self.state) if self.state else {}
+        state = get_state(self.state)
+        slow = {} if state is None else state.slow
         rows: list[tuple[str, ...]] = [("module", "source", "form", "tier", "mask", "status")]
         rows += [_row(site, slow.get(site.number, {})) for site in self._sites.values()]
         head = f"{self.rewritten} of {self.rewritten + self.left} attentions {self.verb}"

@@ -12,6 +12,7 @@ import os
 import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -66,6 +67,7 @@ class State:
         counter: number of draws so far; on a GPU, reading it waits for the device, setting it does not. Setting it
             also takes over a new `torch.manual_seed`, which a captured CUDA graph cannot see by itself.
         kept: the counts since `pop_kept`; on a GPU, reading them waits for the device.
+        slow: by site, why calls took the slower PyTorch path, and how many did for each reason.
         id: the number by which operators find this state.
     """
 
@@ -74,6 +76,7 @@ class State:
         self.seed = seed
         self._c, self._site_c = check_c(c), dict[int, float]()
         self._counter, self._kept = counter, Kept()
+        self.slow: dict[int, Counter[str]] = {}
         self._base: int | None = None
         self._mirrors: dict[torch.device, Mirror] = {}
         self._numbers: dict[torch.device | None, int] = {}  # of the streams: None is the host's
@@ -216,6 +219,11 @@ class State:
             self._kept.entries += float(entries)
             self._kept.rows += rows
             self._kept.dense += dense
+
+    def note_slow(self, site: int, reason: str) -> None:
+        """Counts a call of a site that took the PyTorch path."""
+        with self._lock:
+            self.slow.setdefault(site, Counter())[reason] += 1
 
     def pop_kept(self) -> Kept:
         """The counts since the last call, which starts them anew."""

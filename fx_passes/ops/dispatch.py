@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from types import ModuleType
 
 import torch
@@ -23,16 +22,11 @@ def _cuda(problem: Problem) -> ModuleType | None:
     return attention
 
 
-_left: dict[tuple[int, int], Counter[str]] = {}
-
-
-def left_to_pytorch(state: int) -> dict[int, Counter[str]]:
-    """Per site of a state: why calls took the slower PyTorch path, and how many did for each reason."""
-    return {site: reasons for (number, site), reasons in _left.items() if number == state}
-
-
 def _note(problem: Problem, reason: str) -> None:
-    _left.setdefault((problem.static.state, problem.static.site), Counter())[reason] += 1
+    """A call takes the slower PyTorch path; the state's report will say so."""
+    state = get_state(problem.static.state)
+    if state is not None:
+        state.note_slow(problem.static.site, reason)
 
 
 def forward(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> tuple[Tensor, Softmax, Tensor]:
