@@ -101,6 +101,10 @@ CASES = {
     "hidden chunk": Case(batch=2, m=50, n=700, padded=500),
     "all hidden": Case(batch=2, m=50, n=50, padded=50),
     "bfloat16": Case(batch=2, m=150, n=150, d=64, e=64, right=0, dtype=torch.bfloat16),
+    "float16": Case(batch=2, m=150, n=150, d=64, e=64, right=0, dtype=torch.float16),
+    "float16 and all else": Case(
+        m=100, n=300, d=72, e=44, biased="hmn", masked="n", softcap=2.0, sinks=1.0, dropout=0.2, dtype=torch.float16
+    ),
     # Beyond 8192 keys the sampler computes weights again instead of keeping them.
     "long": Case(heads=1, groups=1, m=100, n=8300, right=0, bottom_right=True, scale=0.4),
     "long padded": Case(heads=2, groups=1, m=50, n=8500, padded=5000, dtype=torch.bfloat16),

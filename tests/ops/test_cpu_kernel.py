@@ -39,6 +39,7 @@ ZERO = torch.tensor(0)
 
 
 UNIT = 2.0**-24  # float32 rounds a number by at most this much of it
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of results, beside float32's
 
 
 def logit_error(problem) -> float:
@@ -58,7 +59,7 @@ def logit_error(problem) -> float:
 
 def check_forward(problem, out: torch.Tensor) -> None:
     error = logit_error(problem) / (1 - problem.static.dropout_p)
-    rounding = 2.0**-8 if problem.query.dtype == torch.bfloat16 else 0.0  # of the output itself: 8 bits
+    rounding = ROUNDING[problem.query.dtype]  # of the output itself
     expected = dense_attention(dense(problem), dropout_factor(problem))
     torch.testing.assert_close(out.double(), expected, atol=error, rtol=error + rounding)
 
@@ -86,7 +87,7 @@ def test_forward(name: str) -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("d", [32, 64, 128])
 def test_forward_error_is_not_above_the_library(causal: bool, dtype: torch.dtype, d: int) -> None:
     ours = theirs = 0.0
@@ -200,8 +201,8 @@ def test_gradients_of_the_kept_entries(name: str, c: float) -> None:
     assert count == int((weights > 0).sum())
     # Norms of errors: those of k additions and of dot products of d numbers grow as sqrt(k) and sqrt(d), and
     # k, d <= 1000 make 32 units, about 2e-6 (measured: 1e-6). In bfloat16 the gradients are rounded to 8 bits, as is
-    # the output that delta is made of: 2^-8 at most (measured: 2e-3).
-    tolerance = 2.0**-8 if problem.query.dtype == torch.bfloat16 else 32 * UNIT
+    # the output that delta is made of: 2^-8 at most (measured: 2e-3); in float16 to 11.
+    tolerance = max(ROUNDING[problem.query.dtype], 32 * UNIT)
     for key, x in expected.items():
         ours = getattr(result, key).double()
         assert ours.is_contiguous()
@@ -261,7 +262,7 @@ def test_any_shape(data: st.DataObject) -> None:
         right=data.draw(st.integers(-3, 3)) if causal else None,
         bottom_right=data.draw(st.booleans()),
         padded=data.draw(st.none() | st.integers(0, n)),
-        dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         dropout=data.draw(st.just(0.0) | st.floats(0.0, 0.9)),
     )
     problem, grad = case.problem(), case.grad()
@@ -277,6 +278,24 @@ def test_large_logits_and_rows_of_one_key() -> None:
     problem = replace(CASES["causal 257"].problem(), static=replace(CASES["causal 257"].problem().static, scale=300.0))
     found = run(problem, 8.0, 0)
     check_forward(problem, found.out)
+
+
+@pytest.mark.parametrize("width", [256, 4])  # whole vectors, and what is left of one
+def test_every_float16_is_read_and_written(width: int) -> None:
+    """A row of one key gives its value, times 1 / (1 - p) where it is not dropped; one of two gives their mean."""
+    v = torch.arange(1 << 16).to(torch.uint16).view(torch.float16).view(-1, 1, 1, width)
+    q = torch.zeros(len(v), 1, 1, 16, dtype=torch.float16)
+    torch.testing.assert_close(sus_attention(q, q, v), v, rtol=0, atol=0, equal_nan=True)
+    twice = sus_attention(q, q, v, dropout_p=0.5)
+    kept = ((twice != 0) & v.isfinite()).any(-1, keepdim=True)
+    assert 0 < int(kept.sum()) < len(v)
+    expected = (2 * v.float()).half()  # large ones become infinite
+    torch.testing.assert_close(twice.where(kept, 0), expected.where(kept, 0), rtol=0, atol=0, equal_nan=True)
+    pair = torch.cat([v, v[torch.randperm(len(v))]], 2)
+    expected = ((pair[:, :, :1].float() + pair[:, :, 1:].float()) / 2).half()
+    torch.testing.assert_close(
+        sus_attention(q, torch.zeros(len(v), 1, 2, 16).half(), pair), expected, rtol=0, atol=0, equal_nan=True
+    )
 
 
 def test_not_a_number_is_not_hidden() -> None:

@@ -16,7 +16,7 @@ from fx_passes.ops.cpu.build import BuildError, arch, library_path
 from fx_passes.ops.draws import STREAM_DROPOUT, STREAM_ROW, stream_word
 from fx_passes.ops.problem import Problem, Static
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LANES = 16  # of src/simd.h
 _NO_BOUND = 1 << 60
 

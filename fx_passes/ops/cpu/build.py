@@ -19,8 +19,8 @@ import torch
 SOURCES = Path(__file__).parent / "src"
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=default", "-w")
 _ARCHES = {
-    "avx512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
-    "avx2": ("-mavx2", "-mfma"),
+    "avx512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "plain": (),
 }
 _TIMEOUT = 300  # seconds, of one run of the compiler

@@ -19,8 +19,8 @@ _LARGEST_C = float(1 << 30)  # that of tiled.backward
 def unsupported(problem: Problem) -> str | None:
     """Why the native kernel does not compute this problem, or None if it does.
 
-    It takes float32 or bfloat16; head_dim and value dim up to 256; masks, biases, document ids, softcap, sinks,
-    windows and dropout; no prefix; a positive scale.
+    It takes float32, bfloat16 or float16; head_dim and value dim up to 256; masks, biases, document ids, softcap,
+    sinks, windows and dropout; no prefix; a positive scale.
     """
     q, k, v, s = problem.query, problem.key, problem.value, problem.static
     if q.device.type != "cpu":

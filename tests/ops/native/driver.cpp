@@ -13,7 +13,8 @@ std::mt19937 random_bits(1);
 struct Shape {
   int64_t batch, heads, groups, m, n, dk, dv, left, right;
   int effects;  // 1: a mask per query and key; 2: a bias; 4: document ids
-  bool bfloat16, masked;
+  SusDtype dtype;
+  bool masked;
   double c;
   int threads;
   uint32_t drop_below;
@@ -24,12 +25,12 @@ struct Tensor {
   std::vector<uint8_t> bytes;
   SusStrides strides;
 
-  Tensor(int64_t batch, int64_t heads, int64_t rows, int64_t width, bool bfloat16)
-      : bytes(size_t(batch * heads * rows * width) * (bfloat16 ? 2 : 4)), strides{rows * heads * width, width, heads * width} {
+  Tensor(int64_t batch, int64_t heads, int64_t rows, int64_t width, SusDtype dtype)
+      : bytes(size_t(batch * heads * rows * width) * (dtype ? 2 : 4)), strides{rows * heads * width, width, heads * width} {
     std::normal_distribution<float> normal;
-    for (size_t i = 0; i < bytes.size(); i += bfloat16 ? 2 : 4) {
+    for (int64_t i = 0; i < batch * heads * rows * width; i++) {
       const float x = normal(random_bits);
-      memcpy(&bytes[i], reinterpret_cast<const char*>(&x) + (bfloat16 ? 2 : 0), bfloat16 ? 2 : 4);
+      sus::store_row(bytes.data(), i, dtype, 1, &x);
     }
   }
 };
@@ -38,9 +39,9 @@ struct Tensor {
   if (!(x)) return fprintf(stderr, "%s failed\n", #x), false
 
 bool run(const Shape& s) {
-  Tensor query(s.batch, s.heads, s.m, s.dk, s.bfloat16), key(s.batch, s.groups, s.n, s.dk, s.bfloat16);
-  Tensor value(s.batch, s.groups, s.n, s.dv, s.bfloat16), out(s.batch, s.heads, s.m, s.dv, s.bfloat16);
-  Tensor grad(s.batch, s.heads, s.m, s.dv, s.bfloat16);
+  Tensor query(s.batch, s.heads, s.m, s.dk, s.dtype), key(s.batch, s.groups, s.n, s.dk, s.dtype);
+  Tensor value(s.batch, s.groups, s.n, s.dv, s.dtype), out(s.batch, s.heads, s.m, s.dv, s.dtype);
+  Tensor grad(s.batch, s.heads, s.m, s.dv, s.dtype);
   std::vector<uint8_t> mask(size_t(s.batch * s.n));
   for (auto& x : mask) x = random_bits() % 4 != 0;
   // Masks and biases per query and key, also as sizes of 1; some biases hide a whole row.
@@ -62,7 +63,7 @@ bool run(const Shape& s) {
                s.effects & 2 ? bias.data() : nullptr, {0, bias_heads > 1 ? s.m * s.n : 0, s.n, 1},
                documents ? query_ids.data() : nullptr, documents ? key_ids.data() : nullptr, s.m, 0,
                s.n % 4 ? nullptr : sinks.data(), s.batch, s.heads, s.groups, s.m, s.n, ceil_div(s.dk, 16) * 16, ceil_div(s.dv, 16) * 16, s.dk, s.dv, s.left, s.right,
-               0.2f, s.bfloat16 ? SUS_BFLOAT16 : SUS_FLOAT32, s.threads, s.m % 3 ? 0.0f : 2.0f, 1.25f};
+               0.2f, s.dtype, s.threads, s.m % 3 ? 0.0f : 2.0f, 1.25f};
   SusForward forward{call, s.c, 0x123456789abcdefull, 0xfedcba987654321ull, 4, 6, s.drop_below, out.bytes.data(),
                      out.strides, maximum.data(), total.data()};
   SusLists* lists = sus_forward(&forward);
@@ -80,8 +81,8 @@ bool run(const Shape& s) {
       CHECK(keys[e] >= 0 && keys[e] < s.n && keys[e] <= i % s.m + s.right && (s.drop_below ? weights[e] != 0 : weights[e] > 0));
   }
   for (float x : total) CHECK(x >= 0.99f && std::isfinite(x));
-  Tensor query_grad(s.batch, s.heads, s.m, s.dk, s.bfloat16), key_grad(s.batch, s.groups, s.n, s.dk, s.bfloat16);
-  Tensor value_grad(s.batch, s.groups, s.n, s.dv, s.bfloat16);
+  Tensor query_grad(s.batch, s.heads, s.m, s.dk, s.dtype), key_grad(s.batch, s.groups, s.n, s.dk, s.dtype);
+  Tensor value_grad(s.batch, s.groups, s.n, s.dv, s.dtype);
   std::vector<float> bias_grad(bias.size());
   SusBackward backward{call, grad.bytes.data(), out.bytes.data(), grad.strides, out.strides, offsets.data(), keys.data(),
                        weights.data(), query_grad.bytes.data(), key_grad.bytes.data(), value_grad.bytes.data(),
@@ -132,7 +133,7 @@ int main() {
     s.right = i % 2 ? none : pick(-5, 5);
     s.left = i % 7 < 4 ? none : pick(0, 300);
     s.effects = i % 8;
-    s.bfloat16 = i % 4 == 1, s.masked = i % 5 == 2, s.threads = int(pick(1, 3));
+    s.dtype = i % 4 == 1 ? SUS_BFLOAT16 : i % 4 == 2 ? SUS_FLOAT16 : SUS_FLOAT32, s.masked = i % 5 == 2, s.threads = int(pick(1, 3));
     if (s.n > 8192) s.m = pick(1, 30);
     const double budgets[] = {0, 0.3, 1, 8, 30, 5000, 1073741824.0};
     s.c = budgets[pick(0, 6)];

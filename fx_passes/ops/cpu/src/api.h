@@ -14,7 +14,7 @@ struct SusPlaces {
   int64_t batch, head, row, key;  // 0 where it is broadcast
 };
 
-enum SusDtype : int32_t { SUS_FLOAT32 = 0, SUS_BFLOAT16 = 1 };
+enum SusDtype : int32_t { SUS_FLOAT32 = 0, SUS_BFLOAT16 = 1, SUS_FLOAT16 = 2 };
 
 // What forward and backward share: B batch entries, H query heads, G key heads, M queries, N keys.
 struct SusCall {
