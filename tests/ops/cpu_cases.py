@@ -33,6 +33,7 @@ class Case:
     biased: str = ""  # of a bias
     fill: float = 0.0  # the bias has it at every third place, in the last half, and, if float32 has no room for
     # scores beside it, in the first row everywhere
+    prefix: int | None = None  # of the first batch entry; each next one has 300 more
     documents: int = 0  # packed one after the other, in places that differ between batch entries; 0 is no ids
     softcap: float = 0.0
     sinks: float | None = None  # the middle one's logit
@@ -75,7 +76,8 @@ class Case:
                 torch.randint(self.documents, (self.batch, size), generator=g).sort(-1).values
                 for size in (self.m, self.n)
             )
-        return Problem(q, k, v, mask, bias, sinks, query_ids, key_ids, None, Static(self.scale, **options))  # type: ignore[arg-type]
+        prefix = None if self.prefix is None else self.prefix + 300 * torch.arange(self.batch, dtype=torch.int32)
+        return Problem(q, k, v, mask, bias, sinks, query_ids, key_ids, prefix, Static(self.scale, **options))  # type: ignore[arg-type]
 
     def grad(self) -> Tensor:
         g = torch.Generator().manual_seed(99)
@@ -128,6 +130,12 @@ CASES = {
     "documents": Case(batch=2, heads=4, groups=2, m=600, n=600, documents=5, right=0),
     "documents of other lengths": Case(batch=2, m=150, n=700, documents=9, padded=100, left=90, right=80),
     "long documents": Case(heads=1, groups=1, m=50, n=8500, documents=3, biased="hn", dtype=torch.bfloat16),
+    "prefix": Case(batch=3, heads=4, groups=2, m=400, n=400, right=0, prefix=20),
+    "prefix of all entries": Case(m=100, n=700, right=-2, bottom_right=True, prefix=690),
+    "prefix and all else": Case(
+        batch=2, m=100, n=700, biased="hmn", masked="n", documents=2, padded=90, prefix=0, right=3, dropout=0.1
+    ),
+    "long prefix": Case(heads=1, groups=1, m=50, n=8500, right=0, prefix=8400),
     "softcap": Case(batch=2, heads=4, groups=2, m=270, n=270, d=64, e=64, right=0, softcap=1.5),
     "softcap and all else": Case(
         m=100, n=700, d=16, e=48, biased="hmn", masked="n", documents=2, padded=90, softcap=0.3, left=300
@@ -173,6 +181,7 @@ def dense(problem: Problem) -> Dense:
         problem.sinks,
         query_ids=problem.query_ids,
         key_ids=problem.key_ids,
+        prefix=problem.prefix,
         scale=s.scale,
         left=s.left,
         right=s.right,

@@ -274,6 +274,12 @@ def test_any_shape(data: st.DataObject) -> None:
     assert all(bool(x.isfinite().all()) for x in (result.query, result.key, result.value))
 
 
+def test_a_prefix_for_all_batch_entries() -> None:
+    problem = CASES["prefix"].problem()
+    one, each = (run(replace(problem, prefix=torch.full((size,), 50)), 8.0, 0) for size in (1, 3))
+    assert torch.equal(one.out, each.out)
+
+
 def test_large_logits_and_rows_of_one_key() -> None:
     problem = replace(CASES["causal 257"].problem(), static=replace(CASES["causal 257"].problem().static, scale=300.0))
     found = run(problem, 8.0, 0)
@@ -412,6 +418,7 @@ def test_what_it_leaves_to_the_tiled_path() -> None:
     other = [
         replace(problem, static=replace(problem.static, scale=-1.0)),
         Case(d=257, e=24).problem(),
+        Case(prefix=5, left=9, right=0).problem(),
         replace(problem, query=problem.query.double(), key=problem.key.double(), value=problem.value.double()),
     ]
     assert cpu.supports(problem)

@@ -41,6 +41,8 @@ class _Call(Structure):
         ("bias_strides", _Places),
         *((name, c_void_p) for name in ("query_ids", "key_ids")),
         *((name, c_int64) for name in ("query_ids_batch", "key_ids_batch")),
+        ("prefix", c_void_p),
+        ("prefix_batch", c_int64),
         ("sinks", c_void_p),
         *((name, c_int64) for name in ("batch", "heads", "groups", "m", "n", "dk", "dv")),
         *((name, c_int64) for name in ("key_width", "value_width", "left", "right")),
@@ -147,7 +149,9 @@ def call(problem: Problem) -> _Call:
         per_key, mask = (where, strides.batch, strides.key), None
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), _strides(q), _strides(k), _strides(v))
     effects = (*per_key, *_broadcast(mask), *_broadcast(problem.attn_bias))
-    more = (*_ids(problem.query_ids, problem.key_ids), None if problem.sinks is None else problem.sinks.data_ptr())
+    prefix = (None, 0) if problem.prefix is None else (problem.prefix.data_ptr(), int(len(problem.prefix) > 1))
+    sinks = None if problem.sinks is None else problem.sinks.data_ptr()
+    more = (*_ids(problem.query_ids, problem.key_ids), *prefix, sinks)
     numbers = (s.scale, DTYPES[q.dtype], _threads(), s.softcap, 1 / (1 - s.dropout_p))
     return _Call(*pointers, *effects, *more, *sizes, left, right, *numbers)
 

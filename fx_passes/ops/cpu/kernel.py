@@ -20,7 +20,7 @@ def unsupported(problem: Problem) -> str | None:
     """Why the native kernel does not compute this problem, or None if it does.
 
     It takes float32, bfloat16 or float16; head_dim and value dim up to 256; masks, biases, document ids, softcap,
-    sinks, windows and dropout; no prefix; a positive scale.
+    sinks, windows, prefixes (without a left bound) and dropout; a positive scale.
     """
     q, k, v, s = problem.query, problem.key, problem.value, problem.static
     if q.device.type != "cpu":
@@ -28,7 +28,7 @@ def unsupported(problem: Problem) -> str | None:
     if q.dtype not in bind.DTYPES:
         return str(q.dtype)
     features = {
-        "prefix": problem.prefix is not None,
+        "prefix and a left bound": problem.prefix is not None and s.left is not None,  # a row would see two ranges
         f"scale {s.scale:g}": not s.scale > 0,
         "empty tensors": q.numel() == 0 or k.numel() == 0,
         f"{k.shape[2]} keys": k.shape[2] >= 1 << 31,
@@ -60,10 +60,12 @@ def _unit(x: Tensor) -> Tensor:
 def _as_read(problem: Problem) -> Problem:
     """With tensors as the native kernel reads them: last dimensions of stride 1, biases in float32, ids in int64."""
     q, k, v, bias = _unit(problem.query), _unit(problem.key), _unit(problem.value), problem.attn_bias
-    query_ids, key_ids = (None if x is None else x.long().contiguous() for x in (problem.query_ids, problem.key_ids))
+    integers = (problem.query_ids, problem.key_ids, problem.prefix)
+    query_ids, key_ids, prefix = (None if x is None else x.long().contiguous() for x in integers)
     bias, sinks = (None if x is None else x.float() for x in (bias, problem.sinks))
     sinks = None if sinks is None else sinks.contiguous()
-    return replace(problem, query=q, key=k, value=v, attn_bias=bias, sinks=sinks, query_ids=query_ids, key_ids=key_ids)
+    read = replace(problem, query=q, key=k, value=v, attn_bias=bias, sinks=sinks)
+    return replace(read, query_ids=query_ids, key_ids=key_ids, prefix=prefix)
 
 
 def _native() -> ctypes.CDLL:
@@ -137,8 +139,8 @@ def backward(
     bias = None
     if bias_grad and problem.attn_bias is not None:
         bias = torch.empty(problem.attn_bias.shape, dtype=torch.float32, device=grad.device)
-    # Kept weights have biases, ids and sinks in them.
-    read = _as_read(replace(problem, attn_bias=None, query_ids=None, key_ids=None, sinks=None))
+    # Kept weights have biases, ids, prefixes and sinks in them.
+    read = _as_read(replace(problem, attn_bias=None, query_ids=None, key_ids=None, prefix=None, sinks=None))
     lists = (parts.offsets, parts.keys, parts.weights)
     bind.backward(_native(), read, _unit(grad), _unit(out), lists, (query, key, value), bias)
     sinks = None

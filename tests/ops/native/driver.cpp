@@ -54,7 +54,8 @@ bool run(const Shape& s) {
   for (auto& x : query_ids) x = random_bits() % 3;
   for (auto& x : key_ids) x = random_bits() % 3;
   const std::vector<float> sinks(size_t(s.heads), 1.0f);
-  const bool documents = s.effects & 4;
+  const std::vector<int64_t> prefix(size_t(s.batch), s.n / 2);
+  const bool prefixed = s.n % 3 == 0, documents = s.effects & 4;
   const int64_t rows = s.batch * s.heads * s.m;
   std::vector<float> maximum(rows), total(rows);
   SusCall call{query.bytes.data(), key.bytes.data(), value.bytes.data(), query.strides, key.strides, value.strides,
@@ -62,6 +63,7 @@ bool run(const Shape& s) {
                s.effects & 1 ? places.data() : nullptr, {0, 0, mask_rows > 1 ? s.n : 0, 1},
                s.effects & 2 ? bias.data() : nullptr, {0, bias_heads > 1 ? s.m * s.n : 0, s.n, 1},
                documents ? query_ids.data() : nullptr, documents ? key_ids.data() : nullptr, s.m, 0,
+               prefixed ? prefix.data() : nullptr, 1,
                s.n % 4 ? nullptr : sinks.data(), s.batch, s.heads, s.groups, s.m, s.n, ceil_div(s.dk, 16) * 16, ceil_div(s.dv, 16) * 16, s.dk, s.dv, s.left, s.right,
                0.2f, s.dtype, s.threads, s.m % 3 ? 0.0f : 2.0f, 1.25f};
   SusForward forward{call, s.c, 0x123456789abcdefull, 0xfedcba987654321ull, 4, 6, s.drop_below, out.bytes.data(),
@@ -78,7 +80,7 @@ bool run(const Shape& s) {
   for (int64_t i = 0; i < rows; i++) {
     CHECK(offsets[i + 1] - offsets[i] <= std::ceil(s.c) + 1);
     for (int64_t e = offsets[i]; e < offsets[i + 1]; e++)
-      CHECK(keys[e] >= 0 && keys[e] < s.n && keys[e] <= i % s.m + s.right && (s.drop_below ? weights[e] != 0 : weights[e] > 0));
+      CHECK(keys[e] >= 0 && keys[e] < s.n && (prefixed || keys[e] <= i % s.m + s.right) && (s.drop_below ? weights[e] != 0 : weights[e] > 0));
   }
   for (float x : total) CHECK(x >= 0.99f && std::isfinite(x));
   Tensor query_grad(s.batch, s.heads, s.m, s.dk, s.dtype), key_grad(s.batch, s.groups, s.n, s.dk, s.dtype);

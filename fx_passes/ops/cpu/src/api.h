@@ -28,6 +28,8 @@ struct SusCall {
   SusPlaces bias_strides;
   const int64_t *query_ids, *key_ids;  // [.., M] and [.., N], a query sees keys of its number; null is no numbers
   int64_t query_ids_batch, key_ids_batch;  // strides, 0 where they are broadcast
+  const int64_t* prefix;  // [..], keys before it are seen whatever `right` says; null is none
+  int64_t prefix_batch;
   const float* sinks;  // [H], logits that only the softmax's total knows; null is none
   int64_t batch, heads, groups, m, n;
   int64_t dk, dv;  // widths as computed with: those of the tensors, filled up with zeros to multiples of 16

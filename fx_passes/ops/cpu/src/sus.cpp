@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "backward.inc"
+#include "extras.inc"
 #include "sample.inc"
 
 namespace sus {
