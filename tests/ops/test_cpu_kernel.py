@@ -12,20 +12,18 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fx_passes import SUSBackend, sus_attention
-from fx_passes.ops import cpu, dispatch, tiled
-from fx_passes.ops.cpu import bind, kept
+from fx_passes import sus_attention
+from fx_passes.ops import cpu
+from fx_passes.ops.cpu import bind
 from fx_passes.ops.draws import row_words
 from fx_passes.ops.reference import dense_attention, sus_gradients
 from fx_passes.ops.tiled.sample import LANES, ONE, STEPS, systematic
 from fx_passes.ops.tiled.tiles import CHUNK
 from tests.ops.cpu_cases import (
     CASES,
-    DROPOUT_SEED,
     Case,
     Run,
     dense,
-    draw,
     dropout_factor,
     gradients,
     kept_weights,
@@ -35,8 +33,6 @@ from tests.ops.cpu_cases import (
 pytestmark = pytest.mark.skipif(bind.library() is None, reason="no C++ compiler")
 
 BUDGETS = [0.3, 1.0, 8.0, 5000.0]
-ZERO = torch.tensor(0)
-
 
 UNIT = 2.0**-24  # float32 rounds a number by at most this much of it
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of results, beside float32's
@@ -148,9 +144,11 @@ def check_kept(problem, found: Run, c: float, seed: int) -> None:
     assert (border_distance(problem, c, seed)[differ] <= c * logit_error(problem) + n / ONE).all()
     # Rounding moves a point across one of the `visible` borders with probability c * dC, where dC is the error of
     # cumulative W there; that entry is then lost and another one gained. dC is far below logit_error, since the
-    # weights' errors average out: measured 2 c dC is up to 6 units per border where entries are many.
+    # weights' errors average out: measured 2 c dC is up to 6 units per border where entries are many (9 for 14 rows of
+    # d = 139). Points that cross are rare and few: their number is Poisson's, so it has room of 5 deviations.
     visible = int(dense(problem).visible().expand_as(ours).sum())
-    assert int(differ.sum()) <= 4 + 12 * UNIT * c * visible
+    crossing = 6 * UNIT * c * visible
+    assert int(differ.sum()) <= 2 * (2 + crossing + 5 * math.sqrt(crossing))
     assert not (~ours.isnan() & ~dense(problem).visible()).any()
     assert ((~ours.isnan()).sum(-1) <= math.ceil(c) + 1).all()
     both = ~ours.isnan() & ~theirs.isnan()
@@ -345,126 +343,3 @@ def test_bits_repeat_for_a_number_of_threads(threads: int) -> None:
         assert all(float((a - b).norm() / a.norm()) < 32 * UNIT for a, b in zip(runs[0], runs[1], strict=True))
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("name", ["causal 257", "dropout", "bias"])
-def test_a_copied_cache_falls_back_to_the_same_draw(name: str) -> None:
-    case = CASES[name]
-    problem, grad = case.problem(), case.grad()
-    c, seed, dropout_seed = tensor(8.0), torch.tensor(11), torch.tensor(-(1 << 61) + 5)
-    out, softmax, cache = dispatch.forward(problem, c, seed, dropout_seed)
-    assert cache.shape == (1,)
-    biased = problem.attn_bias is not None
-    native = dispatch.backward(problem, grad, out, softmax, cache, c, seed, dropout_seed, biased)
-    copied = dispatch.backward(problem, grad, out, softmax, cache.clone(), c, seed, dropout_seed, biased)
-    for field in ("query", "key", "value", *(["attn_bias"] if biased else [])):
-        a, b = getattr(native, field), getattr(copied, field)
-        assert float((a - b).norm() / a.norm()) < 0.03  # but for a point on a rounding boundary
-    other = cpu.backward(problem, grad, out, cache, c, torch.tensor(12), dropout_seed, biased)
-    assert other is None, "a cache of another seed was taken"
-    other = cpu.backward(problem, grad, out, cache, c, seed, ZERO, biased)
-    assert (other is None) == (problem.static.dropout_p > 0), (
-        "only dropout's seed decides whether that of dropout counts"
-    )
-
-
-@pytest.mark.parametrize(
-    "name", ["sinks", "sinks and all else", "long softcap", "documents", "dropout", "long dropout"]
-)
-def test_sampling_for_another_forward(name: str) -> None:
-    problem = CASES[name].problem()
-    caches = [run(problem, 8.0, 5).cache, cpu.sample(problem, tensor(8.0), torch.tensor(5), DROPOUT_SEED)]
-    ours, theirs = (kept.unpack(cache, problem, draw(problem, 8.0, 5)) for cache in caches)
-    for field in ("offsets", "keys", "weights", "sinks"):
-        assert torch.equal(getattr(ours, field), getattr(theirs, field))
-
-
-def test_library_forward_keeps_its_bits() -> None:
-    q, k, v = (torch.randn(1, 4, 300, 64, requires_grad=True) for _ in range(3))
-    out = sus_attention(q, k, v, is_causal=True, c=8, seed=4, forward="library")
-    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v, is_causal=True))
-    own = sus_attention(q, k, v, is_causal=True, c=8, seed=4)
-    a = torch.autograd.grad(out.square().sum(), (q, k, v))
-    b = torch.autograd.grad(own.square().sum(), (q, k, v))
-    for x, y in zip(a, b, strict=True):
-        assert float((x - y).norm() / x.norm()) < 0.03
-
-
-@pytest.mark.parametrize("forward", ["auto", "library"])
-def test_dropout_drops_the_same_for_every_forward_and_backward(forward: str) -> None:
-    q, k, v = (torch.randn(2, 4, 200, 64, requires_grad=True) for _ in range(3))
-
-    def run(c: float, forward: str) -> tuple[torch.Tensor, ...]:
-        torch.manual_seed(5)
-        out = sus_attention(q, k, v, is_causal=True, c=c, dropout_p=0.2, forward=forward)
-        return out, *torch.autograd.grad(out.square().sum(), (q, k, v))
-
-    # c W is at least 1 for nearly all of the weight, and those entries are kept; at c = inf, PyTorch computes.
-    for x, y in zip(run(1e9, forward), run(math.inf, "auto"), strict=True):
-        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
-
-
-def test_exact_backward_takes_the_native_forward() -> None:
-    q, k, v = (torch.randn(2, 4, 200, 64, requires_grad=True) for _ in range(3))
-    ours = torch.autograd.grad(sus_attention(q, k, v, is_causal=True, c=math.inf).square().sum(), (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    theirs = torch.autograd.grad(out.square().sum(), (q, k, v))
-    for x, y in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
-
-
-def test_what_it_leaves_to_the_tiled_path() -> None:
-    problem = Case().problem()
-    other = [
-        replace(problem, static=replace(problem.static, scale=-1.0)),
-        Case(d=257, e=24).problem(),
-        Case(prefix=5, left=9, right=0).problem(),
-        replace(problem, query=problem.query.double(), key=problem.key.double(), value=problem.value.double()),
-    ]
-    assert cpu.supports(problem)
-    assert not any(cpu.supports(x) for x in other)
-    independent = replace(problem, static=replace(problem.static, sampler="independent"))
-    out, softmax, cache = dispatch.forward(independent, tensor(4.0), ZERO, ZERO)
-    found = dispatch.backward(independent, Case().grad(), out, softmax, cache, tensor(4.0), ZERO, ZERO, False)
-    expected, _ = tiled.backward(independent, Case().grad(), out, softmax, tensor(4.0), ZERO, ZERO, False)
-    assert torch.equal(found.query, expected.query)
-
-
-@pytest.mark.parametrize(
-    ("options", "sampler", "reason"),
-    [
-        ({}, "systematic", None),
-        ({"dropout_p": 0.1}, "systematic", None),
-        ({"scale": -0.1}, "systematic", "scale -0.1"),
-        ({"attn_mask": torch.ones(64, 64)}, "systematic", None),
-        ({"attn_mask": torch.ones(64, 64, requires_grad=True)}, "systematic", None),
-        ({}, "independent", "backward: sampler 'independent'"),
-    ],
-)
-def test_the_report_says_which_calls_are_not_native(options: dict, sampler: str, reason: str | None) -> None:
-    torch._dynamo.reset()
-    backend = SUSBackend(c=8, compiler="aot_eager", sampler=sampler)
-    attention = torch.compile(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options), backend=backend)
-    q = torch.randn(1, 2, 64, 32, requires_grad=True)
-    for _ in range(2):
-        attention(q, q, q).sum().backward()
-    expected = f"rewritten (PyTorch path: {reason}, 2 calls)" if reason else "rewritten"
-    assert str(backend.report).endswith(f"  {expected}")
-
-
-def test_compiled() -> None:
-    q, k, v = (torch.randn(1, 2, 128, 32, requires_grad=True) for _ in range(3))
-
-    def f(q, k, v):
-        return sus_attention(q, k, v, is_causal=True, c=tensor(6.0), seed=torch.tensor(3)).square().sum()
-
-    eager = torch.autograd.grad(f(q, k, v), (q, k, v))
-    compiled = torch.autograd.grad(torch.compile(f, backend="aot_eager")(q, k, v), (q, k, v))
-    for a, b in zip(eager, compiled, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_opcheck() -> None:
-    args = (*(torch.randn(1, 2, 70, 32, requires_grad=True) for _ in range(3)), *(None,) * 6)
-    tail = (tensor(5.0), ZERO, ZERO, 0.2, None, 0, False, 0.0, 0.0, "systematic", "auto", True, 0, 0)
-    torch.library.opcheck(torch.ops.sus.attention.default, (*args, *tail))
