@@ -1,12 +1,11 @@
-"""A whole training step of the example's model (4 layers, width 128, 4 heads of 32) against the exact one.
+"""A whole training step against the exact one: the example's model (4 layers, width 128, 4 heads of 32) or GPT-2.
 
-    python benchmarks/training_step.py                 # n = 8192, c = 30
-    python benchmarks/training_step.py --n 2048
+    python benchmarks/training_step.py                     # n = 8192, c = 30
+    python benchmarks/training_step.py --model gpt2 --n 2048   # transformers' code, with its dropout of 0.1
 
-A step is forward, loss, backward and AdamW on one sequence of random bytes. Three models take it in turn: the example
-as it is (exact, eager: what `--exact` runs), the same compiled by Inductor, and compiled by `SUSBackend` (what the
-callback does). Medians of ratios of neighbours in time, so that load from elsewhere hits all; results go to
-benchmarks/results/training-step.json.
+A step is forward, loss, backward and AdamW on one sequence of random bytes. Three models take it in turn: the model
+as it is (exact, eager), the same compiled by Inductor, and compiled by `SUSBackend` (what the callback does). Medians
+of ratios of neighbours in time, so that load from elsewhere hits all; results go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -29,6 +28,20 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from train_lm import ByteLM
 
 
+class GPT2(torch.nn.Module):
+    """The logits of transformers' GPT-2 with 4 layers, width 512 and 8 heads of 64, over bytes."""
+
+    def __init__(self, n: int) -> None:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        super().__init__()
+        self.model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=n, n_embd=512, n_layer=4, n_head=8))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+
 def trainer(model: torch.nn.Module, compiled: Callable[..., torch.Tensor], ids: torch.Tensor) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4)
 
@@ -42,12 +55,13 @@ def trainer(model: torch.nn.Module, compiled: Callable[..., torch.Tensor], ids: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("example", "gpt2"), default="example")
     parser.add_argument("--n", type=int, default=8192)
     parser.add_argument("--c", type=float, default=30.0)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.manual_seed(0)
-    models = {"exact": ByteLM()}
+    models: dict[str, torch.nn.Module] = {"exact": GPT2(args.n) if args.model == "gpt2" else ByteLM()}
     models["exact, compiled"], models["sus"] = copy.deepcopy(models["exact"]), copy.deepcopy(models["exact"])
     backend = SUSBackend(c=args.c)
     functions = {
@@ -65,6 +79,7 @@ def main() -> None:
     speed_up = {name: statistics.median(r[name] / r["sus"] for r in rounds) for name in names}
     kept = backend.state.pop_kept()
     result = {
+        "model": args.model,
         "n": args.n,
         "c": args.c,
         "seconds": seconds,
@@ -73,7 +88,8 @@ def main() -> None:
     }
     print(json.dumps(result, indent=1))
     output = {"environment": environment("cpu"), **result}
-    (RESULTS / "training-step.json").write_text(json.dumps(output, indent=1) + "\n")
+    name = "training-step.json" if args.model == "example" else f"training-step-{args.model}.json"
+    (RESULTS / name).write_text(json.dumps(output, indent=1) + "\n")
 
 
 if __name__ == "__main__":

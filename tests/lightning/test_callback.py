@@ -74,8 +74,10 @@ def test_c_changes_the_gradient_and_infinity_is_exact() -> None:
 
     exact = trained([])
     sparse, infinite = trained([sus(2)]), trained([sus(float("inf"))])
-    difference = max(float((sparse[k] - exact[k]).abs().max()) for k in exact)
-    rounding = max(float((infinite[k] - exact[k]).abs().max()) for k in exact)
+    # A bias of all keys does not change the softmax: its gradient is rounding, of which Adam makes whole steps.
+    names = [name for name in exact if not name.endswith("k_proj.bias")]
+    difference = max(float((sparse[k] - exact[k]).abs().max()) for k in names)
+    rounding = max(float((infinite[k] - exact[k]).abs().max()) for k in names)
     assert difference > 1e-3
     assert rounding < 1e-4
 
