@@ -35,7 +35,8 @@ class GPT2(torch.nn.Module):
         from transformers import GPT2Config, GPT2LMHeadModel
 
         super().__init__()
-        self.model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=n, n_embd=512, n_layer=4, n_head=8))
+        sizes = {"vocab_size": 256, "n_positions": n, "n_embd": 512, "n_layer": 4, "n_head": 8}
+        self.model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
