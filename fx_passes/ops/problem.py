@@ -41,6 +41,11 @@ class Static:
     site: int = 0
     state: int = 0
 
+    @property
+    def drop_below(self) -> int:
+        """Random words of 32 bits below it drop their weight; 0 where there is no dropout."""
+        return int(self.dropout_p * (1 << 32))
+
 
 @dataclass(frozen=True)
 class Problem:

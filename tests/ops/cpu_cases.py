@@ -193,6 +193,11 @@ def dense(problem: Problem) -> Dense:
 DROPOUT_SEED = torch.tensor(0x0123456789ABCDEF)
 
 
+def tensor(c: float) -> Tensor:
+    """c as the operator takes it."""
+    return torch.tensor(c, dtype=torch.float64)
+
+
 def dropout_factor(problem: Problem, seed: Tensor = DROPOUT_SEED) -> Tensor | None:
     """Of every weight, float64 [B, H, M, N]; None without dropout."""
     (b, h, m, _), n, p = problem.query.shape, problem.key.shape[2], problem.static.dropout_p
@@ -215,13 +220,12 @@ class Run:
 
 
 def run(problem: Problem, c: float, seed: int) -> Run:
-    return Run(*cpu.forward(problem, torch.tensor(c, dtype=torch.float64), torch.tensor(seed), DROPOUT_SEED))
+    return Run(*cpu.forward(problem, tensor(c), torch.tensor(seed), DROPOUT_SEED))
 
 
 def gradients(problem: Problem, grad: Tensor, found: Run, c: float, seed: int) -> tuple[Gradients, int]:
-    limit = torch.tensor(c, dtype=torch.float64)
     wanted = problem.attn_bias is not None
-    result = cpu.backward(problem, grad, found.out, found.cache, limit, torch.tensor(seed), DROPOUT_SEED, wanted)
+    result = cpu.backward(problem, grad, found.out, found.cache, tensor(c), torch.tensor(seed), DROPOUT_SEED, wanted)
     assert result is not None
     return result
 

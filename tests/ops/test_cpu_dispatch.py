@@ -12,15 +12,11 @@ import torch.nn.functional as F
 from fx_passes import SUSBackend, sus_attention
 from fx_passes.ops import cpu, dispatch, tiled
 from fx_passes.ops.cpu import bind, kept
-from tests.ops.cpu_cases import CASES, DROPOUT_SEED, Case, draw, run
+from tests.ops.cpu_cases import CASES, DROPOUT_SEED, Case, draw, run, tensor
 
 pytestmark = pytest.mark.skipif(bind.library() is None, reason="no C++ compiler")
 
 ZERO = torch.tensor(0)
-
-
-def tensor(c: float) -> torch.Tensor:
-    return torch.tensor(c, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", ["causal 257", "dropout", "bias"])

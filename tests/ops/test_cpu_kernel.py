@@ -60,10 +60,6 @@ def check_forward(problem, out: torch.Tensor) -> None:
     torch.testing.assert_close(out.double(), expected, atol=error, rtol=error + rounding)
 
 
-def tensor(c: float) -> torch.Tensor:
-    return torch.tensor(c, dtype=torch.float64)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_forward(name: str) -> None:
     problem = CASES[name].problem()

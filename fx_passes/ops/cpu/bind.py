@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fx_passes.ops.cpu.build import BuildError, arch, library_path
 from fx_passes.ops.draws import STREAM_DROPOUT, STREAM_ROW, stream_word
-from fx_passes.ops.problem import Problem, Static
+from fx_passes.ops.problem import Problem
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LANES = 16  # of src/simd.h
@@ -156,11 +156,6 @@ def call(problem: Problem) -> _Call:
     return _Call(*pointers, *effects, *more, *sizes, left, right, *numbers)
 
 
-def drop_below(static: Static) -> int:
-    """Words of dropout below it drop their weight; 0 where there is no dropout."""
-    return int(static.dropout_p * (1 << 32))
-
-
 class Lists:
     """Kept entries that a forward left in the native library's memory; a context manager that frees them."""
 
@@ -195,7 +190,7 @@ def forward(
     where = None if out is None else out.data_ptr()
     seeds = (x % (1 << 64) for x in (seed, dropout_seed))
     streams = (stream_word(problem.static.site, x) % (1 << 32) for x in (STREAM_ROW, STREAM_DROPOUT))
-    below = drop_below(problem.static)
+    below = problem.static.drop_below
     args = _Forward(call(problem), c, *seeds, *streams, below, where, strides, *pointers)
     handle = native.sus_forward(byref(args))
     if not handle:

@@ -95,7 +95,7 @@ def sample(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> T
 
 
 def _draw(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> kept.Draw:
-    dropped = bind.drop_below(problem.static)
+    dropped = problem.static.drop_below
     return kept.Draw(min(float(c), _LARGEST_C), int(seed), int(dropout_seed) if dropped else 0, dropped)
 
 

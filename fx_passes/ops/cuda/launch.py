@@ -54,7 +54,7 @@ def shared_arguments(problem: Problem, dropout_seed: Tensor) -> dict[str, Any]:
         "diagonal": problem.diagonal,
         "dropout_seed_ptr": dropout_seed if s.dropout_p else None,
         "dropout_stream": stream_word(s.site, STREAM_DROPOUT) if s.dropout_p else None,
-        "dropout_threshold": int(s.dropout_p * (1 << 32)) if s.dropout_p else None,
+        "dropout_threshold": s.drop_below if s.dropout_p else None,
         "dropout_inverse": 1 / (1 - s.dropout_p) if s.dropout_p else None,
         "D": problem.query.shape[-1],
         "E": problem.value.shape[-1],

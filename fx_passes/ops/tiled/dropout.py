@@ -18,5 +18,5 @@ def dropout_factor(problem: Problem, seed: Tensor, tile: Tile) -> Tensor:
     rows = torch.arange(tile.row, tile.row + m, device=device)
     keys = torch.arange(tile.key, tile.key + n, device=device)
     words = entry_words(seed, problem.static.site, STREAM_DROPOUT, heads, rows, keys).view(b, h, m, n)
-    p = problem.static.dropout_p
-    return (words >= int(p * (1 << 32))).to(tile.logits.dtype) / (1 - p)
+    s = problem.static
+    return (words >= s.drop_below).to(tile.logits.dtype) / (1 - s.dropout_p)
