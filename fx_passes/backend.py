@@ -28,8 +28,8 @@ class SUSBackend:
     Args:
         c: expected number of kept entries per query row and head, above 0; `float("inf")` is the exact backward.
             Setting `backend.c` acts from the next forward on and recompiles nothing.
-        sampler: "systematic" (one draw per row), "independent" (one per entry, as in the paper) or "block" (64 rows
-            share their keys, and c counts keys per block; not the paper's).
+        sampler: "auto" ("tile" on a GPU, else "systematic"), "systematic" (one draw per row), "independent" (one per
+            entry, as in the paper) or "tile" (whole tiles of 64 rows and 64 keys).
         compiler: what runs the rewritten graphs: "inductor", "aot_eager" or "eager".
         seed: fixes the draws; None follows `torch.manual_seed`.
         forward: "auto", or "library" to keep the bits of PyTorch's own attention kernel.
@@ -50,7 +50,7 @@ class SUSBackend:
     def __init__(
         self,
         c: float = 30.0,
-        sampler: str = "systematic",
+        sampler: str = "auto",
         compiler: str = "inductor",
         seed: int | None = None,
         forward: str = "auto",

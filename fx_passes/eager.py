@@ -41,9 +41,7 @@ class sus_backward(TorchFunctionMode):
     1
     """
 
-    def __init__(
-        self, c: float = 30.0, sampler: str = "systematic", seed: int | None = None, forward: str = "auto"
-    ) -> None:
+    def __init__(self, c: float = 30.0, sampler: str = "auto", seed: int | None = None, forward: str = "auto") -> None:
         check_choice("sampler", sampler, SAMPLERS)
         check_choice("forward", forward, FORWARDS)
         super().__init__()

@@ -72,8 +72,8 @@ class SUSBackprop(Callback):
         c: expected number of kept entries per query row and head, above 0; ``float("inf")`` is the exact backward.
             A schedule, a dict ``{step: c}`` or any callable of the global step sets it before each training step,
             without recompilation.
-        sampler: "systematic" (one draw per row), "independent" (one per entry, as in the paper) or "block" (64 rows
-            share their keys, and c counts keys per block; not the paper's).
+        sampler: "auto" ("tile" on a GPU, else "systematic"), "systematic" (one draw per row), "independent" (one per
+            entry, as in the paper) or "tile" (whole tiles of 64 rows and 64 keys).
         compiler: what runs the rewritten graphs: "inductor", "aot_eager" or "eager".
         variance_every_n_steps: optimizer steps between two probes; 0 turns them off. The first probe is at step 1.
         variance_draws: SUS gradients per probe, at least 1. A probe costs ``2 + variance_draws`` forward and backward
@@ -92,7 +92,7 @@ class SUSBackprop(Callback):
     def __init__(
         self,
         c: float | Schedule | dict[int, float] | Callable[[int], float] = 30.0,
-        sampler: str = "systematic",
+        sampler: str = "auto",
         compiler: str = "inductor",
         variance_every_n_steps: int = 200,
         variance_draws: int = 1,

@@ -7,15 +7,19 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fx_passes.ops import cpu, tiled
+from fx_passes.ops import cpu, tile_rule, tiled
 from fx_passes.ops.cuda import support
-from fx_passes.ops.problem import Gradients, Problem, Softmax
+from fx_passes.ops.problem import Gradients, Problem, Softmax, from_logsumexp, is_logsumexp, to_logsumexp
 from fx_passes.state import get_state
 
 
 def _cuda(problem: Problem) -> ModuleType | None:
     """The Triton kernels, imported when a call first needs them, or None where they do not take it."""
-    if problem.query.device.type != "cuda" or support.unsupported(problem) or not support.available():
+    if (
+        problem.query.device.type != "cuda"
+        or support.unsupported(problem)
+        or not support.available(problem.query.device)
+    ):
         return None
     from fx_passes.ops.cuda import attention
 
@@ -40,15 +44,27 @@ def forward(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> 
         _note(problem, (support.unsupported(problem) or "no Triton") if problem.query.is_cuda else reason)
     elif problem.static.sampler != "systematic":
         _note(problem, f"backward: sampler {problem.static.sampler!r}")
-    if native and problem.static.forward == "auto":
+    if native and problem.static.forward == "auto" and problem.static.sampler != "tile":
         return cpu.forward(problem, c, seed, dropout_seed)
     out, softmax = tiled.forward(problem, dropout_seed)
     if not out.transpose(1, 2).is_contiguous():  # the layout that the fake implementation promises
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    s = problem.static
+    if is_logsumexp(s.sampler, problem.attn_bias, s.softcap):
+        softmax = to_logsumexp(softmax)
     kept = (
         cpu.sample(problem, c, seed, dropout_seed) if native else torch.zeros(1, dtype=torch.uint8, device=out.device)
     )
     return out, softmax, kept
+
+
+def _keeps_most(problem: Problem, c: Tensor) -> bool:
+    """Whether whole tiles would keep so much that the dense backward is faster."""
+    s, m, n = problem.static, problem.query.shape[2], problem.key.shape[2]
+    if s.sampler != "tile" or problem.query.is_cuda:  # on a GPU the kernels' host side decides, without a wait
+        return False
+    share = tile_rule.expected_share(float(c), m, n, s.left, s.right, problem.diagonal)
+    return share > tile_rule.LARGEST_SHARE
 
 
 def backward(
@@ -66,13 +82,14 @@ def backward(
     found: tuple[Gradients, int | Tensor] | None = None
     if (cuda := _cuda(problem)) is not None:
         found = cuda.backward(problem, grad, out, softmax, kept, c, seed, dropout_seed, bias_grad)
-    elif bool(torch.isinf(c)):
+    elif bool(torch.isinf(c)) or _keeps_most(problem, c):
+        softmax, c = from_logsumexp(softmax), torch.full_like(c, torch.inf)
         if not bias_grad and tiled.library_backward_applies(problem, softmax):
             found = tiled.library_backward(problem, grad, out, softmax)
     elif cpu.supports(problem):
         found = cpu.backward(problem, grad, out, kept, c, seed, dropout_seed, bias_grad)
     if found is None:
-        found = tiled.backward(problem, grad, out, softmax, c, seed, dropout_seed, bias_grad)
+        found = tiled.backward(problem, grad, out, from_logsumexp(softmax), c, seed, dropout_seed, bias_grad)
     gradients, count = found
     state = get_state(problem.static.state)
     if state is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 STREAM_ROW = 0  # one word per row: the systematic sampler's offset
 STREAM_ENTRY = 1  # one word per (row, key): the independent sampler
 STREAM_DROPOUT = 2
-STREAM_BLOCK = 3  # one word per block of rows: the block sampler's offset
+STREAM_TILE = 3  # one word per block of rows: the offset of the sampler "tile"
 _STREAMS = 4
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57

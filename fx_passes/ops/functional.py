@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops import schema  # registers the operators
-from fx_passes.ops.problem import FORWARDS, SAMPLERS
+from fx_passes.ops.problem import FORWARDS, SAMPLERS, resolve_sampler
 from fx_passes.state import State, check_c, draw
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +38,7 @@ def attend(
     bottom_right: bool = False,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
-    sampler: str = "systematic",
+    sampler: str = "auto",
     forward: str = "auto",
     site: int = 0,
     state: int = 0,
@@ -75,7 +75,7 @@ def attend(
         bottom_right,
         softcap,
         dropout_p,
-        sampler,
+        resolve_sampler(sampler, query.device),
         forward,
         torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
         site,
@@ -155,7 +155,7 @@ def sus_attention(
     enable_gqa: bool = False,
     *,
     c: float | Tensor = 30.0,
-    sampler: str = "systematic",
+    sampler: str = "auto",
     seed: int | Tensor | None = None,
     forward: str = "auto",
     state: int = 0,
@@ -174,8 +174,9 @@ def sus_attention(
         enable_gqa: let G be a divisor of H; query head h uses key head h // (H / G). Nothing is repeated in memory.
         c: expected number of kept entries per row, above 0: entry j of row i is kept with probability
             min(1, c * W_ij). `float("inf")` is the exact backward. A 0-dim tensor is read when the call runs.
-        sampler: "systematic" (one draw per row), "independent" (one per entry, as in the paper) or "block" (64 rows
-            share their keys, and c counts keys per block; not the paper's).
+        sampler: "systematic" (one draw per row), "independent" (one per entry, as in the paper), "tile" (whole tiles
+            of 64 rows and 64 keys, each kept with a probability in proportion to its weight: for a GPU) or "auto"
+            ("tile" on a GPU, else "systematic").
         seed: fixes the draws; None draws anew in each call, following `torch.manual_seed` without use of the global
             generator.
         forward: "auto", or "library" to keep the bits of PyTorch's own kernel where another forward would be faster.
@@ -232,6 +233,8 @@ def _c_tensor(c: float | Tensor, query: Tensor) -> Tensor:
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if name == "sampler" and value == "block":
+        raise ValueError("sampler 'block' is gone: use 'tile', which keeps whole tiles of 64 rows and 64 keys")
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but it is {value!r}")
 

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SAMPLERS = ("systematic", "independent", "block")
+SAMPLERS = ("auto", "systematic", "independent", "tile")
 FORWARDS = ("auto", "library")
+
+
+def resolve_sampler(sampler: str, device: torch.device) -> str:
+    """What "auto" is on a device: whole tiles where tensor cores make dense work cheap, else single entries."""
+    return ("tile" if device.type == "cuda" else "systematic") if sampler == "auto" else sampler
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Static:
         bottom_right: places are counted from the last query and the last key instead of from the first ones.
         softcap: logits become ``softcap * tanh(logits / softcap)``; 0 is off. It acts before masks and bias.
         dropout_p: probability that a weight is dropped, in [0, 1).
-        sampler: one of `SAMPLERS`.
+        sampler: one of `SAMPLERS` but "auto", which `resolve_sampler` turns into one for the device.
         forward: "auto", or "library" to keep the bits of the library's kernel.
         sample: False when no gradient is wanted, so that a forward that samples need not.
         site: number of the call site; it separates the random streams of layers that share a seed.
@@ -95,10 +100,28 @@ class Softmax:
 
     Two tensors instead of a logsumexp: where every logit of a row is -1e9, ``-1e9 + log(N)`` has no room for
     log(N) in float32. A row that sees no key has maximum 0 and total 1, hence W = 0.
+
+    Where `is_logsumexp` holds, `maximum` is the logsumexp and `total` has no elements. A row that sees no key then has
+    any infinite logsumexp.
     """
 
     maximum: Tensor
     total: Tensor
+
+
+def is_logsumexp(sampler: str, attn_bias: Tensor | None, softcap: float) -> bool:
+    """Whether a call keeps the logsumexp alone, as the library's kernels do: "tile", without far-off logits by bias."""
+    return sampler == "tile" and attn_bias is None and softcap == 0
+
+
+def to_logsumexp(softmax: Softmax) -> Softmax:
+    return Softmax(softmax.maximum + softmax.total.log(), softmax.total.new_empty(0))
+
+
+def from_logsumexp(softmax: Softmax) -> Softmax:
+    if softmax.total.numel() or not softmax.maximum.numel():
+        return softmax
+    return Softmax(softmax.maximum.masked_fill(softmax.maximum.isinf(), 0), torch.ones_like(softmax.maximum))
 
 
 @dataclass(frozen=True)

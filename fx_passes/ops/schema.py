@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops import dispatch
-from fx_passes.ops.problem import Problem, Softmax, Static
+from fx_passes.ops.problem import Problem, Softmax, Static, is_logsumexp
 
 _TENSORS = 9  # tensor arguments before c
 _STATICS = 11
@@ -47,7 +47,8 @@ def attention(
     """Attention whose backward uses about c entries per row. See `Problem`, `Static` and `Softmax` for the arguments.
 
     Returns:
-        out [B, H, M, E]; maximum and total [B, H, M], float32 (float64 for float64 inputs);
+        out [B, H, M, E]; maximum and total [B, H, M], float32 (float64 for float64 inputs), or the logsumexp and an
+        empty tensor (`problem.is_logsumexp`);
         kept, uint8 [1]: a cache for the backward that the implementation may fill behind the first byte. Whoever
         copies the tensor loses the cache, and the backward then draws the same entries again.
     """
@@ -65,7 +66,9 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = query.new_empty((b, h, m), dtype=dtype)
     # Heads and rows swapped in memory, as the library's kernels return it: what follows is a merge of heads.
     out = query.new_empty((b, m, h, value.shape[-1])).transpose(1, 2)
-    return out, rows, torch.empty_like(rows), query.new_empty((1,), dtype=torch.uint8)
+    softcap, sampler = args[16], args[18]
+    total = query.new_empty(0, dtype=dtype) if is_logsumexp(sampler, args[4], softcap) else torch.empty_like(rows)
+    return out, rows, total, query.new_empty((1,), dtype=torch.uint8)
 
 
 @torch.library.custom_op("sus::attention_backward", mutates_args=())

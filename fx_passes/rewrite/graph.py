@@ -36,7 +36,7 @@ class Options:
     """What the rewritten calls are given. See `fx_passes.SUSBackend`."""
 
     state: State
-    sampler: str = "systematic"
+    sampler: str = "auto"
     forward: str = "auto"
 
     def uuid(self) -> str:

@@ -11,13 +11,21 @@ import torch
 from torch import Tensor
 
 from fx_passes.mirror import capturing
-from fx_passes.ops import tiled
+from fx_passes.ops import tile_rule, tiled
 from fx_passes.ops.cuda import library
 from fx_passes.ops.cuda.launch import launch_backward, launch_forward
-from fx_passes.ops.cuda.launch_block import launch_block_backward, launch_select
-from fx_passes.ops.cuda.lists import BlockLists, Lists, c_limit, capacity_for, find_lists, new_lists
-from fx_passes.ops.problem import Gradients, Problem, Softmax, sink_gradient, sink_weights
-from fx_passes.ops.tiled.block import ROWS
+from fx_passes.ops.cuda.launch_tile import launch_tile_backward, launch_tile_draw
+from fx_passes.ops.cuda.lists import Lists, c_limit, capacity_for, find_lists, new_lists
+from fx_passes.ops.problem import (
+    Gradients,
+    Problem,
+    Softmax,
+    from_logsumexp,
+    is_logsumexp,
+    sink_gradient,
+    sink_weights,
+    to_logsumexp,
+)
 from fx_passes.state import get_state
 
 P = ParamSpec("P")
@@ -37,19 +45,17 @@ def _on_its_device(call: Callable[Concatenate[Problem, P], R]) -> Callable[Conca
 
 @_on_its_device
 def forward(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> tuple[Tensor, Softmax, Tensor]:
-    """Out, softmax, and the byte behind which the lists lie. See `schema.attention`."""
+    """Out, softmax, and the byte behind which lies what the backward wants to know. See `schema.attention`."""
+    if problem.static.sampler == "tile":
+        return _tile_forward(problem, c, dropout_seed)
     s = problem.static
-    capacity = capacity_for(problem, _host_c(problem, c)) if s.sample else None
+    capacity = capacity_for(_host_c(problem, c)) if s.sample else None
     lists = None if capacity is None else new_lists(problem, capacity)
-    if s.sample and capturing(problem.query.device) and (state := get_state(s.state)) is not None:
-        state.captured(s.site, math.inf if capacity is None else c_limit(capacity))
+    if s.sample:
+        _note_capture(problem, math.inf if capacity is None else c_limit(capacity))
     c, seed, dropout_seed = (x.to(problem.query.device) for x in (c, seed, dropout_seed))
     own = not (s.forward == "library" and library.applies(problem))
-    out, softmax = launch_forward(
-        problem, c, seed, dropout_seed, lists if isinstance(lists, Lists) else None, with_out=own
-    )
-    if isinstance(lists, BlockLists):
-        launch_select(problem, softmax, c, seed, lists)
+    out, softmax = launch_forward(problem, c, seed, dropout_seed, lists, with_out=own)
     if out is None:
         out = library.forward(problem)
     kept = torch.zeros(1, dtype=torch.uint8, device=out.device) if lists is None else lists.buffer[:1]
@@ -69,33 +75,97 @@ def backward(
     bias_grad: bool,
 ) -> tuple[Gradients, int | Tensor]:
     """Gradients, and the number of entries used. See `schema.attention_backward`."""
+    if problem.static.sampler == "tile":
+        return _tile_backward(problem, grad, out, softmax, kept, c, seed, dropout_seed, bias_grad)
     lists = find_lists(kept, problem)
     if lists is None:
         # No points were drawn because c was infinite or huge, or the lists were lost when `kept` was copied. Only
         # here the host waits for the device, to learn which; in a capture it cannot.
         known = _host_c(problem, c) if capturing(problem.query.device) else float(c)
-        capacity = capacity_for(problem, known)
+        capacity = capacity_for(known)
         if capacity is None:
-            exact = math.isinf(known) and not bias_grad and library.applies(problem)
-            if exact:
-                return library.backward(problem, grad), tiled.dense_entries(problem)
+            kernel = library.kernel_of(problem) if math.isinf(known) else 0
+            if kernel:  # whose own forward runs once more: its backward wants its logsumexp
+                out, lse = library.forward_with_lse(problem, kernel)
+                return library.exact_backward(problem, kernel, grad, out, lse), tiled.dense_entries(problem)
             return tiled.backward(problem, grad, out, softmax, c, seed, dropout_seed, bias_grad)
         lists = new_lists(problem, capacity)
         c, seed, dropout_seed = (x.to(problem.query.device) for x in (c, seed, dropout_seed))
-        if isinstance(lists, BlockLists):
-            launch_select(problem, softmax, c, seed, lists)
-        else:
-            launch_forward(problem, c, seed, dropout_seed, lists, with_out=False)
+        launch_forward(problem, c, seed, dropout_seed, lists, with_out=False)
     bias: Tensor | None = None
-    if isinstance(lists, BlockLists):
-        g, dlogit, count = launch_block_backward(problem, grad, out, softmax, lists, dropout_seed, bias_grad)
-        if dlogit is not None:
-            bias = _bias_gradient(problem, _places_of_blocks(problem, lists), dlogit)
-    else:
-        g, found, dlogit, count = launch_backward(problem, grad, out, softmax, lists, dropout_seed)
-        if bias_grad:
-            bias = _bias_gradient(problem, _places(problem, lists, found), dlogit.masked_fill(found < 0, 0))
+    g, found, dlogit, count = launch_backward(problem, grad, out, softmax, lists, dropout_seed)
+    if bias_grad:
+        bias = _bias_gradient(problem, _places(problem, lists, found), dlogit.masked_fill(found < 0, 0))
     return Gradients(g.query, g.key, g.value, bias, _sinks(problem, grad, out, softmax)), count
+
+
+_KERNELS = 4  # numbers of the library's kernels, 0 for none
+
+
+def _tile_forward(problem: Problem, c: Tensor, dropout_seed: Tensor) -> tuple[Tensor, Softmax, Tensor]:
+    """The library's forward, or a plain one of ours; the byte's storage is as long as its code, see `_tile_plan`."""
+    s, device = problem.static, problem.query.device
+    kernel, capacity = library.kernel_of(problem), 0
+    if s.sample:
+        capacity = _tile_capacity(problem, _host_c(problem, c))
+        _note_capture(problem, tile_rule.c_limit(capacity, problem.key.shape[2]) if capacity else math.inf)
+    if kernel:
+        out, lse = library.forward_with_lse(problem, kernel)
+        softmax = Softmax(lse, lse.new_empty(0))
+    else:
+        own, softmax = launch_forward(problem, c, dropout_seed, dropout_seed.to(device), None, with_out=True)
+        assert own is not None
+        out = own
+        if is_logsumexp(s.sampler, problem.attn_bias, s.softcap):
+            softmax = to_logsumexp(softmax)
+    return out, softmax, torch.empty(1 + kernel + _KERNELS * capacity, dtype=torch.uint8, device=device)[:1]
+
+
+def _tile_capacity(problem: Problem, c: float) -> int:
+    """Tiles per block of rows that there is room for, or 0 where the dense backward is as fast: then it is exact."""
+    s, m, n = problem.static, problem.query.shape[2], problem.key.shape[2]
+    if tile_rule.expected_share(c, m, n, s.left, s.right, problem.diagonal) > tile_rule.LARGEST_SHARE:
+        return 0
+    return tile_rule.capacity_for(c, n)
+
+
+def _tile_plan(problem: Problem, kept: Tensor, c: Tensor) -> tuple[int, int]:
+    """The library's kernel of the forward (0: none) and the capacity (0: exact), as the forward chose them."""
+    storage = kept.untyped_storage()
+    if kept.storage_offset() or storage.nbytes() == 1:
+        # A copy, whose storage tells nothing, or an exact call of our own forward: then this is the same.
+        return library.kernel_of(problem), _tile_capacity(problem, _host_c(problem, c))
+    code = storage.nbytes() - 1
+    return code % _KERNELS, code // _KERNELS
+
+
+def _tile_backward(
+    problem: Problem,
+    grad: Tensor,
+    out: Tensor,
+    softmax: Softmax,
+    kept: Tensor,
+    c: Tensor,
+    seed: Tensor,
+    dropout_seed: Tensor,
+    bias_grad: bool,
+) -> tuple[Gradients, int | Tensor]:
+    (kernel, capacity), device = _tile_plan(problem, kept, c), problem.query.device
+    if not capacity and kernel:
+        return library.exact_backward(problem, kernel, grad, out, softmax.maximum), tiled.dense_entries(problem)
+    if not capacity:  # exact, by tiles that are all kept
+        c, capacity = c.new_full((), math.inf), tile_rule.count(problem.key.shape[2], tile_rule.KEYS)
+    c, seed, dropout_seed = (x.to(device) for x in (c, seed, dropout_seed))
+    tiles = launch_tile_draw(problem, grad, out, softmax, c, seed, capacity)
+    g, count = launch_tile_backward(problem, grad, softmax, tiles, dropout_seed, bias_grad)
+    sinks = _sinks(problem, grad, out, from_logsumexp(softmax))
+    return Gradients(g.query, g.key, g.value, g.attn_bias, sinks), count
+
+
+def _note_capture(problem: Problem, limit: float) -> None:
+    s = problem.static
+    if capturing(problem.query.device) and (state := get_state(s.state)) is not None:
+        state.captured(s.site, limit)
 
 
 def _host_c(problem: Problem, c: Tensor) -> float:
@@ -103,6 +173,8 @@ def _host_c(problem: Problem, c: Tensor) -> float:
     state = get_state(problem.static.state)
     if state is not None:
         return state.c_of(problem.static.site)
+    if c.device.type == "cpu":
+        return float(c)
     if capturing(c.device):
         raise RuntimeError("inside a CUDA graph c must come from a SUSBackend, whose c the host knows")
     return float(c)
@@ -120,15 +192,6 @@ def _places(problem: Problem, lists: Lists, found: Tensor) -> tuple[Tensor, ...]
     h, m = problem.query.shape[1:3]
     item = torch.arange(found.numel(), device=found.device) // lists.capacity
     return item // m // h, item // m % h, item % m, found.clamp(min=0).long()
-
-
-def _places_of_blocks(problem: Problem, lists: BlockLists) -> tuple[Tensor, ...]:
-    """The same for each row of a block, broadcast against one another: [B, H, blocks, ROWS, capacity]."""
-    b, h, blocks, _ = lists.found.shape
-    sizes = ((b, 1, 1, 1), (h, 1, 1, 1), (blocks, ROWS, 1))
-    batch, head, row = (torch.arange(math.prod(s), device=lists.found.device).view(s) for s in sizes)
-    # Rows behind the last one have dS = 0.
-    return batch[:, None], head, row.clamp(max=problem.query.shape[2] - 1), lists.found.long()[:, :, :, None]
 
 
 def _bias_gradient(problem: Problem, places: tuple[Tensor, ...], dlogit: Tensor) -> Tensor | None:

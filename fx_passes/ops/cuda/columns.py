@@ -136,7 +136,7 @@ def attention_columns(
         place = tl.load(place_ptr + item, mask=valid, other=0)
         units = tl.load(units_ptr + item, mask=valid, other=1.0)
         product = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        x = scores(product, head, rows, keys, batch, m, n, rules, True)
+        x = scores(product, head[:, None], rows[:, None], keys[None, :], batch, m, n, rules, True)
         shown = top if NATURAL else top * LOG2E
         weights = power(x - shown[:, None], NATURAL)  # times total; only ratios matter until one is chosen
         at_lane, q, is_first = _point(place, index, units, weights)

@@ -20,7 +20,7 @@ from fx_passes.ops.cuda.select import select
 def _sweep(
     acc, top, total, anchor, reset, query, low, high,
     key_ptr, k_n, value_ptr, v_n, scratch,
-    batch, head, rows, m, n, rules,
+    batch, head, plane, rows, m, n, rules,
     D: tl.constexpr, E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, SUB: tl.constexpr,
     NATURAL: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr, SAMPLE: tl.constexpr, MASKED: tl.constexpr,
@@ -30,7 +30,7 @@ def _sweep(
         keys = start + tl.arange(0, BN)
         key = load_rows(key_ptr, keys, k_n, keys < n, D, BD, MASKED)
         product = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        x = scores(product, head, rows, keys, batch, m, n, rules, MASKED)
+        x = scores(product, head, rows[:, None], keys[None, :], batch, m, n, rules, MASKED)
         new = tl.maximum(top, tl.max(x, 1))
         base = tl.where(new == float("-inf"), 0.0, new)
         alpha = power(top - base, NATURAL)
@@ -53,7 +53,7 @@ def _sweep(
         if OUT:
             value = load_rows(value_ptr, keys, v_n, keys < n, E, BE, MASKED)
             if rules.dropout_seed is not None:
-                p *= dropout_tile(rules, head, rows, start, BN)
+                p *= dropout_tile(rules, plane, rows, start, BN)
             acc = acc * alpha[:, None]
             acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)
         top = new
@@ -124,11 +124,11 @@ def attention_forward(
                 stop = a if part == 0 else (b if part == 1 else high)
                 acc, top, total, anchor, reset = _sweep(
                     acc, top, total, anchor, reset, query, start, stop,
-                    keys_of, k_n, values_of, v_n, scratch, batch, head, rows, m, n, rules,
+                    keys_of, k_n, values_of, v_n, scratch, batch, head, plane, rows, m, n, rules,
                     D, E, BM, BN, BD, BE, SUB, NATURAL, PRECISION, OUT, SAMPLE, part != 1,
                 )  # fmt: skip
         # The maximum that is stored is the one that others subtract, rounding included: total follows it.
-        empty = top == float("-inf")
+        empty = total == 0.0  # not-a-number is not empty: a diverged run shows it
         kept = tl.where(empty, 0.0, top if NATURAL else top * LN2)
         shown = kept if NATURAL else kept * LOG2E
         scale_up = power(tl.where(empty, 0.0, top - shown), NATURAL)

@@ -98,7 +98,8 @@ def launch_forward(
         q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
         out, *(out.stride()[:3] if out is not None else (0, 0, 0)),
         softmax.maximum, softmax.total, None if problem.sinks is None else problem.sinks.contiguous(),
-        c_ptr=c, c_limit=c_limit(lists.capacity) if lists else 1.0, seed_ptr=seed,
+        c_ptr=c if sample else None, c_limit=c_limit(lists.capacity) if lists else 1.0,
+        seed_ptr=seed if sample else None,
         row_stream=stream_word(problem.static.site, STREAM_ROW), scratch_ptr=scratch,
         tile_ptr=lists.tile if lists else None, rank_ptr=lists.rank if lists else None,
         place_ptr=lists.place if lists else None, units_ptr=lists.units if lists else None,
@@ -131,19 +132,18 @@ def _order(problem: Problem, lists: Lists) -> tuple[Tensor, Tensor]:
     return order, start
 
 
-def _overflow(start: Tensor, slots: int, block: int) -> tuple[int, Tensor, Tensor]:
-    """How long tiles are split: points per program, first overflow program of each tile, tile of each such program.
+def split_long(start: Tensor, slots: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """How tiles longer than a chunk are split: first overflow program of each tile, tile of each such program.
 
     Their number is bounded on the host, without a look at the device; a program without work has tile -1.
     """
     tiles = start.numel() - 1
-    chunk = -(-max(_SHORTEST, _LONG * slots // tiles) // block) * block
     extra = (start.diff() - 1).clamp_(min=0) // chunk
     over = torch.zeros(tiles + 1, dtype=torch.int64, device=start.device)
     torch.cumsum(extra, 0, out=over[1:])
     programs = torch.arange(slots // chunk, device=start.device)
     tile = torch.searchsorted(over, programs, right=True) - 1
-    return chunk, over, torch.where(tile < tiles, tile, -1)
+    return over, torch.where(tile < tiles, tile, -1)
 
 
 def launch_delta(grad: Tensor, out: Tensor) -> Tensor:
@@ -168,7 +168,9 @@ def launch_backward(
     blocks_of_rows = (-(-rows // _ROWS),)
     order, start = _order(problem, lists)
     tiles = -(-n // sizes.sub)
-    chunk, over, over_tile = _overflow(start, lists.tile.numel(), sizes.bi)
+    slots = lists.tile.numel()
+    chunk = -(-max(_SHORTEST, _LONG * slots // (start.numel() - 1)) // sizes.bi) * sizes.bi
+    over, over_tile = split_long(start, slots, chunk)
     partial_key = new((len(over_tile), sizes.sub, padded(d)), dtype=torch.float32)
     partial_value = new((len(over_tile), sizes.sub, padded(e)), dtype=torch.float32)
     dquery, dkey, dvalue = new((b, h, m, d)), new((b, groups, n, d)), new((b, groups, n, e))

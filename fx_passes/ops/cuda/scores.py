@@ -22,7 +22,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 # or a multiple of 16. (n stays: masked loads along keys are wide where it is a multiple of 16.)
 COUNTS = [
     "batches", "heads", "groups", "group", "m", "blocks", "tiles", "scratch_tiles", "programs", "capacity", "chunk",
-    "first", "row_stream", "block_stream", "dropout_stream", "dropout_threshold",
+    "first_plane", "row_stream", "tile_stream", "dropout_stream", "dropout_threshold", "packs", "key_planes", "width",
 ]  # fmt: skip
 
 
@@ -123,39 +123,41 @@ def scores(product, heads, rows, keys, batch, m, n, rules, MASKED: tl.constexpr)
     """Logits of a tile in the unit of its kernel, -inf where masked.
 
     Args:
-        product: query @ key^T, float32 [R, S].
-        heads: int64, scalar or [R].
-        rows, keys: int32 [R] and [S].
+        product: query @ key^T, float32 [R, S], or its transpose.
+        heads: int64, scalar or like `rows`.
+        rows, keys: int32 [R, 1] and [1, S], or [1, R] and [S, 1] for the transpose. A row below 0 is none.
         batch: int64.
         MASKED: False where the caller knows that every row sees every key of the tile.
     """
     x = product * rules.scale
     if rules.softcap is not None:
         x = capped(x, rules.softcap)
-    inside = (rows < m)[:, None] & (keys < n)[None, :]
+    inside = (rows < m) & (rows >= 0) & (keys < n)
     if rules.bias_ptr is not None:
         row_at = batch * rules.bias_b + heads * rules.bias_h + rows.to(tl.int64) * rules.bias_m
-        at = row_at[:, None] + (keys.to(tl.int64) * rules.bias_n)[None, :]
+        at = row_at + keys.to(tl.int64) * rules.bias_n
         x += tl.load(rules.bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if MASKED:
-        seen = (keys < n)[None, :] & (rows >= 0)[:, None]
+        # One comparison for the end of the keys and the band's right side: the bound is a vector of the rows.
+        last = tl.where(rows >= 0, n - 1, -1)
         if rules.right is not None:
-            seen = seen & (keys[None, :] <= (rows + (rules.diagonal + rules.right))[:, None])
+            last = tl.minimum(last, rows + (rules.diagonal + rules.right))
+        seen = keys <= last
         if rules.left is not None:
-            seen = seen & (keys[None, :] >= (rows + (rules.diagonal - rules.left))[:, None])
+            seen = seen & (keys >= rows + (rules.diagonal - rules.left))
         if rules.prefix_ptr is not None:
             prefix = tl.load(rules.prefix_ptr + batch * rules.prefix_b)
-            seen = (seen | (keys < prefix)[None, :]) & (keys < n)[None, :]
+            seen = (seen | (keys < prefix)) & (keys < n)
         if rules.qid_ptr is not None:
-            query_id = tl.load(rules.qid_ptr + batch * rules.qid_b + rows, mask=rows < m, other=0)
+            query_id = tl.load(rules.qid_ptr + batch * rules.qid_b + rows, mask=(rows < m) & (rows >= 0), other=0)
             key_id = tl.load(rules.kid_ptr + batch * rules.kid_b + keys, mask=keys < n, other=0)
-            seen = seen & (query_id[:, None] == key_id[None, :])
+            seen = seen & (query_id == key_id)
         if rules.mask_ptr is not None:
             key_at = batch * rules.mask_b + keys.to(tl.int64) * rules.mask_n
             if rules.mask_m is None:
-                seen = seen & (tl.load(rules.mask_ptr + key_at, mask=keys < n, other=0) != 0)[None, :]
+                seen = seen & (tl.load(rules.mask_ptr + key_at, mask=keys < n, other=0) != 0)
             else:
-                at = (heads * rules.mask_h + rows.to(tl.int64) * rules.mask_m)[:, None] + key_at[None, :]
+                at = heads * rules.mask_h + rows.to(tl.int64) * rules.mask_m + key_at
                 seen = seen & (tl.load(rules.mask_ptr + at, mask=inside, other=0) != 0)
         x = tl.where(seen, x, float("-inf"))
     return x

@@ -8,10 +8,9 @@ from fx_passes.ops.cuda.config import config
 from fx_passes.ops.problem import Problem
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Points per row, and keys per block of rows; a larger c is served by the tiled path.
-LARGEST_CAPACITY = {"systematic": 1024, "block": 8192}
+_SAMPLERS = ("systematic", "tile")
+LARGEST_CAPACITY = 1024  # points per row of "systematic"; a larger c is served by the tiled path
 _LARGEST_HEAD = 256
-_LARGEST_BLOCK_FLOAT32 = 128  # 64 rows of more do not fit into registers, and nothing else feeds float32 products
 _LARGEST_INDEX = 1 << 31
 
 
@@ -25,10 +24,8 @@ def unsupported(problem: Problem) -> str | None:
         return f"head sizes {d} and {e}: the kernels take 1 to {_LARGEST_HEAD}"
     if q.numel() == 0 or problem.key.numel() == 0:
         return "empty tensors"
-    if s.sampler not in LARGEST_CAPACITY:
+    if s.sampler not in _SAMPLERS:
         return f"sampler {s.sampler!r}"
-    if s.sampler == "block" and q.dtype == torch.float32 and max(d, e) > _LARGEST_BLOCK_FLOAT32:
-        return f"float32 heads above {_LARGEST_BLOCK_FLOAT32} with sampler 'block'"
     if s.softcap and problem.attn_bias is not None:
         return "softcap together with a bias"
     if s.sampler == "systematic" and problem.key.shape[2] > config(q.dtype, d, e).sub << 16:
@@ -38,10 +35,10 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def available() -> bool:
-    """Whether Triton can be imported and the device is new enough (sm_80)."""
+def available(device: torch.device) -> bool:
+    """Whether Triton can be imported and the tensors' device, current or not, is new enough (sm_80)."""
     try:
         import triton  # noqa: F401
     except ImportError:
         return False
-    return torch.cuda.get_device_capability() >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0)

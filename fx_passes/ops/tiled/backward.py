@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fx_passes.ops.problem import Gradients, Problem, Softmax, sink_gradient, sink_weights
-from fx_passes.ops.tiled.block import add_blocks
 from fx_passes.ops.tiled.dropout import dropout_factor
 from fx_passes.ops.tiled.sample import Entries, independent, row_offsets, systematic
+from fx_passes.ops.tiled.sums import Sums
+from fx_passes.ops.tiled.tile import add_tiles
 from fx_passes.ops.tiled.tiles import Tile, grouped, part, row_blocks, tiles, weights
 
 # Beyond it, c times 2^32 units per unit of weight would pass 63 bits; q = min(1, _LARGEST_C * W) is as unbiased.
 _LARGEST_C = float(1 << 30)
 _GATHERED = 1 << 22  # numbers in one gathered [entries, head_dim] tensor
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """What the blocks of rows add to, in the accumulation dtype."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    bias: Tensor | None
 
 
 def backward(
@@ -46,16 +36,16 @@ def backward(
     )
     wants_bias = bias_grad and problem.attn_bias is not None
     bias = torch.zeros(problem.attn_bias.shape, dtype=dtype, device=grad.device) if wants_bias else None  # type: ignore[union-attr]
-    sums = _Sums(query, key, value, bias)
+    sums = Sums(query, key, value, bias)
     delta = (grad.to(dtype) * out.to(dtype)).sum(-1)
     limit = float(c)
     if not math.isinf(limit):
         limit = min(limit, _LARGEST_C)
     count = 0
-    shared = problem.static.sampler == "block" and not math.isinf(limit)
-    if shared:
-        count = add_blocks(problem, grad, softmax, delta, limit, seed, dropout_seed, sums)
-    for rows in [] if shared else row_blocks(problem):
+    whole = problem.static.sampler == "tile" and not math.isinf(limit)
+    if whole:
+        count = add_tiles(problem, grad, softmax, delta, limit, seed, dropout_seed, sums)
+    for rows in [] if whole else row_blocks(problem):
         if math.isinf(limit):
             count += _dense_rows(problem, rows, grad, softmax, delta, dropout_seed, sums)
         else:
@@ -76,7 +66,7 @@ def backward(
 
 
 def _dense_rows(
-    problem: Problem, rows: slice, grad: Tensor, softmax: Softmax, delta: Tensor, dropout_seed: Tensor, sums: _Sums
+    problem: Problem, rows: slice, grad: Tensor, softmax: Softmax, delta: Tensor, dropout_seed: Tensor, sums: Sums
 ) -> int:
     group, scale, count = problem.group, problem.static.scale, 0
     query = grouped(problem.query[:, :, rows].to(sums.query.dtype), group)
@@ -112,7 +102,7 @@ def _sampled_rows(
     c: float,
     seed: Tensor,
     dropout_seed: Tensor,
-    sums: _Sums,
+    sums: Sums,
 ) -> int:
     b, h = problem.query.shape[:2]
     count = 0
@@ -142,7 +132,7 @@ def _add_entries(
     factor: Tensor | None,
     grad: Tensor,
     delta: Tensor,
-    sums: _Sums,
+    sums: Sums,
 ) -> None:
     h, dtype = problem.query.shape[1], sums.query.dtype
     head, weight = entries.head[chunk], entries.weight[chunk]

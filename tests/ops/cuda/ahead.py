@@ -20,14 +20,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fx_passes.ops.cuda import attention, launch, launch_block
+from fx_passes.ops import tile_rule
+from fx_passes.ops.cuda import attention, launch, launch_tile
 from fx_passes.ops.problem import Problem, Static
 
 _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
     torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
 }  # fmt: skip
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Recorder:
@@ -112,7 +113,7 @@ _KERNELS = {
         "attention_rows",
         "attention_delta",
     ),
-    launch_block: ("block_select", "block_backward"),
+    launch_tile: ("tile_rows", "tile_probe", "tile_dq", "tile_dkdv", "tile_columns"),
 }
 
 
@@ -127,7 +128,9 @@ def record(
         for module, recorder in recorders:
             patch.setattr(module, recorder.kernel.__name__, recorder)
         patch.setattr(attention, "_host_c", lambda *_: c)
-        patch.setattr(launch, "has_large_tiles", lambda _: arch in (90, 100))
+        for module in (launch, launch_tile):
+            patch.setattr(module, "has_large_tiles", lambda _: arch in (90, 100))
+        patch.setattr(tile_rule, "LARGEST_SHARE", 2.0)  # never the library's backward
         torch.use_deterministic_algorithms("fixed" in features)
         try:
             _call(n, heads, groups, d, getattr(torch, dtype), sampler, features, site)

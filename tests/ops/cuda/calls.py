@@ -172,6 +172,7 @@ def check_offsets(sampler: str, dim: int, distance: int, allocate: Callable[[int
         allocate: makes a float16 vector of so many elements.
     """
     p = problem(b=2, h=4, g=2, m=40, n=40, dtype=torch.float16, static={"right": 0, "sampler": sampler})
+    # One tile: "tile" is exact here, and so is its other offset.
     grad = torch.randn(p.query.shape, generator=torch.Generator().manual_seed(0)).to(p.query)
     right = run(p, 8.0, grad)
     names = ("query", "key", "value")

@@ -1,0 +1,194 @@
+"""Host side of the sampler "tile": the draw, the lists by key tile, the gradients. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fx_passes.ops import tile_rule
+from fx_passes.ops.cuda.config import TileConfig, has_large_tiles, padded, tile_config
+from fx_passes.ops.cuda.launch import dense_last, programs_for, shared_arguments, split_long
+from fx_passes.ops.cuda.tile_backward import tile_columns, tile_dkdv, tile_dq
+from fx_passes.ops.cuda.tile_probe import tile_probe, tile_rows
+from fx_passes.ops.draws import STREAM_TILE, stream_word
+from fx_passes.ops.problem import Gradients, Problem, Softmax
+from fx_passes.ops.tile_ranges import ranges
+from fx_passes.ops.tile_rule import KEYS, PROBED, ROWS
+
+# Programs that take the rest of popular tiles, at most; each leaves partial sums of dK and dV.
+_OVERFLOW = 1024
+_SHORTEST = 16  # row blocks of one program
+_WALK = 64  # tiles over which the probe walks at a time
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of keys that each block of rows keeps.
+
+    Attributes:
+        tile: int32 [B, H, blocks, capacity], ascending; slots behind the count hold anything.
+        inverse: float32, like `tile`: 1 / q.
+        counts: int32 [B, H, blocks].
+        delta: float32 [B, H, M]: dO . O of every row, which the draw computes on the way.
+    """
+
+    tile: Tensor
+    inverse: Tensor
+    counts: Tensor
+    delta: Tensor
+
+
+def _sizes(problem: Problem) -> TileConfig:
+    large = has_large_tiles(problem.query.device)
+    return tile_config(problem.query.dtype, problem.query.shape[-1], problem.value.shape[-1], large)
+
+
+def _arguments(problem: Problem, dropout_seed: Tensor) -> dict[str, Any]:
+    shared = shared_arguments(problem, dropout_seed)
+    if problem.query.dtype == torch.float32 and shared["PRECISION"] == "ieee":
+        shared["PRECISION"] = "tf32x3"  # three products on tensor cores: about float32's accuracy
+    return shared
+
+
+def launch_tile_draw(
+    problem: Problem, grad: Tensor, out: Tensor, softmax: Softmax, c: Tensor, seed: Tensor, capacity: int
+) -> Tiles:
+    """Draws the tiles. `capacity`: of `tile_rule.capacity_for`; a larger c on the device becomes the one that fits."""
+    q, k, grad, out = (dense_last(x) for x in (problem.query, problem.key, grad, out))
+    (b, h, m, _), (_, groups, n, _), e = q.shape, k.shape, out.shape[-1]
+    blocks, sizes, new = tile_rule.count(m, ROWS), _sizes(problem), q.new_empty
+    tiles = Tiles(
+        new((b, h, blocks, capacity), dtype=torch.int32),
+        new((b, h, blocks, capacity), dtype=torch.float32),
+        new((b, h, blocks), dtype=torch.int32),
+        new((b, h, m), dtype=torch.float32),
+    )
+    probe = new((b, h, blocks, PROBED), dtype=torch.int32)
+    tile_rows[(b * h * blocks,)](
+        grad, *grad.stride()[:3], out, *out.stride()[:3], tiles.delta, probe, h, m, blocks,
+        E=e, BE=padded(e), BM=ROWS, PROBED=PROBED,
+    )  # fmt: skip
+    shared = _arguments(problem, seed)
+    for name in ("E", "BE", "dropout_seed_ptr", "dropout_stream", "dropout_threshold", "dropout_inverse"):
+        del shared[name]
+    pack = sizes.probe_rows // PROBED
+    packs, per_head = tile_rule.count(blocks * problem.group, pack), tile_rule.count(n, KEYS)
+    programs = programs_for(q.device, sizes.probe[0], packs * b * groups)
+    width = per_head + sizes.probe_tiles
+    low, high = ranges(problem)
+    tile_probe[(programs,)](
+        q, *q.stride()[:3], k, *k.stride()[:3], softmax.maximum, _total(softmax), probe,
+        low_ptr=low, high_ptr=high,
+        c_ptr=c, c_limit=tile_rule.c_limit(capacity, n), seed_ptr=seed,
+        tile_stream=stream_word(problem.static.site, STREAM_TILE), floor=tile_rule.FLOOR,
+        scratch_ptr=new(programs * pack * width, dtype=torch.float32), width=width,
+        tile_ptr=tiles.tile, inverse_ptr=tiles.inverse, count_ptr=tiles.counts, capacity=capacity,
+        key_planes=b * groups, heads=h, groups=groups, group=problem.group, m=m, n=n, blocks=blocks, packs=packs,
+        programs=programs, ROWS=ROWS, BM=sizes.probe_rows, SUB=KEYS, BT=sizes.probe_tiles, PROBED=PROBED, TK=_WALK,
+        num_warps=sizes.probe[0], num_stages=sizes.probe[1], maxnreg=sizes.probe_registers, **shared,
+    )  # fmt: skip
+    return tiles
+
+
+def _total(softmax: Softmax) -> Tensor | None:
+    """None where `maximum` is the logsumexp."""
+    return softmax.total if softmax.total.numel() else None
+
+
+def _order(problem: Problem, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """Numbers of the slots grouped by (key head, tile of keys), and where each group starts: [key heads * tiles + 1].
+
+    In a group they ascend: query heads, then blocks of rows. Unused slots come last.
+    """
+    (b, h, _, capacity), groups = tiles.tile.shape, problem.key.shape[1]
+    per_head = tile_rule.count(problem.key.shape[2], KEYS)
+    device, bound = tiles.tile.device, b * groups * per_head
+    kind = torch.int32 if bound < 1 << 31 else torch.int64
+    plane = (torch.arange(b * h, device=device, dtype=kind) // problem.group * per_head).view(b, h, 1, 1)
+    in_use = torch.arange(capacity, device=device) < tiles.counts[..., None]
+    grouped, order = torch.where(in_use, plane + tiles.tile, bound).to(kind).flatten().sort(stable=True)
+    edges = torch.arange(bound + 1, device=device, dtype=kind)
+    return order, torch.searchsorted(grouped, edges, out_int32=order.numel() < 1 << 31)
+
+
+def launch_tile_backward(
+    problem: Problem, grad: Tensor, softmax: Softmax, tiles: Tiles, dropout_seed: Tensor, bias_grad: bool
+) -> tuple[Gradients, Tensor]:
+    """Gradients of query, key, value and (if wanted) the bias; the number of pairs used, on the device."""
+    q, k, v, grad = (dense_last(x) for x in (problem.query, problem.key, problem.value, grad))
+    (b, h, m, d), (_, groups, n, e), sizes = q.shape, v.shape, _sizes(problem)
+    blocks, per_head, capacity = tiles.counts.shape[2], tile_rule.count(n, KEYS), tiles.tile.shape[3]
+    slots, new = tiles.tile.numel(), q.new_empty
+    order, start = _order(problem, tiles)
+    chunk = max(_SHORTEST, slots // _OVERFLOW)
+    over, over_tile = split_long(start, slots, chunk)
+    partial = [new((len(over_tile), KEYS, padded(w)), dtype=torch.float32) for w in (d, e)]
+    dquery, dkey, dvalue = new((b, h, m, d)), new((b, groups, n, d)), new((b, groups, n, e))
+    used = new((b, h, blocks), dtype=torch.int32)
+    broken = (tiles.delta.isnan() | softmax.maximum.isnan()).view(b * groups, -1).any(1)
+    inputs = (
+        q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], grad, *grad.stride()[:3],
+        softmax.maximum, _total(softmax), tiles.delta,
+    )  # fmt: skip
+    shared = {"grad_scale": problem.static.scale, **_arguments(problem, dropout_seed)}
+    column = new((slots, KEYS), dtype=torch.float32) if bias_grad and _is_row(problem.attn_bias) else None
+    bias = None
+    if bias_grad and problem.attn_bias is not None and column is None:
+        bias = torch.zeros((*problem.attn_bias.shape[:2], m, problem.attn_bias.shape[3]), device=q.device)
+    for first, planes, part in _planes(problem, bias):
+        tile_dq[(planes * blocks,)](
+            *inputs,
+            tile_ptr=tiles.tile, inverse_ptr=tiles.inverse, count_ptr=tiles.counts, capacity=capacity,
+            dquery_ptr=dquery, used_ptr=used,
+            dbias_ptr=part, dbias_h=None if part is None else part.stride(0) * (part.shape[0] > 1),
+            dbias_m=None if part is None else part.stride(1),
+            dbias_n=None if part is None or problem.attn_bias is None or problem.attn_bias.shape[3] == 1 else 1,
+            dcolumn_ptr=column,
+            first_plane=first, heads=h, group=problem.group, m=m, n=n, blocks=blocks,
+            BM=ROWS, SUB=KEYS, BN=sizes.keys, WHOLE=n % KEYS == 0,
+            num_warps=sizes.dq[0], num_stages=sizes.dq[1], **shared,
+        )  # fmt: skip
+    number = (order // capacity).to(torch.int32)
+    inverse = tiles.inverse.flatten()[order]
+    for is_overflow, programs in ((True, len(over_tile)), (False, b * groups * per_head)):
+        if programs:
+            tile_dkdv[(programs,)](
+                *inputs,
+                number_ptr=number, inverse_ptr=inverse, start_ptr=start, over_ptr=over, over_tile_ptr=over_tile,
+                chunk=chunk, partial_key_ptr=partial[0], partial_value_ptr=partial[1],
+                dkey_ptr=dkey, dvalue_ptr=dvalue, poison_ptr=torch.where(broken, torch.nan, 0.0),
+                heads=h, groups=groups, group=problem.group, m=m, n=n, blocks=blocks, tiles=per_head,
+                ROWS=ROWS, BM=sizes.rows, BN=KEYS, WHOLE=m % ROWS == 0, OVERFLOW=is_overflow,
+                num_warps=sizes.dkdv[0], num_stages=sizes.dkdv[1], **shared,
+            )  # fmt: skip
+    if column is not None:
+        bias = new((b, h, 1, n), dtype=torch.float32)
+        tile_columns[(b * h * per_head,)](
+            order, start, column, bias, capacity, h, groups, problem.group, n, blocks, per_head, BN=KEYS
+        )
+    if bias is not None and problem.attn_bias is not None:
+        bias = bias.sum_to_size(problem.attn_bias.shape).to(problem.attn_bias.dtype)
+    return Gradients(dquery, dkey, dvalue, bias, None), used.sum()
+
+
+def _is_row(bias: Tensor | None) -> bool:
+    """Whether a bias is the same in all rows: its gradient is then a sum over rows."""
+    return bias is not None and bias.shape[2] == 1 and bias.shape[3] > 1
+
+
+def _planes(problem: Problem, bias: Tensor | None) -> Iterator[tuple[int, int, Tensor | None]]:
+    """Launches of `tile_dq`: first plane, planes, and the part of the bias's gradient that they add to.
+
+    Planes that share a part follow one another in launches of their own: sums in a fixed order without atomics.
+    """
+    b, h = problem.query.shape[:2]
+    if bias is None:
+        yield 0, b * h, None
+        return
+    step = h if bias.shape[1] == h else 1
+    for first in range(0, b * h, step):
+        yield first, step, bias[first // h if bias.shape[0] > 1 else 0]
