@@ -1,0 +1,118 @@
+"""The short table that ends a run: at most `LINES` lines, what decides first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .rows import Row
+
+LINES = 60
+WIDTH = 150
+
+
+def card(rows: list[Row]) -> Iterable[str]:
+    for row in rows:
+        if row["key"] == "about" and "torch" in row:
+            versions = f"torch {row['torch']}, triton {row['triton']}, commit {str(row['commit'])[:9]}"
+            yield f"{row['name']}, {versions}, cudnn {row.get('cudnn')}"
+        elif row.get("what") == "copy":
+            yield f"copy {row['gb_per_s']} GB/s (read and written)"
+        elif "tflops" in row:
+            yield f"{row['what']} {row['tflops']} TFLOP/s"
+    there = [x["peer"] for x in rows if x.get("runs")] + [x["package"] for x in rows if x.get("found")]
+    missing = [x["peer"] for x in rows if x.get("runs") is False] + [
+        x["package"] for x in rows if x.get("found") is False
+    ]
+    yield f"peers: {', '.join(there) or 'none'}; not here: {', '.join(missing) or 'none'}"
+
+
+def compilation(rows: list[Row]) -> Iterable[str]:
+    total = next((x for x in rows if x["key"] == "all"), None)
+    times = sorted((x for x in rows if "seconds" in x and x["key"] != "all"), key=lambda x: -x["seconds"])
+    if total is not None:
+        slowest = ", ".join(f"{x['key']} {x['seconds']:.0f} s" for x in times[:2])
+        yield (
+            f"{len(times)} of {total['configurations']} in {total['seconds']:.0f} s by {total['processes']} processes; "
+            f"slowest: {slowest}"
+        )
+
+
+def correct(rows: list[Row]) -> Iterable[str]:
+    checks = [x for x in rows if "ok" in x]
+    wrong = [x for x in checks if not x["ok"]]
+    yield f"{len(checks) - len(wrong)} of {len(checks)} checks pass"
+    for row in wrong[:10]:
+        skip = {"stage", "card", "key", "ok", "c", "shape", "kept_per_row", "slow", "name", "sampler"}
+        said = {k: v for k, v in row.items() if k not in skip}
+        yield f"WRONG {row['key']} ({row.get('shape', '')}): {said}"
+    means = [x for x in checks if x.get("check") == "mean"]
+    for sampler in dict.fromkeys(x["sampler"] for x in means):
+        own = [x for x in means if x["sampler"] == sampler]
+        largest = max(max(x["largest_z"]) for x in own)
+        active = sum(1 for x in own if max(x["noise"]) > 1e-3)
+        yield f"{sampler}: largest z {largest}, {active} of {len(own)} cases sampled (the others kept everything)"
+
+
+def headline(rows: list[Row]) -> Iterable[str]:
+    yield (
+        f"{'n':>6} {'d':>4} {'heads':>5} {'kind':8} {'':20} {'forward':>9} {'backward':>9} {'both ms':>9} "
+        f"{'speed-up':>8} {'kept/row':>8} {'noise dQ':>9}"
+    )
+    for row in rows:
+        if "both_ms" not in row:
+            continue
+        name = row["name"] + (f" c={row['c']:g}" if row["c"] is not None else "")
+        heads = row["heads"] if row["heads"] == row["kv_heads"] else f"{row['heads']}/{row['kv_heads']}"
+        speed = f"{row['speed_up']:.2f}" if "speed_up" in row else ""
+        if "ceiling" in row:
+            speed = f"<={row['ceiling']:.2f}"
+        yield (
+            f"{row['n']:>6} {row['d']:>4} {heads:>5} {row['kind']:8} {name:20} {row['forward_ms']:>9} "
+            f"{row['backward_ms']:>9} {row['both_ms']:>9} {speed:>8} {row.get('kept_per_row') or '':>8} "
+            f"{row.get('noise_q', ''):>9}"
+        )
+
+
+def kernels(rows: list[Row]) -> Iterable[str]:
+    for row in rows:
+        if "kernels" in row and row["part"] == "backward":
+            top = ", ".join(f"{x['kernel'][:28]} {x['ms']}" for x in row["kernels"][:5])
+            yield f"{row['name']} n={row['n']} d={row['d']} heads={row['heads']}: {row['total_ms']} ms: {top}"
+
+
+def tune(rows: list[Row]) -> Iterable[str]:
+    timed = [x for x in rows if "backward_ms" in x]
+    for d in dict.fromkeys(x["d"] for x in timed):
+        own = [x for x in timed if x["d"] == d]
+        plain = next(x["backward_ms"] for x in own)
+        best = min(own, key=lambda x: x["backward_ms"])
+        yield f"d={d}: {plain} ms as it is; best of {len(own)}: {best['backward_ms']} ms with {best['candidate']}"
+
+
+SECTIONS = {
+    "card": card, "compile": compilation, "correct": correct, "headline": headline, "kernels": kernels, "tune": tune,
+}  # fmt: skip
+
+
+def lines(rows: list[Row]) -> list[str]:
+    """Sections in the order of the stages; what is too long is cut, errors and notes come with their section."""
+    made: dict[str, list[str]] = {}
+    for stage, section in SECTIONS.items():
+        own = [x for x in rows if x["stage"] == stage]
+        if not own:
+            continue
+        body = list(section(own))
+        said = [
+            f"{x['key']} {x.get('name', '')}: {x.get('error') or x['note']}" for x in own if "error" in x or "note" in x
+        ]
+        finished = {x["key"] for x in own if not x.get("begun")}
+        said += [f"{x['key']}: began and did not end" for x in own if x.get("begun") and x["key"] not in finished]
+        made[stage] = [f"== {stage}", *body, *said[:5], *([f"... {len(said) - 5} more notes"] if len(said) > 5 else [])]
+    over = sum(map(len, made.values())) - LINES
+    for stage in ("kernels", "compile", "correct", "headline"):
+        if over > 0 and stage in made:
+            keep = max(4, len(made[stage]) - over - 1)
+            if keep < len(made[stage]) - 1:
+                over -= len(made[stage]) - keep - 1
+                made[stage] = [*made[stage][:keep], f"... {len(made[stage]) - keep} more in rows.jsonl"]
+    return [line[:WIDTH] for section in made.values() for line in section]
