@@ -74,7 +74,7 @@ def flex_call(session: Session, shape: Shape) -> None:
 
 
 def checked_call(session: Session, case: correct.Case, sampler: str) -> None:
-    correct.Call(case, session.device).sus(sampler, case.c, 1)
+    correct.Call(case, session.device).sus(sampler, case.c_of(sampler), 1)
 
 
 def compile_one(session: Session, task: Task) -> None:

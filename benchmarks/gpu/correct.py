@@ -29,13 +29,21 @@ LARGEST_Z = 5.0
 
 @dataclass(frozen=True)
 class Case:
-    """`hidden` is the share of keys that a bool mask hides at each sequence's end, with the causal part if there is."""
+    """
+    Attributes:
+        c: small, so that most is left out; "tile", which keeps 64 keys at a time, gets half of it.
+        seeds: number of draws whose mean is taken.
+        hidden: share of keys that a bool mask hides at each sequence's end, with the causal part if there is.
+    """
 
     name: str
     shape: Shape
     c: float
     seeds: int
     hidden: float = 0.0
+
+    def c_of(self, sampler: str) -> float:
+        return self.c / 2 if sampler == "tile" else self.c
 
 
 def cases(session: Session) -> list[Case]:
@@ -126,7 +134,7 @@ def at_infinity(call: Call, exact: list[Tensor], sampler: str) -> Row:
 
 
 def equal_seeds(call: Call, sampler: str) -> Row:
-    one, two, other = (call.sus(sampler, call.case.c, seed) for seed in (1, 1, 2))
+    one, two, other = (call.sus(sampler, call.case.c_of(sampler), seed) for seed in (1, 1, 2))
     same = all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     forward = torch.equal(one[0], call.library()[0])
     differs = not torch.equal(one[2], other[2])
@@ -185,13 +193,14 @@ def z_scores(samples: Tensor, mean: Mean) -> Tensor:
 
 def mean_over_seeds(call: Call, exact: list[Tensor], library: list[Tensor], sampler: str) -> Row:
     """The mean of the draws approaches the exact gradient as 1 / sqrt(draws), within its standard error."""
-    state = State(call.case.c)
+    c = call.case.c_of(sampler)
+    state = State(c)
     right = exact[1:]
     means = [Mean.of(e, error(x, e)) for e, x in zip(right, library[1:], strict=True)]
     samples: list[list[Tensor]] = [[] for _ in means]
     fall: Row = {}
     for seed in range(call.case.seeds):
-        found = call.sus(sampler, call.case.c, seed, state.id)[1:]
+        found = call.sus(sampler, c, seed, state.id)[1:]
         for x, mean, kept in zip(found, means, samples, strict=True):
             kept.append(mean.add(x))
         if seed + 1 in (call.case.seeds // 8, call.case.seeds):
@@ -219,7 +228,7 @@ def mean_over_seeds(call: Call, exact: list[Tensor], library: list[Tensor], samp
 
 
 def compare(session: Session, case: Case, sampler: str) -> Iterator[Row]:
-    base = {"name": case.name, "sampler": sampler, "c": case.c, "shape": case.shape.key}
+    base = {"name": case.name, "sampler": sampler, "c": case.c_of(sampler), "shape": case.shape.key}
     call = Call(case, session.device)
     exact = call.exact()
     yield {**base, **at_infinity(call, exact, sampler)}
@@ -233,7 +242,7 @@ def replay(session: Session, sampler: str) -> Iterator[Row]:
     call = Call(case, session.device)
     exact = call.exact()[1:]
     torch._dynamo.reset()
-    backend = SUSBackend(c=case.c, sampler=sampler, compiler="eager", seed=3)
+    backend = SUSBackend(c=case.c_of(sampler), sampler=sampler, compiler="eager", seed=3)
     function = torch.compile(
         lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), backend=backend
     )
@@ -271,7 +280,7 @@ def reduce_overhead(session: Session, sampler: str) -> Iterator[Row]:
 
     def steps(mode: str | None) -> list[Tensor]:
         torch._dynamo.reset()
-        backend = SUSBackend(c=case.c, sampler=sampler, seed=3)
+        backend = SUSBackend(c=case.c_of(sampler), sampler=sampler, seed=3)
         function = torch.compile(
             lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
             backend=backend, mode=mode,

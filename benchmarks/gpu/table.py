@@ -50,7 +50,11 @@ def correct(rows: list[Row]) -> Iterable[str]:
         own = [x for x in means if x["sampler"] == sampler]
         largest = max(max(x["largest_z"]) for x in own)
         active = sum(1 for x in own if max(x["noise"]) > 1e-3)
-        yield f"{sampler}: largest z {largest}, {active} of {len(own)} cases sampled (the others kept everything)"
+        bits = [x["forward_bits_of_library"] for x in checks if x.get("check") == "seeds" and x["sampler"] == sampler]
+        yield (
+            f"{sampler}: largest z {largest}, {active} of {len(own)} cases sampled (the others kept everything); "
+            f"forward has the library's bits in {sum(bits)} of {len(bits)}"
+        )
 
 
 def headline(rows: list[Row]) -> Iterable[str]:

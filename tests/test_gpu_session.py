@@ -1,0 +1,169 @@
+"""benchmarks/gpu_session.py at toy size on the CPU: all stages in their processes, and what a crash leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+STAGES = ("card", "compile", "correct", "headline", "kernels", "tune")
+
+
+def session(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
+    command = [sys.executable, str(BENCHMARKS / "gpu_session.py"), "--device", "cpu", "--tiny", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=200)
+    file = out / "rows.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return done, [row for row in rows if not row.get("begun")]
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The stages' modules, importable as from the script's own folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    for name in [x for x in sys.modules if x == "gpu" or x.startswith("gpu.")]:
+        del sys.modules[name]
+
+
+def test_all_stages(tmp_path: Path) -> None:
+    done, rows = session(tmp_path, "--budget", "120")
+    log = (tmp_path / "log.txt").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log
+    assert {row["stage"] for row in rows} == set(STAGES)
+    assert not [row for row in rows if "error" in row], log
+    assert all(row["card"].startswith("CPU") for row in rows)
+    of = {stage: [row for row in rows if row["stage"] == stage] for stage in STAGES}
+
+    checks = [row for row in of["correct"] if "ok" in row]
+    assert {row["check"] for row in checks} == {"c = inf", "seeds", "mean"}
+    assert all(row["ok"] for row in checks)
+    means = [row for row in checks if row["check"] == "mean" and row["sampler"] == "systematic"]
+    assert all(max(row["noise"]) > 1e-2 for row in means), "nothing was sampled"
+
+    timed = [row for row in of["headline"] if "both_ms" in row]
+    assert {"flash", "sus systematic"} <= {row["name"] for row in timed}
+    best = [row for row in timed if "ceiling" in row]
+    assert all(row["speed_up"] == 1 and row["name"] == row["best_peer"] for row in best)
+    assert len(best) == len({(row["n"], row["kind"]) for row in timed})
+    kept = [row["kept_per_row"] for row in timed if row["name"] == "sus systematic" and row["c"] == 30]
+    assert kept
+    assert all(0 < x <= 30 for x in kept)
+
+    assert any("sus::attention_backward" in x["kernel"] for row in of["kernels"] for x in row["kernels"])
+    assert json.loads((tmp_path / "tuned.json").read_text())[0]["candidate"] == {}
+    table = (tmp_path / "table.txt").read_text().splitlines()
+    assert len(table) <= 61
+    assert table[0].startswith("Measured on a CPU")
+    assert done.stdout.endswith("\n".join(table) + "\n")
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    done, rows = session(tmp_path, "--stages", "card,cards")
+    assert done.returncode == 2
+    assert "'cards'" in done.stderr
+    assert "card, compile, correct, headline, kernels, tune" in done.stderr
+    done, rows = session(tmp_path, "--budget", "0")
+    assert done.returncode == 2
+    assert "--budget" in done.stderr
+    assert not rows
+
+
+CRASHES = """
+import os, sys, time
+sys.path.insert(0, {benchmarks!r})
+from pathlib import Path
+from gpu.rows import Session
+
+session = Session("card", "cpu", "CPU", True, Path({out!r}), time.time() + 60)
+
+def hangs():
+    yield {{"value": 1}}
+    time.sleep(50)
+
+def fails():
+    raise ValueError("no such thing")
+    yield {{}}
+
+def dies():
+    os._exit(9)
+    yield {{}}
+
+session.unit("hangs", hangs, limit=0.5)
+session.unit("fails", fails)
+session.unit("dies", dies)
+session.unit("ends", lambda: [{{"value": 2}}])
+"""
+
+
+def test_a_crash_or_a_hang_costs_one_unit(tmp_path: Path) -> None:
+    """Each process goes on with the unit after the one that ended the process before it."""
+    script = CRASHES.format(benchmarks=str(BENCHMARKS), out=str(tmp_path))
+    codes = [subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60).returncode for _ in "abc"]
+    assert codes == [1, 9, 0]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    begun = [row["key"] for row in rows if row.get("begun")]
+    assert begun == ["hangs", "fails", "dies", "ends"]
+    assert [(row["key"], row["value"]) for row in rows if "value" in row] == [("hangs", 1), ("ends", 2)]
+    assert [row["error"] for row in rows if "error" in row] == ["ValueError: no such thing"]
+
+
+def test_a_time_that_is_over_is_a_row(tmp_path: Path) -> None:
+    """The stage's process is ended at its limit, and its rows and the table stay."""
+    done, rows = session(tmp_path, "--budget", "8", "--stages", "correct")
+    assert any("note" in row or "error" in row for row in rows)
+    assert (tmp_path / "table.txt").read_text() in done.stdout
+    done, _ = session(tmp_path, "--budget", "6", "--stages", "card")
+    assert (tmp_path / "rows-1.jsonl").exists(), "rows of the run before are kept"
+
+
+@pytest.mark.usefixtures("modules")
+def test_the_checks_see_a_planted_bias() -> None:
+    """3% on the weights, a missing draw, or gradients that differ from call to call: each makes its check fail."""
+    import torch
+    from gpu import correct
+    from gpu.rows import Session
+
+    case = correct.cases(Session("correct", "cpu", "CPU", True, Path(), 0.0))[0]
+    call = correct.Call(case, "cpu")
+    exact, library = call.exact(), call.library()
+    assert correct.at_infinity(call, exact, "systematic")["ok"]
+    draw, draws = call.sus, iter(range(1000))
+
+    def biased(sampler: str, c: float, seed: int, state: int = 0) -> list[torch.Tensor]:
+        return [x * 1.03 for x in draw(sampler, c, seed, state)]
+
+    def unrepeatable(sampler: str, c: float, seed: int, state: int = 0) -> list[torch.Tensor]:
+        return draw(sampler, c, next(draws), state)
+
+    call.sus = biased  # type: ignore[method-assign]
+    assert not correct.at_infinity(call, exact, "systematic")["ok"]
+    call.sus = unrepeatable  # type: ignore[method-assign]
+    assert not correct.equal_seeds(call, "systematic")["ok"]
+    call.sus = lambda *arguments: [x * 1.2 for x in draw(*arguments)]  # type: ignore[method-assign]
+    assert not correct.mean_over_seeds(call, exact, library, "systematic")["ok"]
+
+
+@pytest.mark.usefixtures("modules")
+def test_a_long_table_keeps_what_decides() -> None:
+    from gpu import table
+
+    row = {"card": "x", "key": "k", "n": 8192, "d": 128, "heads": 32, "kv_heads": 32, "kind": "peaked", "c": 30.0}
+    times = {"forward_ms": 1.0, "backward_ms": 2.0, "both_ms": 3.0, "speed_up": 1.5}
+    rows: list[dict[str, Any]] = [{**row, **times, "stage": "headline", "name": f"sus {i}"} for i in range(40)]
+    kernels = {"part": "backward", "total_ms": 1.0, "kernels": [{"kernel": "k", "ms": 1.0}]}
+    rows += [{**row, **kernels, "stage": "kernels", "name": "sus"} for _ in range(40)]
+    rows += [{**row, "stage": "tune", "error": "late"} for _ in range(9)]
+    lines = table.lines(rows)
+    assert len(lines) <= table.LINES
+    assert sum("sus" in line and "1.50" in line for line in lines) == 40
+    assert any("in rows.jsonl" in line for line in lines)
+    assert any("late" in line for line in lines)
