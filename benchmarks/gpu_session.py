@@ -120,6 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.run_stage:
         run_stage(Session(args.run_stage, args.device, args.card, args.tiny, args.out, float(args.deadline)))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage's processes end, too
     args.out.mkdir(parents=True, exist_ok=True)
     move_old(args.out)
     end += args.budget

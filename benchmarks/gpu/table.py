@@ -58,23 +58,30 @@ def correct(rows: list[Row]) -> Iterable[str]:
 
 
 def headline(rows: list[Row]) -> Iterable[str]:
+    """Per shape the fastest dense peer, with what a free backward would be worth, and SUS; other peers by their time."""
     yield (
-        f"{'n':>6} {'d':>4} {'heads':>5} {'kind':8} {'':20} {'forward':>9} {'backward':>9} {'both ms':>9} "
-        f"{'speed-up':>8} {'kept/row':>8} {'noise dQ':>9}"
+        f"{'n':>6} {'d':>4} {'heads':>5} {'kind':8} {'':22} {'forward':>9} {'backward':>9} {'both ms':>9} "
+        f"{'speed-up':>8} {'kept/row':>8} {'noise dQ':>9} {'host ms':>8}"
     )
-    for row in rows:
-        if "both_ms" not in row:
+    timed = [x for x in rows if "both_ms" in x]
+    for row in timed:
+        if row["c"] is None and "ceiling" not in row:
             continue
         name = row["name"] + (f" c={row['c']:g}" if row["c"] is not None else "")
         heads = row["heads"] if row["heads"] == row["kv_heads"] else f"{row['heads']}/{row['kv_heads']}"
-        speed = f"{row['speed_up']:.2f}" if "speed_up" in row else ""
-        if "ceiling" in row:
-            speed = f"<={row['ceiling']:.2f}"
-        yield (
-            f"{row['n']:>6} {row['d']:>4} {heads:>5} {row['kind']:8} {name:20} {row['forward_ms']:>9} "
-            f"{row['backward_ms']:>9} {row['both_ms']:>9} {speed:>8} {row.get('kept_per_row') or '':>8} "
-            f"{row.get('noise_q', ''):>9}"
+        line = (
+            f"{row['n']:>6} {row['d']:>4} {heads:>5} {row['kind']:8} {name:22} {row['forward_ms']:>9} "
+            f"{row['backward_ms']:>9} {row['both_ms']:>9} "
         )
+        if "ceiling" in row:
+            others = [x for x in timed if x["key"] == row["key"] and x["c"] is None and x is not row]
+            ceiling = f"<= {row['ceiling']:.2f}"
+            said = "; ".join(f"{x['name']} {x['both_ms']}" for x in others)
+            yield f"{line}{ceiling:>8} {said}"
+        else:
+            speed = f"{row['speed_up']:.2f}" if "speed_up" in row else ""
+            kept, noise = row.get("kept_per_row") or "", row.get("noise_q", "")
+            yield f"{line}{speed:>8} {kept:>8} {noise:>9} {row.get('host_ms', ''):>8}"
 
 
 def kernels(rows: list[Row]) -> Iterable[str]:
@@ -109,6 +116,8 @@ def lines(rows: list[Row]) -> list[str]:
         said = [
             f"{x['key']} {x.get('name', '')}: {x.get('error') or x['note']}" for x in own if "error" in x or "note" in x
         ]
+        slow = {f"{x['name']} took the PyTorch path: {reason}" for x in own for reason in x.get("slow") or ()}
+        said += sorted(slow)
         finished = {x["key"] for x in own if not x.get("begun")}
         said += [f"{x['key']}: began and did not end" for x in own if x.get("begun") and x["key"] not in finished]
         made[stage] = [f"== {stage}", *body, *said[:5], *([f"... {len(said) - 5} more notes"] if len(said) > 5 else [])]
