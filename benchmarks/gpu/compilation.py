@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
+from fx_passes.ops.cuda import config
 from fx_passes.state import State
 
 from . import correct, headline, tune
@@ -56,7 +57,7 @@ def tasks(session: Session) -> list[Task]:
         for case in correct.cases(session)[: 1 if session.tiny else None]:
             short = replace(case, shape=replace(case.shape, n=min(case.shape.n, 1024)))
             add(f"{sampler} {case.name}", lambda case=short, s=sampler: checked_call(session, case, s))  # type: ignore[misc]
-    if hasattr(tune.config, "override"):
+    if hasattr(config, "override"):
         for shape in tune.shapes(session):
             for candidate in tune.CANDIDATES:
                 short_shape = replace(shape, n=min(shape.n, 8192))

@@ -58,7 +58,7 @@ def correct(rows: list[Row]) -> Iterable[str]:
 
 
 def headline(rows: list[Row]) -> Iterable[str]:
-    """Per shape the fastest dense peer, with what a free backward would be worth, and SUS; other peers by their time."""
+    """Per shape the fastest dense peer, with what a free backward would be worth, and SUS; the other peers' times."""
     yield (
         f"{'n':>6} {'d':>4} {'heads':>5} {'kind':8} {'':22} {'forward':>9} {'backward':>9} {'both ms':>9} "
         f"{'speed-up':>8} {'kept/row':>8} {'noise dQ':>9} {'host ms':>8}"
