@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 STAGES = ("card", "compile", "correct", "headline", "kernels", "tune")
@@ -30,12 +33,12 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The stages' modules, importable as from the script's own folder."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in [x for x in sys.modules if x == "gpu" or x.startswith("gpu.")]:
+    for name in [x for x in sys.modules if x.partition(".")[0] in ("gpu", "gpu_session")]:
         del sys.modules[name]
 
 
 def test_all_stages(tmp_path: Path) -> None:
-    done, rows = session(tmp_path, "--budget", "120")
+    done, rows = session(tmp_path, "--budget", "180")
     log = (tmp_path / "log.txt").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + log
     assert {row["stage"] for row in rows} == set(STAGES)
@@ -83,7 +86,7 @@ sys.path.insert(0, {benchmarks!r})
 from pathlib import Path
 from gpu.rows import Session
 
-session = Session("card", "cpu", "CPU", True, Path({out!r}), time.time() + 60)
+session = Session("card", "cpu", "CPU", True, Path({out!r}), {deadline})
 
 def hangs():
     yield {{"value": 1}}
@@ -104,31 +107,42 @@ session.unit("ends", lambda: [{{"value": 2}}])
 """
 
 
-def test_a_crash_or_a_hang_costs_one_unit(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("modules")
+def test_a_crash_or_a_hang_costs_one_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process goes on with the unit after the one that ended the process before it."""
-    script = CRASHES.format(benchmarks=str(BENCHMARKS), out=str(tmp_path))
-    codes = [subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60).returncode for _ in "abc"]
-    assert codes == [1, 9, 0]
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    begun = [row["key"] for row in rows if row.get("begun")]
-    assert begun == ["hangs", "fails", "dies", "ends"]
+    import gpu_session
+    from gpu.rows import Session, read
+
+    def start(session: Session, log: Path) -> subprocess.Popen[bytes]:
+        code = CRASHES.format(benchmarks=str(BENCHMARKS), out=str(session.out), deadline=session.deadline)
+        with log.open("ab") as file:
+            return subprocess.Popen([sys.executable, "-c", code], stderr=file, start_new_session=True)
+
+    monkeypatch.setattr(gpu_session, "start", start)
+    gpu_session.supervise(Session("card", "cpu", "CPU", True, tmp_path, time.time() + 60), tmp_path / "log.txt")
+    rows = read(tmp_path / "rows.jsonl")
+    assert [row["key"] for row in rows if row.get("begun")] == ["hangs", "fails", "dies", "ends"]
     assert [(row["key"], row["value"]) for row in rows if "value" in row] == [("hangs", 1), ("ends", 2)]
-    assert [row["error"] for row in rows if "error" in row] == ["ValueError: no such thing"]
+    assert [(row["key"], row["error"]) for row in rows if "error" in row] == [
+        ("stage", "its process ended with 1; see log.txt"),
+        ("fails", "ValueError: no such thing"),
+        ("stage", "its process ended with 9; see log.txt"),
+    ]
+    assert "in hangs" in (tmp_path / "log.txt").read_text(), "where it hung"
 
 
 def test_a_time_that_is_over_is_a_row(tmp_path: Path) -> None:
-    """The stage's process is ended at its limit, and its rows and the table stay."""
+    """The stage's process is ended at its limit, and its rows and the table stay; so do those of an earlier run."""
     done, rows = session(tmp_path, "--budget", "8", "--stages", "correct")
     assert any("note" in row or "error" in row for row in rows)
     assert (tmp_path / "table.txt").read_text() in done.stdout
     done, _ = session(tmp_path, "--budget", "6", "--stages", "card")
-    assert (tmp_path / "rows-1.jsonl").exists(), "rows of the run before are kept"
+    assert (tmp_path / "rows-1.jsonl").exists()
 
 
 @pytest.mark.usefixtures("modules")
 def test_the_checks_see_a_planted_bias() -> None:
     """3% on the weights, a missing draw, or gradients that differ from call to call: each makes its check fail."""
-    import torch
     from gpu import correct
     from gpu.rows import Session
 
@@ -148,7 +162,12 @@ def test_the_checks_see_a_planted_bias() -> None:
     assert not correct.at_infinity(call, exact, "systematic")["ok"]
     call.sus = unrepeatable  # type: ignore[method-assign]
     assert not correct.equal_seeds(call, "systematic")["ok"]
-    call.sus = lambda *arguments: [x * 1.2 for x in draw(*arguments)]  # type: ignore[method-assign]
+    call.case = replace(case, seeds=400)
+    call.sus = draw  # type: ignore[method-assign]
+    right = correct.mean_over_seeds(call, exact, library, "systematic")
+    assert right["ok"]
+    assert min(right["bias_seen"]) < 0.03
+    call.sus = biased  # type: ignore[method-assign]
     assert not correct.mean_over_seeds(call, exact, library, "systematic")["ok"]
 
 

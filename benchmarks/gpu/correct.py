@@ -179,16 +179,20 @@ class Mean:
         return float(self.total.norm()) / self.draws, expected
 
 
-def z_scores(samples: Tensor, mean: Mean) -> Tensor:
-    """Mean deviation along each direction, in standard errors. [draws, directions] -> [directions].
+def standard_errors(samples: Tensor, mean: Mean) -> Tensor:
+    """Of the mean deviation along each direction, rounding included: [draws, directions] -> [directions].
 
-    Rounding's part in the standard error: all of it along the gradient, its share of one axis along the others.
+    Rounding's part: a quarter of all of it along the gradient, four times its share of one axis along the others.
     """
     size = float(mean.right.norm()) * mean.allowed
     rounding = torch.full((DIRECTIONS,), 4 * size / math.sqrt(mean.right.numel()), device=samples.device)
     rounding[0] = size / 4
-    standard = (samples.double().var(0) / len(samples) + rounding.square() + 1e-24).sqrt()
-    return samples.double().mean(0) / standard
+    return (samples.double().var(0) / len(samples) + rounding.square() + 1e-24).sqrt()
+
+
+def z_scores(samples: Tensor, mean: Mean) -> Tensor:
+    """Mean deviation along each direction, in standard errors."""
+    return samples.double().mean(0) / standard_errors(samples, mean)
 
 
 def mean_over_seeds(call: Call, exact: list[Tensor], library: list[Tensor], sampler: str) -> Row:
@@ -209,8 +213,8 @@ def mean_over_seeds(call: Call, exact: list[Tensor], library: list[Tensor], samp
     worst = [short(float(z.abs().max())) for z in scores]
     counted = state.pop_kept()
     noise = [short(m.squares / m.draws / float(m.right.square().sum())) for m in means]
-    along = [float(torch.stack(s)[:, 0].std()) / len(s) ** 0.5 for s in samples]
-    seen = [short(x / float(m.right.norm())) for x, m in zip(along, means, strict=True)]
+    along = [float(standard_errors(torch.stack(s), m)[0]) for s, m in zip(samples, means, strict=True)]
+    seen = [short(LARGEST_Z * x / float(m.right.norm())) for x, m in zip(along, means, strict=True)]
     as_expected = all(0.5 < x < 1.5 or n < 1e-4 for x, n in zip(fall[str(call.case.seeds)], noise, strict=True))
     return {
         "check": "mean",
@@ -221,7 +225,7 @@ def mean_over_seeds(call: Call, exact: list[Tensor], library: list[Tensor], samp
         "noise": noise,
         "z_along_gradient": [short(float(z[0])) for z in scores],
         "largest_z": worst,
-        "standard_error_along_gradient": seen,
+        "bias_seen": seen,
         "error_over_expected": fall,
         "ok": max(worst) < LARGEST_Z and as_expected,
     }

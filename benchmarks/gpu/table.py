@@ -50,6 +50,8 @@ def correct(rows: list[Row]) -> Iterable[str]:
         own = [x for x in means if x["sampler"] == sampler]
         largest = max(max(x["largest_z"]) for x in own)
         active = sum(1 for x in own if max(x["noise"]) > 1e-3)
+        blind = sorted(max(x["bias_seen"]) for x in own)
+        yield f"{sampler}: a factor on a gradient is seen from {blind[0]:.1%} (best case) or {blind[-1]:.1%} (worst) on"
         bits = [x["forward_bits_of_library"] for x in checks if x.get("check") == "seeds" and x["sampler"] == sampler]
         yield (
             f"{sampler}: largest z {largest}, {active} of {len(own)} cases sampled (the others kept everything); "
