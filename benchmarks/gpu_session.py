@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from gpu import table  # noqa: E402
-from gpu.rows import Session, read  # noqa: E402
+from gpu.rows import Session, is_result, read  # noqa: E402
 
 # Shares of the time that is left when a stage begins: what one does not use, the later ones get.
 WEIGHTS = {"card": 35, "compile": 130, "correct": 110, "headline": 200, "kernels": 40, "tune": 25}
@@ -97,7 +97,7 @@ def move_old(out: Path) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    gpu = shutil.which("nvidia-smi") is not None
+    gpu = shutil.which("nvidia-smi") is not None or Path("/dev/nvidiactl").exists()
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: shows that the script works, and nothing else")
     parser.add_argument("--budget", type=float, default=540, help="seconds for all stages together")
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     (args.out / "table.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     wrong = any(row.get("ok") is False for row in rows)
-    silent = [x for x in todo if not any(row["stage"] == x and not row.get("begun") for row in rows)]
+    silent = [x for x in todo if not any(row["stage"] == x and is_result(row) for row in rows)]
     return 1 if wrong or silent else 0
 
 

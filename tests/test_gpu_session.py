@@ -25,7 +25,7 @@ def session(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=200)
     file = out / "rows.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return done, [row for row in rows if not row.get("begun")]
+    return done, [row for row in rows if not {"begun", "trying", "ended"} & row.keys()]
 
 
 @pytest.fixture
@@ -138,6 +138,28 @@ def test_a_time_that_is_over_is_a_row(tmp_path: Path) -> None:
     assert (tmp_path / "table.txt").read_text() in done.stdout
     done, _ = session(tmp_path, "--budget", "6", "--stages", "card")
     assert (tmp_path / "rows-1.jsonl").exists()
+
+
+@pytest.mark.usefixtures("modules")
+def test_a_contender_that_ended_a_process_is_left_out(tmp_path: Path) -> None:
+    from gpu import headline
+    from gpu.rows import Session
+
+    session = Session("headline", "cpu", "CPU", True, tmp_path, time.time() + 60)
+    assert headline.attempt(session, "k") == ("k", set())
+    for row in ({"begun": True}, {"trying": "flash"}, {"trying": "sus tile"}):
+        session.write({"key": "k", **row})
+    assert headline.attempt(session, "k") == ("k, attempt 2", {"sus tile"})
+    for row in ({"begun": True}, {"trying": "flash"}):
+        session.write({"key": "k, attempt 2", **row})
+    assert headline.attempt(session, "k") == ("k, attempt 3", {"sus tile", "flash"})
+    shape = headline.shapes(session)[0]
+    names = {row["name"]: row for row in headline.measure(session, shape, {"flash"}, lambda x: None) if "name" in row}
+    assert "not run" in names["flash"]["note"]
+    assert names["sus systematic"]["best_peer"] == "math"
+    for row in ({"begun": True}, {"ended": True}):
+        session.write({"key": "k, attempt 3", **row})
+    assert headline.attempt(session, "k")[0] == "k, attempt 3", "it is not begun again"
 
 
 @pytest.mark.usefixtures("modules")

@@ -15,6 +15,7 @@ from .calls import Attention, Shape, dense, gradients, inputs, median, milliseco
 from .rows import Row, Session, describe
 
 ROUNDS = 5  # three where one pass over all contenders takes more than two seconds
+FIRST = 75.0  # seconds for the first calls of a contender, compilation with them
 PASSES = 10  # forward and backward calls of each contender that a row takes at least: six to warm up, two rounds
 
 
@@ -110,14 +111,22 @@ def time_round(session: Session, contender: Contender, tensors: list[Tensor]) ->
     )
 
 
-def measure(session: Session, shape: Shape, cost: Callable[[float], None]) -> Iterator[Row]:
-    """One row per contender, when all rounds are done; `cost` gets the seconds of one pass over all contenders."""
+def measure(session: Session, shape: Shape, skip: set[str], cost: Callable[[float], None]) -> Iterator[Row]:
+    """One row per contender, when all rounds are done; `cost` gets the seconds of one pass over all contenders.
+
+    A contender of `skip` has ended a process before: it is left out.
+    """
     tensors = inputs(shape, session.device)
     base = {"n": shape.n, "d": shape.d, "heads": shape.heads, "kv_heads": shape.kv_heads, "kind": shape.kind}
     base |= {"batch": shape.batch, "dtype": shape.dtype}
     ready: list[Contender] = []
     exact: list[Tensor] | None = None
     for name, build in contenders(session, shape):
+        if name in skip:
+            yield {**base, "name": name, "note": "not run: it crashed, hung or broke the CUDA context"}
+            continue
+        yield {"trying": name}
+        session.within(FIRST)
         try:
             contender = build()
             found = warm(session, contender, tensors, exact)
@@ -131,6 +140,7 @@ def measure(session: Session, shape: Shape, cost: Callable[[float], None]) -> It
             exact = [x.float() for x in found]
         ready.append(contender)
     del exact
+    session.within(240)
     seconds, rounds = sum(x.first_ms for x in ready) / 1e3, 0
     cost(seconds)
     for _ in range(2 if session.tiny else 3 if seconds > 2 else ROUNDS):
@@ -138,6 +148,7 @@ def measure(session: Session, shape: Shape, cost: Callable[[float], None]) -> It
         if rounds and session.left() < need + 2:
             break
         for contender in ready:
+            yield {"trying": contender.name}
             time_round(session, contender, tensors)
         rounds += 1
     yield from table_rows(base, ready, rounds)
@@ -172,7 +183,20 @@ def run(session: Session) -> None:
         def cost(seconds: float, shape: Shape = shape) -> None:
             passes[shape.d, shape.kind] = (shape, seconds)
 
-        session.unit(key, lambda shape=shape, cost=cost: measure(session, shape, cost), 240)  # type: ignore[misc]
+        name, skip = attempt(session, key)
+        session.unit(name, lambda shape=shape, skip=skip, cost=cost: measure(session, shape, skip, cost), 240)  # type: ignore[misc]  # fmt: skip
+
+
+def attempt(session: Session, key: str) -> tuple[str, set[str]]:
+    """The key of the unit's next attempt (that of the last one, if it ended), and whom the earlier ones ended with."""
+    rows, skip = session.own(), set[str]()
+    for number in range(1, 10):
+        name = key if number == 1 else f"{key}, attempt {number}"
+        own = [row for row in rows if row["key"] == name]
+        if not any(row.get("begun") for row in own) or any(row.get("ended") for row in own):
+            break
+        skip |= set([row["trying"] for row in own if "trying" in row][-1:])
+    return name, skip
 
 
 def fewer_heads(shape: Shape, seconds: float, left: float) -> Shape:

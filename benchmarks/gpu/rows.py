@@ -56,16 +56,26 @@ class Session:
         finally:
             os.close(descriptor)
 
+    def own(self) -> list[Row]:
+        """The rows of this stage so far, those of its earlier processes with them."""
+        return [row for row in read(self.file) if row["stage"] == self.stage]
+
     def started(self) -> set[str]:
-        """Units of this stage that an earlier process began, whether or not it finished them."""
-        return {row["key"] for row in read(self.file) if row["stage"] == self.stage and row.get("begun")}
+        """Units of this stage that were begun, whether or not they ended."""
+        return {row["key"] for row in self.own() if row.get("begun")}
+
+    def within(self, seconds: float) -> None:
+        """The process exits in so many seconds, or at the stage's end, from a thread that needs no help of Python's.
+
+        A kernel that never ends would stop everything else. Another call sets the time anew.
+        """
+        faulthandler.dump_traceback_later(max(0.1, min(seconds, self.left() + 1)), exit=True)
 
     def unit(self, key: str, measure: Callable[[], Iterable[Row]], limit: float = 120) -> None:
         """Writes the rows that `measure` yields; an error is a row too.
 
-        Past `limit` seconds, or at the stage's end, the process exits from a thread that needs no help of Python's
-        (a kernel that never ends would stop everything else). After an error that broke the CUDA context it exits
-        with `RESTART`. In both cases the stage is started again and goes on with the next unit.
+        Past `limit` seconds the process exits (see `within`); after an error that broke the CUDA context it exits with
+        `RESTART`. In both cases the stage is started again and goes on with the next unit.
         """
         if key in self.started():
             return
@@ -73,7 +83,7 @@ class Session:
             self.write({"key": key, "note": "not run: no time left"})
             return
         self.write({"key": key, "begun": True})
-        faulthandler.dump_traceback_later(min(limit, self.left() + 1), exit=True)
+        self.within(limit)
         begin = time.time()
         try:
             for row in measure():
@@ -84,6 +94,7 @@ class Session:
                 sys.exit(RESTART)
         finally:
             faulthandler.cancel_dump_traceback_later()
+        self.write({"key": key, "ended": True})
 
 
 def describe(error: BaseException) -> str:
@@ -101,6 +112,13 @@ def broken() -> bool:
     except Exception:
         return True
     return False
+
+
+MARKS = {"begun", "trying", "ended"}  # rows that say where a process is; all others are results
+
+
+def is_result(row: Row) -> bool:
+    return not MARKS & row.keys()
 
 
 def read(file: Path) -> list[Row]:

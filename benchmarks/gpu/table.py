@@ -120,7 +120,7 @@ def lines(rows: list[Row]) -> list[str]:
         ]
         slow = {f"{x['name']} took the PyTorch path: {reason}" for x in own for reason in x.get("slow") or ()}
         said += sorted(slow)
-        finished = {x["key"] for x in own if not x.get("begun")}
+        finished = {x["key"] for x in own if x.get("ended")}
         said += [f"{x['key']}: began and did not end" for x in own if x.get("begun") and x["key"] not in finished]
         made[stage] = [f"== {stage}", *body, *said[:5], *([f"... {len(said) - 5} more notes"] if len(said) > 5 else [])]
     over = sum(map(len, made.values())) - LINES

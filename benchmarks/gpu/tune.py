@@ -18,7 +18,7 @@ from fx_passes.ops.cuda import config
 from fx_passes.state import State
 
 from .calls import Shape, gradients, inputs, median, milliseconds, repeats_for, samplers, sus
-from .rows import Row, Session, read
+from .rows import Row, Session
 
 Candidate = dict[str, Any]
 CANDIDATES: list[Candidate] = []
@@ -58,7 +58,7 @@ def tune(session: Session, candidates: Sequence[Candidate]) -> None:
         for candidate in [{}, *candidates]:
             key = f"d={shape.d} {json.dumps(candidate, sort_keys=True)}"
             session.unit(key, lambda s=shape, c=candidate: measure(session, s, c), 60)  # type: ignore[misc]
-    rows = [x for x in read(session.file) if x["stage"] == session.stage and "backward_ms" in x]
+    rows = [x for x in session.own() if "backward_ms" in x]
     best: dict[int, Row] = {}
     for row in sorted(rows, key=lambda x: -x["backward_ms"]):
         best[row["d"]] = row
