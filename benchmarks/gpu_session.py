@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from gpu import table  # noqa: E402
-from gpu.rows import Session, is_result, read  # noqa: E402
+from gpu.rows import MEASURED, Session, is_result, read  # noqa: E402
 
 # Shares of the time that is left when a stage begins: what one does not use, the later ones get.
 WEIGHTS = {"card": 35, "compile": 130, "correct": 110, "headline": 200, "kernels": 40, "tune": 25}
@@ -58,6 +58,7 @@ def run_stage(session: Session) -> None:
 def start(session: Session, log: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, __file__, "--run-stage", session.stage, "--deadline", str(session.deadline)]
     command += ["--device", session.device, "--card", session.card, "--out", str(session.out)]
+    command += ["--samplers", ",".join(session.samplers)]
     # Stages compile in processes of their own: Inductor's pool beside them would be one pool for each.
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("ab") as file:
@@ -103,12 +104,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=540, help="seconds for all stages together")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--stages", default=",".join(WEIGHTS), help=f"some of {','.join(WEIGHTS)}; in this order")
+    parser.add_argument("--samplers", default=",".join(MEASURED), help="some of these; one alone saves time")
     for hidden in ("--run-stage", "--card", "--deadline"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    args.stages = args.stages.split(",")
-    if unknown := [x for x in args.stages if x not in WEIGHTS]:
-        parser.error(f"--stages must be some of {', '.join(WEIGHTS)}, but there is {unknown[0]!r}")
+    for name, allowed in (("stages", tuple(WEIGHTS)), ("samplers", MEASURED)):
+        given = getattr(args, name).split(",")
+        setattr(args, name, given)
+        if unknown := [x for x in given if x not in allowed]:
+            parser.error(f"--{name} must be some of {', '.join(allowed)}, but there is {unknown[0]!r}")
     if args.budget <= 0:
         parser.error(f"--budget must be above 0, but it is {args.budget:g}")
     return args
@@ -118,7 +122,11 @@ def main(arguments: list[str] | None = None) -> int:
     end = time.time()
     args = parse(arguments)
     if args.run_stage:
-        run_stage(Session(args.run_stage, args.device, args.card, args.tiny, args.out, float(args.deadline)))
+        run_stage(
+            Session(
+                args.run_stage, args.device, args.card, args.tiny, args.out, float(args.deadline), tuple(args.samplers)
+            )
+        )
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage's processes end, too
     args.out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     for i, stage in enumerate(todo):
         left = end - time.time() - 1
         limit = left * WEIGHTS[stage] / sum(WEIGHTS[x] for x in todo[i:])
-        session = Session(stage, args.device, card, args.tiny, args.out, time.time() + limit)
+        session = Session(stage, args.device, card, args.tiny, args.out, time.time() + limit, tuple(args.samplers))
         begin = time.time()
         supervise(session, args.out / "log.txt")
         print(f"{stage}: {time.time() - begin:.0f} s of at most {limit:.0f}", flush=True)

@@ -20,6 +20,8 @@ from fx_passes import sus_attention
 from fx_passes.ops.problem import SAMPLERS
 from fx_passes.state import State
 
+from .rows import MEASURED, Session
+
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -42,9 +44,12 @@ class Shape:
         return f"n={self.n} d={self.d} heads={heads} {self.dtype} {self.kind}"
 
 
-def samplers() -> list[str]:
-    """Those to be measured, the GPU's first; what this checkout does not have is left out."""
-    return [x for x in ("tile", "systematic", "block") if x in SAMPLERS]
+def samplers(session: Session) -> list[str]:
+    """Those to be measured; what this checkout does not have is left out."""
+    found = [x for x in MEASURED if x in session.samplers and x in SAMPLERS]
+    if not found:
+        raise ValueError(f"--samplers must have one of this checkout's {', '.join(SAMPLERS)}, not {session.samplers}")
+    return found
 
 
 def inputs(shape: Shape, device: str, seed: int = 0) -> list[Tensor]:

@@ -41,9 +41,9 @@ def tasks(session: Session) -> list[Task]:
         found.setdefault(key, Task(key, call))
 
     timed = headline.shapes(session)[: 1 if session.tiny else None]
-    for sampler in samplers():
+    for sampler in samplers(session):
         for shape in timed:
-            for c in headline.budgets(sampler, shape)[: 1 if session.tiny else None]:
+            for c in headline.budgets(session, sampler, shape)[: 1 if session.tiny else None]:
                 # The forms of the kernels do not depend on n beyond its divisibility; longer calls would fill memory.
                 shape = replace(shape, n=min(shape.n, 8192), kind="peaked")
                 key = f"{sampler} c={c:g} {shape.key}"
@@ -53,7 +53,7 @@ def tasks(session: Session) -> list[Task]:
             if shape.kind == "peaked":
                 # Inductor writes every size into its kernels: the shape as it is timed.
                 add(f"flex {shape.key}", lambda shape=shape: flex_call(session, shape))  # type: ignore[misc]
-    for sampler in samplers():
+    for sampler in samplers(session):
         for case in correct.cases(session)[: 1 if session.tiny else None]:
             short = replace(case, shape=replace(case.shape, n=min(case.shape.n, 1024)))
             add(f"{sampler} {case.name}", lambda case=short, s=sampler: checked_call(session, case, s))  # type: ignore[misc]

@@ -326,7 +326,7 @@ def races(session: Session, sampler: str, tool: str) -> Iterator[Row]:
 
 def run(session: Session) -> None:
     for case in cases(session):
-        for sampler in samplers():
+        for sampler in samplers(session):
             key = f"{sampler} {case.name}"
             session.unit(key, lambda case=case, s=sampler: compare(session, case, s), 60)  # type: ignore[misc]
     extra: list[tuple[str, Callable[[str], Iterator[Row]], float]] = [
@@ -340,5 +340,5 @@ def run(session: Session) -> None:
         session.write({"key": "replay", "note": "not run: CUDA graphs and compute-sanitizer need a GPU"})
         return
     for name, check, limit in extra:
-        for sampler in samplers()[:1] if name != "replay" else samplers():
+        for sampler in samplers(session)[:1] if name != "replay" else samplers(session):
             session.unit(f"{sampler} {name}", lambda check=check, s=sampler: check(s), limit)  # type: ignore[misc]

@@ -32,9 +32,9 @@ def shapes(session: Session) -> list[Shape]:
     ]
 
 
-def budgets(sampler: str, shape: Shape) -> list[float]:
+def budgets(session: Session, sampler: str, shape: Shape) -> list[float]:
     """The values of c: all of them for the first sampler and the shapes of the first rows."""
-    first = sampler == samplers()[0] and shape.kind == "peaked" and shape.heads == shape.kv_heads
+    first = sampler == samplers(session)[0] and shape.kind == "peaked" and shape.heads == shape.kv_heads
     return [30.0, 10.0, 100.0] if first and shape.d != 64 else [30.0]
 
 
@@ -58,8 +58,8 @@ def contenders(session: Session, shape: Shape) -> Iterator[tuple[str, Callable[[
         if name == "flex" and session.left() < 60:  # it compiles
             continue
         yield name, lambda name=name, make=make: Contender(name, make())  # type: ignore[misc]
-    for sampler in samplers():
-        for c in budgets(sampler, shape):
+    for sampler in samplers(session):
+        for c in budgets(session, sampler, shape):
 
             def build(sampler: str = sampler, c: float = c) -> Contender:
                 state = State(c)

@@ -44,7 +44,7 @@ def measure(session: Session, shape: Shape, sampler: str) -> Iterator[Row]:
 
 
 def run(session: Session) -> None:
-    for sampler in samplers()[:2]:
+    for sampler in samplers(session)[:2]:
         for shape in [x for x in shapes(session) if x.kind == "peaked" and x.heads == x.kv_heads]:
             if shape.n > 100_000:
                 shape = replace(shape, heads=8, kv_heads=8)

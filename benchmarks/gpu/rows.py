@@ -17,6 +17,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
+MEASURED = ("tile", "systematic", "block")  # samplers, the GPU's first; a checkout need not have all of them
 RESTART = 75  # exit code of a stage whose CUDA context is broken: what is left needs another process
 
 
@@ -30,6 +31,7 @@ class Session:
         tiny: toy sizes, which show that the script works.
         out: folder of rows.jsonl.
         deadline: when the stage is killed, in seconds of `time.time()`.
+        samplers: those to be measured, of `MEASURED`.
     """
 
     stage: str
@@ -38,6 +40,7 @@ class Session:
     tiny: bool
     out: Path
     deadline: float
+    samplers: tuple[str, ...] = MEASURED
 
     @property
     def file(self) -> Path:

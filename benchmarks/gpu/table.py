@@ -122,7 +122,8 @@ def lines(rows: list[Row]) -> list[str]:
         said += sorted(slow)
         finished = {x["key"] for x in own if x.get("ended")}
         said += [f"{x['key']}: began and did not end" for x in own if x.get("begun") and x["key"] not in finished]
-        made[stage] = [f"== {stage}", *body, *said[:5], *([f"... {len(said) - 5} more notes"] if len(said) > 5 else [])]
+        said = list(dict.fromkeys(said))
+        made[stage] = [f"== {stage}", *body, *said[:6], *([f"... {len(said) - 6} more notes"] if len(said) > 6 else [])]
     over = sum(map(len, made.values())) - LINES
     for stage in ("kernels", "compile", "correct", "headline"):
         if over > 0 and stage in made:

@@ -39,7 +39,7 @@ def shapes(session: Session) -> list[Shape]:
 
 def measure(session: Session, shape: Shape, candidate: Candidate) -> Iterator[Row]:
     q, k, v, grad = tensors = inputs(shape, session.device)
-    attention = sus(shape, session.device, samplers()[0], 30.0, State(30.0))
+    attention = sus(shape, session.device, samplers(session)[0], 30.0, State(30.0))
     with override(candidate):
         gradients(attention, tensors)
         out = attention(q, k, v)
