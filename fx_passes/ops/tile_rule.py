@@ -63,6 +63,7 @@ def _visible_tiles(m: int, n: int, left: int | None, right: int | None, diagonal
     return tuple(found.items())
 
 
+@lru_cache(maxsize=256)
 def expected_share(c: float, m: int, n: int, left: int | None, right: int | None, diagonal: int) -> float:
     """Share of the band's tiles that is kept where the attention is diffuse, which is where most is kept.
 

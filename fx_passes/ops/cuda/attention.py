@@ -158,7 +158,7 @@ def _tile_backward(
     c, seed, dropout_seed = (x.to(device) for x in (c, seed, dropout_seed))
     tiles = launch_tile_draw(problem, grad, out, softmax, c, seed, capacity)
     g, count = launch_tile_backward(problem, grad, softmax, tiles, dropout_seed, bias_grad)
-    sinks = _sinks(problem, grad, out, from_logsumexp(softmax))
+    sinks = None if problem.sinks is None else _sinks(problem, grad, out, from_logsumexp(softmax))
     return Gradients(g.query, g.key, g.value, g.attn_bias, sinks), count
 
 

@@ -106,9 +106,10 @@ def tile_config(dtype: torch.dtype, d: int, e: int, large: bool = True) -> TileC
 def _tile_config(dtype: torch.dtype, width: int, large: bool) -> TileConfig:
     if dtype == torch.float32:
         step = 64 if width <= 64 else 32 if width <= 128 else 16
-        return TileConfig(64, 1, None, step, step, (4, 1), (4, 1), (8, 1))
+        warps = 4 if width <= 128 else 8
+        return TileConfig(64 if width <= 128 else 16, 1, None, step, step, (4, 1), (warps, 1), (8, 1))
     if width <= 128:
         small = TileConfig(64, 1, None, 64, 64, (4, 2), (4, 1), (4, 1))
-        return replace(small, probe_rows=128, probe=(8, 2), probe_registers=128, dq=(4, 2)) if large else small
+        return replace(small, probe=(4, 3), probe_registers=128, dq=(4, 2)) if large else small
     small = TileConfig(64, 1, None, 32, 32, (4, 1), (8, 1), (8, 1))
     return replace(small, keys=64, rows=64, probe=(4, 2)) if large else small

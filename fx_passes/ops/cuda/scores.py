@@ -22,7 +22,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 # or a multiple of 16. (n stays: masked loads along keys are wide where it is a multiple of 16.)
 COUNTS = [
     "batches", "heads", "groups", "group", "m", "blocks", "tiles", "scratch_tiles", "programs", "capacity", "chunk",
-    "first_plane", "row_stream", "tile_stream", "dropout_stream", "dropout_threshold", "packs", "key_planes", "width",
+    "first_plane", "row_stream", "tile_stream", "dropout_stream", "dropout_threshold", "packs",
+    "key_planes", "width", "total",
 ]  # fmt: skip
 
 

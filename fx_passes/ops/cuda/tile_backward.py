@@ -62,7 +62,7 @@ def tile_dq(
     grad_scale,
     tile_ptr, inverse_ptr, count_ptr, capacity,
     dquery_ptr, used_ptr, dbias_ptr, dbias_h, dbias_m, dbias_n, dcolumn_ptr,
-    first_plane, heads, group, m, n, blocks,
+    first_plane, heads, groups, group, m, n, blocks, tiles,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, SUB: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -79,13 +79,13 @@ def tile_dq(
         qid_ptr, qid_b, kid_ptr, kid_b, prefix_ptr, prefix_b, scale, softcap, left, right, diagonal,
         dropout_seed, dropout_stream, dropout_threshold, dropout_inverse,
     )  # fmt: skip
+    # Head after head, for what they read stays in the L2 cache; in a head long blocks first under a causal mask.
     program = tl.program_id(0)
-    planes = tl.num_programs(0) // blocks
-    # Long blocks first under a causal mask.
-    block = blocks - 1 - program // planes
-    plane = (first_plane + program % planes).to(tl.int64)
+    block = blocks - 1 - program % blocks
+    plane = (first_plane + program // blocks).to(tl.int64)
     batch = plane // heads
     head = plane % heads
+    named = ((batch * groups + head // group) * tiles).to(tl.int32)  # the first tile's name
     number = plane * blocks + block
     rows = block * BM + tl.arange(0, BM)
     inside = rows < m
@@ -107,7 +107,7 @@ def tile_dq(
     PARTS: tl.constexpr = SUB // BN
     for step in range(0, count * PARTS):
         slot = step // PARTS
-        first = tl.load(tile_ptr + slot) * SUB + step % PARTS * BN
+        first = (tl.load(tile_ptr + slot) - named) * SUB + step % PARTS * BN
         inverse = tl.load(inverse_ptr + slot)
         keys = first + lane
         key = load_rows(keys_of, keys, k_n, keys < n, D, BD, not WHOLE)
@@ -163,9 +163,9 @@ def tile_dkdv(
     scale, softcap, left, right, diagonal,
     dropout_seed_ptr, dropout_stream, dropout_threshold, dropout_inverse,
     grad_scale,
-    number_ptr, inverse_ptr, start_ptr, over_ptr, over_tile_ptr, chunk,
-    partial_key_ptr, partial_value_ptr, dkey_ptr, dvalue_ptr, poison_ptr,
-    heads, groups, group, m, n, blocks, tiles,
+    number_ptr, inverse_ptr, start_ptr, over_ptr, chunk_ptr,
+    partial_key_ptr, partial_value_ptr, dkey_ptr, dvalue_ptr, broken_ptr,
+    heads, groups, group, m, n, blocks, tiles, total,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
     WHOLE: tl.constexpr, OVERFLOW: tl.constexpr,
@@ -184,14 +184,21 @@ def tile_dkdv(
         dropout_seed, dropout_stream, dropout_threshold, dropout_inverse,
     )  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
+    chunk = tl.load(chunk_ptr)
+    of = program
     if OVERFLOW:
-        of = tl.load(over_tile_ptr + program)
-        if of < 0:
+        # The tile whose rest has this program: over_ptr says how many such programs all tiles up to each one have.
+        if program >= tl.load(over_ptr + total - 1):
             return
-    else:
-        # The first tiles of all heads first: they are kept by most rows.
-        planes = tl.num_programs(0) // tiles
-        of = program % planes * tiles + program // planes
+        low = program * 0
+        high = low + total - 1
+        while low < high:
+            middle = (low + high) // 2
+            if tl.load(over_ptr + middle) > program:
+                high = middle
+            else:
+                low = middle + 1
+        of = low
     plane = of // tiles
     first = (of % tiles * BN).to(tl.int32)
     batch = plane // groups
@@ -207,9 +214,10 @@ def tile_dkdv(
     dvalue = tl.zeros((BN, BE), tl.float32)
     begin = tl.load(start_ptr + of)
     end = tl.load(start_ptr + of + 1)
-    over_begin = tl.load(over_ptr + of)
+    over_end = tl.load(over_ptr + of)
+    over_begin = over_end - tl.maximum(end - begin - 1, 0) // chunk
     if OVERFLOW:
-        begin += (program - over_begin + 1) * chunk
+        begin += ((program - over_begin + 1) * chunk).to(begin.dtype)
     end = tl.minimum(end, begin + chunk)
     PARTS: tl.constexpr = ROWS // BM
     for step in range(begin * PARTS, end * PARTS):
@@ -246,10 +254,10 @@ def tile_dkdv(
         tl.store(partial_key_ptr + (program * BN + lane)[:, None] * BD + d[None, :], dkey)
         tl.store(partial_value_ptr + (program * BN + lane)[:, None] * BE + e[None, :], dvalue)
     else:
-        for slot in range(over_begin, tl.load(over_ptr + of + 1)):
+        for slot in range(over_begin, over_end):
             dkey += tl.load(partial_key_ptr + (slot * BN + lane)[:, None] * BD + d[None, :])
             dvalue += tl.load(partial_value_ptr + (slot * BN + lane)[:, None] * BE + e[None, :])
-        poison = tl.load(poison_ptr + plane)
+        poison = tl.where(tl.load(broken_ptr + plane) != 0, float("nan"), 0.0)  # a diverged run shows it
         out = plane * n + keys
         tl.store(
             dkey_ptr + out[:, None] * D + d[None, :],

@@ -18,11 +18,14 @@ from fx_passes.ops.cuda.scores import LOG2E, Rules, jit, load_rows, power, row_w
 def tile_rows(
     grad_ptr, o_b, o_h, o_m,
     out_ptr, s_b, s_h, s_m,
-    delta_ptr, probe_ptr,
+    delta_ptr, probe_ptr, broken_ptr,
     heads, m, blocks,
     E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, PROBED: tl.constexpr,
 ):  # fmt: skip
-    """dO . O of every row, and the probed rows of a block: every BM / (PROBED / 2)-th one, then the largest |dO|."""
+    """dO . O of every row, whether a block has a diverged one, and its probed rows.
+
+    These are every BM / (PROBED / 2)-th one, then those with the largest |dO|.
+    """
     program = tl.program_id(0).to(tl.int64)
     plane = program // blocks
     block = program % blocks
@@ -33,7 +36,9 @@ def tile_rows(
     inside = rows < m
     grad = load_rows(grad_ptr + batch * o_b + head * o_h, rows, o_m, inside, E, BE, True).to(tl.float32)
     out = load_rows(out_ptr + batch * s_b + head * s_h, rows, s_m, inside, E, BE, True).to(tl.float32)
-    tl.store(delta_ptr + plane * m + rows, tl.sum(grad * out, 1), mask=inside)
+    delta = tl.sum(grad * out, 1)
+    tl.store(delta_ptr + plane * m + rows, delta, mask=inside)
+    tl.store(broken_ptr + program, tl.max((delta != delta).to(tl.int8), 0))
     HALF: tl.constexpr = PROBED // 2
     STEP: tl.constexpr = BM // HALF
     even = lane % STEP == 0
@@ -79,12 +84,14 @@ def tile_probe(
     scale, softcap, left, right, diagonal,
     low_ptr, high_ptr,
     c_ptr, c_limit, seed_ptr, tile_stream, floor,
-    scratch_ptr, width, tile_ptr, inverse_ptr, count_ptr, capacity,
+    scratch_ptr, width, tile_ptr, inverse_ptr, count_ptr, capacity, tiles,
     key_planes, heads, groups, group, m, n, blocks, packs, programs,
     D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, SUB: tl.constexpr, BT: tl.constexpr,
     PROBED: tl.constexpr, TK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tiles of every block of rows in ascending order, 1 / q of each, and their number.
+
+    A tile is stored as (key head) * tiles + tile, so that a sort groups all that keep it.
 
     A program probes BM / PROBED blocks at once: row blocks of the query heads that share a key head, heads first. It
     sweeps their tiles of SUB keys, BT at a time, then walks the points over what it found. Programs are persistent:
@@ -171,6 +178,7 @@ def tile_probe(
         at = (plane * blocks + block) * capacity
         for start in range(begin, end, TK):
             tile = start + tl.arange(0, TK)
+            named = (key_plane * tiles).to(tl.int32) + tile
             sees = (tile[None, :] >= low[:, None]) & (tile[None, :] < high[:, None])
             squares = tl.load(scratch + own[:, None] * width + tile[None, :], mask=sees, other=0.0)
             q = c * tl.sqrt(squares / probed[:, None]) + share[:, None]
@@ -180,7 +188,7 @@ def tile_probe(
             ends = tl.cumsum(units, 1) + carry[:, None]
             slot = (ends - units) >> 32
             kept = ((ends >> 32) > slot) & (slot < capacity)  # the bound guards memory: see `tile_rule.capacity_for`
-            tl.store(tile_ptr + at[:, None] + slot, tile[None, :] + tl.zeros((PACK, TK), tl.int32), mask=kept)
+            tl.store(tile_ptr + at[:, None] + slot, named[None, :] + tl.zeros((PACK, TK), tl.int32), mask=kept)
             tl.store(inverse_ptr + at[:, None] + slot, 4294967296.0 / units.to(tl.float32), mask=kept)
             carry = tl.max(ends, 1)
         kept = tl.minimum(carry >> 32, capacity).to(tl.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -151,10 +152,15 @@ def weights(tile: Tile, softmax: Softmax) -> Tensor:
 def dense_entries(problem: Problem) -> int:
     """Number of (row, key) pairs inside the band, over all heads and batch entries."""
     b, h, m, _ = problem.query.shape
-    n, s = problem.key.shape[2], problem.static
-    if s.left is None and s.right is None:
-        return b * h * m * n
-    place = torch.arange(m, dtype=torch.int64) + problem.diagonal
-    high = torch.full_like(place, n) if s.right is None else (place + s.right + 1).clamp(0, n)
-    low = torch.zeros_like(place) if s.left is None else (place - s.left).clamp(0, n)
-    return b * h * int((high - low).clamp(min=0).sum())
+    s = problem.static
+    return b * h * _pairs_in_band(m, problem.key.shape[2], s.left, s.right, problem.diagonal)
+
+
+@lru_cache(maxsize=256)
+def _pairs_in_band(m: int, n: int, left: int | None, right: int | None, diagonal: int) -> int:
+    if left is None and right is None:
+        return m * n
+    place = torch.arange(m, dtype=torch.int64, device="cpu") + diagonal
+    high = torch.full_like(place, n) if right is None else (place + right + 1).clamp(0, n)
+    low = torch.zeros_like(place) if left is None else (place - left).clamp(0, n)
+    return int((high - low).clamp(min=0).sum())

@@ -26,7 +26,7 @@ from fx_passes.ops.problem import Problem, Static
 
 _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
-    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
+    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8", torch.int8: "i8",
 }  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 

@@ -47,7 +47,8 @@ def drawn(p: Problem, tiles: launch_tile.Tiles) -> tuple[Tensor, Tensor]:
     """What the kernels kept, bool [B, H, blocks, tiles], and with which q."""
     count = tile_rule.count(p.key.shape[2], tile_rule.KEYS)
     in_use = torch.arange(tiles.tile.shape[3], device=tiles.tile.device) < tiles.counts[..., None]
-    at = torch.where(in_use, tiles.tile, count).long()
+    assert (tiles.tile[~in_use] == tiles.unused).all()
+    at = torch.where(in_use, tiles.tile % count, count).long()
     hits = torch.zeros(*at.shape[:3], count + 1, dtype=torch.int64, device=at.device).scatter_add_(
         -1, at, in_use.long()
     )
