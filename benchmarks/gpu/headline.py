@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from fx_passes.state import State
 from .calls import Attention, Shape, dense, gradients, inputs, median, milliseconds, repeats_for, samplers, sus
 from .rows import Row, Session, describe
 
+CAPTURED = 16384  # shapes up to this length are timed as a CUDA graph too: there the host is slower than the kernels
 ROUNDS = 5  # three where one pass over all contenders takes more than two seconds
 FIRST = 75.0  # seconds for the first calls of a contender, compilation with them
 PASSES = 10  # forward and backward calls of each contender that a row takes at least: six to warm up, two rounds
@@ -49,6 +51,8 @@ class Contender:
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
     both: list[float] = field(default_factory=list)
+    graph: Any = None
+    captured: list[float] = field(default_factory=list)
     first_ms: float = 0.0
     extra: Row = field(default_factory=dict)
 
@@ -96,7 +100,20 @@ def warm(session: Session, contender: Contender, tensors: list[Tensor], exact: l
     if cuda:  # how long the host needs to launch a step: above both_ms, it is the host that is measured
         contender.extra["host_ms"] = float(f"{(time.perf_counter() - begin) * 1e3 / 3:.3g}")
         torch.cuda.synchronize()
+        if tensors[0].shape[2] <= CAPTURED:
+            contender.graph = captured(contender, tensors)
     return found
+
+
+def captured(contender: Contender, tensors: list[Tensor]) -> Any:
+    """Forward and backward as a CUDA graph, whose replays cost the host nothing; None where it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            gradients(contender.attention, tensors)
+    except RuntimeError:
+        return None
+    return graph
 
 
 def time_round(session: Session, contender: Contender, tensors: list[Tensor]) -> None:
@@ -105,6 +122,8 @@ def time_round(session: Session, contender: Contender, tensors: list[Tensor]) ->
     attention, device = contender.attention, session.device
     contender.both.append(milliseconds(lambda: gradients(attention, tensors), device, repeats))
     contender.forward.append(milliseconds(lambda: attention(q, k, v), device, repeats))
+    if contender.graph is not None:
+        contender.captured.append(milliseconds(contender.graph.replay, device, repeats))
     out = attention(q, k, v)
     contender.backward.append(
         milliseconds(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), device, repeats)
@@ -166,6 +185,9 @@ def table_rows(base: Row, ready: list[Contender], rounds: int) -> Iterator[Row]:
         if best is not None:
             row["best_peer"] = best.name
             row["speed_up"] = round(median(b / own for b, own in zip(best.both, x.both, strict=True)), 3)
+            if x.captured and best.captured:
+                row["captured_ms"] = float(f"{median(x.captured):.4g}")
+                row["captured_speed_up"] = round(median(best.captured) / median(x.captured), 3)
             if x is best:
                 row["ceiling"] = round(median(x.both) / median(x.forward), 2)
         yield {**row, **x.extra}

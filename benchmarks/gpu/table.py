@@ -79,11 +79,13 @@ def headline(rows: list[Row]) -> Iterable[str]:
             others = [x for x in timed if x["key"] == row["key"] and x["c"] is None and x is not row]
             ceiling = f"<= {row['ceiling']:.2f}"
             said = "; ".join(f"{x['name']} {x['both_ms']}" for x in others)
-            yield f"{line}{ceiling:>8} {said}"
+            graph = f"  graph {row['captured_ms']}" if "captured_ms" in row else ""
+            yield f"{line}{ceiling:>8} {said}{graph}"
         else:
             speed = f"{row['speed_up']:.2f}" if "speed_up" in row else ""
             kept, noise = row.get("kept_per_row") or "", row.get("noise_q", "")
-            yield f"{line}{speed:>8} {kept:>8} {noise:>9} {row.get('host_ms', ''):>8}"
+            graph = f"  graph {row['captured_ms']} {row['captured_speed_up']:.2f}" if "captured_ms" in row else ""
+            yield f"{line}{speed:>8} {kept:>8} {noise:>9} {row.get('host_ms', ''):>8}{graph}"
 
 
 def kernels(rows: list[Row]) -> Iterable[str]:

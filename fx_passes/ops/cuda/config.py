@@ -110,6 +110,10 @@ def _tile_config(dtype: torch.dtype, width: int, large: bool) -> TileConfig:
         return TileConfig(64 if width <= 128 else 16, 1, None, step, step, (4, 1), (warps, 1), (8, 1))
     if width <= 128:
         small = TileConfig(64, 1, None, 64, 64, (4, 2), (4, 1), (4, 1))
-        return replace(small, probe=(4, 3), probe_registers=128, dq=(4, 2)) if large else small
+        if not large:
+            return small
+        # A wide head reads more keys per row: twice the rows halve that.
+        rows, probe = (128, (8, 3)) if width > 64 else (64, (4, 3))
+        return replace(small, probe_rows=rows, probe=probe, probe_registers=128, dq=(4, 2))
     small = TileConfig(64, 1, None, 32, 32, (4, 1), (8, 1), (8, 1))
     return replace(small, keys=64, rows=64, probe=(4, 2)) if large else small

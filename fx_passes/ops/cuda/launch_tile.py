@@ -12,7 +12,7 @@ from torch import Tensor
 from fx_passes.ops import tile_rule
 from fx_passes.ops.cuda.config import TileConfig, has_large_tiles, padded, tile_config
 from fx_passes.ops.cuda.launch import dense_last, programs_for, shared_arguments
-from fx_passes.ops.cuda.tile_backward import tile_columns, tile_dkdv, tile_dq
+from fx_passes.ops.cuda.tile_backward import tile_columns, tile_dkdv, tile_dq, tile_sums
 from fx_passes.ops.cuda.tile_probe import tile_probe, tile_rows
 from fx_passes.ops.draws import STREAM_TILE, stream_word
 from fx_passes.ops.problem import Gradients, Problem, Softmax
@@ -20,7 +20,7 @@ from fx_passes.ops.tile_ranges import ranges
 from fx_passes.ops.tile_rule import KEYS, PROBED, ROWS
 
 # Programs that take the rest of popular tiles, at most; each leaves partial sums of dK and dV.
-_OVERFLOW = 1024
+_OVERFLOW = 512
 _SHORTEST = 16  # row blocks of one program
 _WALK = 64  # tiles over which the probe walks at a time
 
@@ -142,7 +142,7 @@ def launch_tile_backward(
     order, start = _order(tiles)
     overflow = min(_OVERFLOW, slots // _SHORTEST)
     chunk, over = _split(start, max(overflow, 1))
-    partial = [new((overflow, KEYS, padded(w)), dtype=torch.float32) for w in (d, e)]
+    partial = [new((2 * overflow, KEYS, padded(w)), dtype=torch.float32) for w in (d, e)]
     dquery, dkey, dvalue = new((b, h, m, d)), new((b, groups, n, d)), new((b, groups, n, e))
     used = new((b, h, blocks), dtype=torch.int32)
     broken = tiles.broken.view(b * groups, -1).amax(1)
@@ -170,18 +170,17 @@ def launch_tile_backward(
         )  # fmt: skip
     inverse = tiles.inverse.flatten()[order]
     number = torch.floor_divide(order, capacity, out=new(slots, dtype=torch.int32))
-    for is_overflow, programs in ((True, overflow), (False, tiles.unused)):
-        if programs:
-            tile_dkdv[(programs,)](
-                *inputs,
-                number_ptr=number, inverse_ptr=inverse, start_ptr=start, over_ptr=over, chunk_ptr=chunk,
-                partial_key_ptr=partial[0], partial_value_ptr=partial[1],
-                dkey_ptr=dkey, dvalue_ptr=dvalue, broken_ptr=broken,
-                heads=h, groups=groups, group=problem.group, m=m, n=n, blocks=blocks, tiles=per_head,
-                total=tiles.unused,
-                ROWS=ROWS, BM=sizes.rows, BN=KEYS, WHOLE=m % ROWS == 0, OVERFLOW=is_overflow,
-                num_warps=sizes.dkdv[0], num_stages=sizes.dkdv[1], **shared,
-            )  # fmt: skip
+    split = {"start_ptr": start, "over_ptr": over, "chunk_ptr": chunk, "tiles": per_head, "total": tiles.unused}
+    split |= {"partial_key_ptr": partial[0], "partial_value_ptr": partial[1], "overflow": overflow}
+    split |= {"dkey_ptr": dkey, "dvalue_ptr": dvalue, "broken_ptr": broken}
+    tile_dkdv[(overflow + tiles.unused,)](
+        *inputs, number_ptr=number, inverse_ptr=inverse, heads=h, groups=groups, group=problem.group,
+        m=m, n=n, blocks=blocks, ROWS=ROWS, BM=sizes.rows, BN=KEYS, WHOLE=m % ROWS == 0,
+        num_warps=sizes.dkdv[0], num_stages=sizes.dkdv[1], **split, **shared,
+    )  # fmt: skip
+    if overflow:
+        widths = {name: shared[name] for name in ("grad_scale", "D", "E", "BD", "BE")}
+        tile_sums[(overflow,)](n=n, BN=KEYS, **split, **widths)
     if column is not None:
         bias = new((b, h, 1, n), dtype=torch.float32)
         tile_columns[(b * h * per_head,)](

@@ -23,7 +23,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 COUNTS = [
     "batches", "heads", "groups", "group", "m", "blocks", "tiles", "scratch_tiles", "programs", "capacity", "chunk",
     "first_plane", "row_stream", "tile_stream", "dropout_stream", "dropout_threshold", "packs",
-    "key_planes", "width", "total",
+    "key_planes", "width", "total", "overflow",
 ]  # fmt: skip
 
 

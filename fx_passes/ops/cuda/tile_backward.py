@@ -150,6 +150,42 @@ def tile_dq(
         tl.store(to, tl.load(to, mask=inside, other=0.0) + row_sum, mask=inside)
 
 
+@triton.jit
+def _split_of(program, over_ptr, total):
+    """The tile that a further program works for: `over_ptr` says how many such programs all tiles up to each have."""
+    low = program * 0
+    high = low + total - 1
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(over_ptr + middle) > program:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@triton.jit
+def _store_dkdv(
+    dkey, dvalue, plane, keys, dkey_ptr, dvalue_ptr, broken_ptr, grad_scale, n,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BD)
+    e = tl.arange(0, BE)
+    poison = tl.where(tl.load(broken_ptr + plane) != 0, float("nan"), 0.0)  # a diverged run shows it
+    out = plane * n + keys
+    has_key = keys < n
+    tl.store(
+        dkey_ptr + out[:, None] * D + d[None, :],
+        (dkey * grad_scale + poison).to(dkey_ptr.dtype.element_ty),
+        mask=has_key[:, None] & (d < D)[None, :],
+    )
+    tl.store(
+        dvalue_ptr + out[:, None] * E + e[None, :],
+        (dvalue + poison).to(dvalue_ptr.dtype.element_ty),
+        mask=has_key[:, None] & (e < E)[None, :],
+    )
+
+
 @jit
 def tile_dkdv(
     query_ptr, q_b, q_h, q_m,
@@ -165,16 +201,16 @@ def tile_dkdv(
     grad_scale,
     number_ptr, inverse_ptr, start_ptr, over_ptr, chunk_ptr,
     partial_key_ptr, partial_value_ptr, dkey_ptr, dvalue_ptr, broken_ptr,
-    heads, groups, group, m, n, blocks, tiles, total,
+    heads, groups, group, m, n, blocks, tiles, total, overflow,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
-    WHOLE: tl.constexpr, OVERFLOW: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a tile of keys from the row blocks that keep it.
 
-    Popular tiles are split: an `OVERFLOW` program leaves the partial sums of one chunk behind the first one, and the
-    tile's own program adds them up in their order. BM: rows that are treated at a time, a divisor of ROWS. WHOLE: m is
-    a multiple of ROWS.
+    Popular tiles are split into chunks: the first `overflow` programs take those behind the first one. All leave
+    partial sums then, own ones at the tile's first further program, and `tile_sums` adds them up in their order.
+    BM: rows that are treated at a time, a divisor of ROWS. WHOLE: m is a multiple of ROWS.
     """
     NATURAL: tl.constexpr = bias_ptr is not None or softcap is not None
     dropout_seed = tl.load(dropout_seed_ptr) if dropout_seed_ptr is not None else None
@@ -184,21 +220,21 @@ def tile_dkdv(
         dropout_seed, dropout_stream, dropout_threshold, dropout_inverse,
     )  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
+    further = program < overflow
     chunk = tl.load(chunk_ptr)
-    of = program
-    if OVERFLOW:
-        # The tile whose rest has this program: over_ptr says how many such programs all tiles up to each one have.
+    if further:
         if program >= tl.load(over_ptr + total - 1):
             return
-        low = program * 0
-        high = low + total - 1
-        while low < high:
-            middle = (low + high) // 2
-            if tl.load(over_ptr + middle) > program:
-                high = middle
-            else:
-                low = middle + 1
-        of = low
+        of = _split_of(program, over_ptr, total)
+    else:
+        # The first tiles of all heads first: they are kept by most rows. Then head after head, for what they read
+        # stays in the L2 cache.
+        of = program - overflow
+        planes = total // tiles
+        if of < planes:
+            of = of * tiles
+        else:
+            of = (of - planes) // (tiles - 1) * tiles + 1 + (of - planes) % (tiles - 1)
     plane = of // tiles
     first = (of % tiles * BN).to(tl.int32)
     batch = plane // groups
@@ -216,7 +252,7 @@ def tile_dkdv(
     end = tl.load(start_ptr + of + 1)
     over_end = tl.load(over_ptr + of)
     over_begin = over_end - tl.maximum(end - begin - 1, 0) // chunk
-    if OVERFLOW:
+    if further:
         begin += ((program - over_begin + 1) * chunk).to(begin.dtype)
     end = tl.minimum(end, begin + chunk)
     PARTS: tl.constexpr = ROWS // BM
@@ -250,25 +286,44 @@ def tile_dkdv(
             ratio = capped(product * scale, softcap) / softcap
             dlogit *= 1.0 - ratio * ratio
         dkey = tl.dot(dlogit.to(query.dtype), query, dkey, input_precision=PRECISION)
-    if OVERFLOW:
-        tl.store(partial_key_ptr + (program * BN + lane)[:, None] * BD + d[None, :], dkey)
-        tl.store(partial_value_ptr + (program * BN + lane)[:, None] * BE + e[None, :], dvalue)
+    if further or over_end > over_begin:
+        slot = tl.where(further, overflow + program, over_begin)
+        tl.store(partial_key_ptr + (slot * BN + lane)[:, None] * BD + d[None, :], dkey)
+        tl.store(partial_value_ptr + (slot * BN + lane)[:, None] * BE + e[None, :], dvalue)
     else:
-        for slot in range(over_begin, over_end):
-            dkey += tl.load(partial_key_ptr + (slot * BN + lane)[:, None] * BD + d[None, :])
-            dvalue += tl.load(partial_value_ptr + (slot * BN + lane)[:, None] * BE + e[None, :])
-        poison = tl.where(tl.load(broken_ptr + plane) != 0, float("nan"), 0.0)  # a diverged run shows it
-        out = plane * n + keys
-        tl.store(
-            dkey_ptr + out[:, None] * D + d[None, :],
-            (dkey * grad_scale + poison).to(dkey_ptr.dtype.element_ty),
-            mask=has_key[:, None] & (d < D)[None, :],
-        )
-        tl.store(
-            dvalue_ptr + out[:, None] * E + e[None, :],
-            (dvalue + poison).to(dvalue_ptr.dtype.element_ty),
-            mask=has_key[:, None] & (e < E)[None, :],
-        )
+        _store_dkdv(
+            dkey, dvalue, plane, keys, dkey_ptr, dvalue_ptr, broken_ptr, grad_scale, n, D, E, BD, BE
+        )  # fmt: skip
+
+
+@jit
+def tile_sums(
+    start_ptr, over_ptr, chunk_ptr, partial_key_ptr, partial_value_ptr, dkey_ptr, dvalue_ptr, broken_ptr, grad_scale,
+    n, tiles, total, overflow,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of the popular tiles, from the partial sums of `tile_dkdv`."""
+    program = tl.program_id(0).to(tl.int64)
+    if program >= tl.load(over_ptr + total - 1):
+        return
+    of = _split_of(program, over_ptr, total)
+    over_end = tl.load(over_ptr + of)
+    pairs = tl.load(start_ptr + of + 1) - tl.load(start_ptr + of)
+    over_begin = over_end - tl.maximum(pairs - 1, 0) // tl.load(chunk_ptr)
+    if over_begin != program:  # one program per tile
+        return
+    d = tl.arange(0, BD)
+    e = tl.arange(0, BE)
+    lane = tl.arange(0, BN)
+    dkey = tl.load(partial_key_ptr + (program * BN + lane)[:, None] * BD + d[None, :])
+    dvalue = tl.load(partial_value_ptr + (program * BN + lane)[:, None] * BE + e[None, :])
+    for slot in range(overflow + over_begin, overflow + over_end):
+        dkey += tl.load(partial_key_ptr + (slot * BN + lane)[:, None] * BD + d[None, :])
+        dvalue += tl.load(partial_value_ptr + (slot * BN + lane)[:, None] * BE + e[None, :])
+    keys = (of % tiles * BN).to(tl.int32) + lane
+    _store_dkdv(
+        dkey, dvalue, of // tiles, keys, dkey_ptr, dvalue_ptr, broken_ptr, grad_scale, n, D, E, BD, BE
+    )  # fmt: skip
 
 
 @jit

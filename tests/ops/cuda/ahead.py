@@ -113,7 +113,7 @@ _KERNELS = {
         "attention_rows",
         "attention_delta",
     ),
-    launch_tile: ("tile_rows", "tile_probe", "tile_dq", "tile_dkdv", "tile_columns"),
+    launch_tile: ("tile_rows", "tile_probe", "tile_dq", "tile_dkdv", "tile_sums", "tile_columns"),
 }
 
 
