@@ -172,8 +172,8 @@ def test_long_columns_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(p, 8.0)
     monkeypatch.setattr(launch, "_SHORTEST", 64)
     monkeypatch.setattr(launch, "_LONG", 0)
-    chunk, over, tile = launch._overflow(torch.tensor([0, 100, 100, 356]), 400, 64)
-    assert (chunk, over.tolist(), tile.tolist()) == (64, [0, 1, 1, 4], [0, 2, 2, 2, -1, -1])
+    over, tile = launch.split_long(torch.tensor([0, 100, 100, 356]), 400, 64)
+    assert (over.tolist(), tile.tolist()) == ([0, 1, 1, 4], [0, 2, 2, 2, -1, -1])
     split = run(p, 8.0)
     for name in ("query", "key", "value"):
         assert error(getattr(split["gradients"], name), getattr(whole["gradients"], name)) < 1e-6

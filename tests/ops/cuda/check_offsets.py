@@ -18,7 +18,7 @@ from tests.ops.cuda.calls import check_offsets
 interpreter.install()
 
 
-@pytest.mark.parametrize("sampler", ["systematic", "block"])
+@pytest.mark.parametrize("sampler", ["systematic", "tile"])
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_inputs_spread_over_more_than_int32(dim: int, sampler: str, tmp_path: Path) -> None:
     def allocate(size: int) -> Tensor:
