@@ -37,18 +37,26 @@ def _inputs(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # type: ignore[return-value]
 
 
-def library_forward(problem: Problem) -> tuple[Tensor, Softmax]:
+def library_forward(problem: Problem, exact: bool = True) -> tuple[Tensor, Softmax]:
+    """Out and softmax; unless `exact`, the softmax has the library's own logsumexp, however much is rounded off."""
     s = problem.static
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *_inputs(problem), 0.0, s.right == 0, attn_mask=_mask(problem), scale=s.scale
     )
     softmax = Softmax(lse.contiguous(), torch.ones_like(lse, memory_format=torch.contiguous_format))
+    return out, sharpen(problem, softmax) if exact else softmax
+
+
+def sharpen(problem: Problem, softmax: Softmax) -> Softmax:
+    """With rows of large logits formed again, so that they fit the logits that `tiles` gives, to the bit."""
     large = softmax.maximum.abs() > _LARGE
-    if large.any():
-        for rows in row_blocks(problem):
-            if large[:, :, rows].any():
-                softmax.maximum[:, :, rows], softmax.total[:, :, rows] = row_softmax(problem, rows)
-    return out, softmax
+    if not large.any():
+        return softmax
+    softmax = Softmax(softmax.maximum.clone(), softmax.total.clone())
+    for rows in row_blocks(problem):
+        if large[:, :, rows].any():
+            softmax.maximum[:, :, rows], softmax.total[:, :, rows] = row_softmax(problem, rows)
+    return softmax
 
 
 def library_backward_applies(problem: Problem, softmax: Softmax) -> bool:
