@@ -14,7 +14,7 @@ from torch import Tensor
 from fx_passes.ops.problem import Gradients, Problem, Softmax
 from fx_passes.ops.tiled.dropout import dropout_factor
 from fx_passes.ops.tiled.library import library_applies, library_backward, library_forward
-from fx_passes.ops.tiled.tiles import Tile, _visible, dense_entries, grouped, part, row_blocks
+from fx_passes.ops.tiled.tiles import Tile, _visible, dense_entries, part, row_blocks
 
 # Of any sum, and of a logit. Below them every number here stays finite: weights of kept entries are up to 2^32 times
 # those of the softmax, and beside a logit of finfo.min a score is nothing.
@@ -56,15 +56,19 @@ def _factors(problem: Problem) -> tuple[float, float]:
     return math.copysign(root, problem.static.scale), root
 
 
+def _per_head(x: Tensor, problem: Problem) -> Tensor:
+    """[B, G, N, D] as [B, H, N, D]: in the shapes of eager, sums overflow as there."""
+    return x if problem.group == 1 else x.repeat_interleave(problem.group, 1)
+
+
 def _blocks(problem: Problem, dropout_seed: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor, Tensor]]:
     """Rows, their weights [B, H, m, N], the softcap's slope, the sinks' weights [B, H, m, 1], factor of dropout."""
     s, dtype = problem.static, problem.accumulate_dtype
     (b, h), n = problem.query.shape[:2], problem.key.shape[2]
     keys, (query_factor, key_factor) = slice(0, n), _factors(problem)
-    key = problem.key.to(dtype) * key_factor
+    key = _per_head(problem.key.to(dtype) * key_factor, problem)
     for rows in row_blocks(problem):
-        query = grouped(problem.query[:, :, rows].to(dtype) * query_factor, problem.group)
-        logits, slope = (query @ key.mT).view(b, h, -1, n), None
+        logits, slope = (problem.query[:, :, rows].to(dtype) * query_factor) @ key.mT, None
         if s.softcap:
             tanh = (logits / s.softcap).tanh()
             logits, slope = tanh * s.softcap, 1 - tanh * tanh
@@ -90,9 +94,9 @@ def forward(problem: Problem, dropout_seed: Tensor) -> tuple[Tensor, Softmax]:
     b, h, m, _ = problem.query.shape
     dtype, e = problem.accumulate_dtype, problem.value.shape[-1]
     out = problem.query.new_zeros((b, m, h, e)).transpose(1, 2)
-    value = problem.value.to(dtype)
+    value = _per_head(problem.value.to(dtype), problem)
     for rows, weights, _, _, factor in _blocks(problem, dropout_seed):
-        out[:, :, rows] = (grouped(weights * factor, problem.group) @ value).view(b, h, -1, e).to(out.dtype)
+        out[:, :, rows] = ((weights * factor) @ value).to(out.dtype)
     nothing = problem.query.new_full((b, h, m), torch.nan, dtype=dtype)
     return out, Softmax(nothing, nothing.clone())
 
@@ -119,27 +123,29 @@ def backward(
 def _gradients(problem: Problem, grad: Tensor, dropout_seed: Tensor, bias_grad: bool) -> Gradients:
     dtype, group = problem.accumulate_dtype, problem.group
     query_factor, key_factor = _factors(problem)
-    key, value = problem.key.to(dtype) * key_factor, problem.value.to(dtype)
-    sums = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (problem.query, problem.key, problem.value)]
+    key, value = (_per_head(x.to(dtype), problem) for x in (problem.key, problem.value))
+    key = key * key_factor
+    sums = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (problem.query, key, value)]
     bias = None
     if bias_grad and problem.attn_bias is not None:
         bias = torch.zeros(problem.attn_bias.shape, dtype=dtype, device=grad.device)
     sinks = None if problem.sinks is None else torch.zeros(problem.sinks.shape, dtype=dtype, device=grad.device)
     for rows, weights, slope, sink, factor in _blocks(problem, dropout_seed):
-        grad_rows = grouped(grad[:, :, rows].to(dtype), group)
-        query = grouped(problem.query[:, :, rows].to(dtype) * query_factor, group)
-        grad_weights = (grad_rows @ value.mT).view(weights.shape) * factor
+        grad_rows = grad[:, :, rows].to(dtype)
+        query = problem.query[:, :, rows].to(dtype) * query_factor
+        grad_weights = (grad_rows @ value.mT) * factor
         delta = (grad_weights * weights).sum(-1, keepdim=True)
-        sums[2] += grouped(weights * factor, group).mT @ grad_rows
+        sums[2] += (weights * factor).mT @ grad_rows
         grad_logits = weights * (grad_weights - delta)
         if bias is not None:
             target = part(bias, rows, slice(0, weights.shape[-1]))
             target += grad_logits.sum_to_size(target.shape)
         if sinks is not None:
             sinks -= (sink * delta).sum((0, 2, 3))
-        flat = grouped(grad_logits if slope is None else grad_logits * slope, group)
-        sums[0][:, :, rows] = (flat @ key * query_factor).view(*weights.shape[:3], -1)
-        sums[1] += flat.mT @ query * key_factor
+        grad_products = grad_logits if slope is None else grad_logits * slope
+        sums[0][:, :, rows] = grad_products @ key * query_factor
+        sums[1] += grad_products.mT @ query * key_factor
+    sums[1:] = [x.unflatten(1, (-1, group)).sum(2) for x in sums[1:]]
     found = [x.to(y.dtype) for x, y in zip(sums, (problem.query, problem.key, problem.value), strict=True)]
     if bias is not None and problem.attn_bias is not None:
         bias = bias.to(problem.attn_bias.dtype)
