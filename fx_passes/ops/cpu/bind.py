@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_passes.ops.cpu.build import BuildError, arch, library_path
+from fx_passes.ops.cpu.build import BuildError, arch
 from fx_passes.ops.draws import STREAM_DROPOUT, STREAM_ROW, stream_word
 from fx_passes.ops.problem import Problem
 
@@ -79,7 +79,11 @@ class _Backward(Structure):
 def library() -> ctypes.CDLL | None:
     """The native kernel; None, after one warning, where it cannot be had."""
     try:
-        found = ctypes.CDLL(str(library_path(arch())))
+        if os.name != "posix":
+            raise BuildError("it is for Linux and macOS")
+        from fx_passes.ops.cpu import cache
+
+        found = cache.load(arch())
     except (BuildError, OSError) as error:
         warnings.warn(
             f"sus_attention has no native CPU kernel here and uses its slower PyTorch path: {error}", stacklevel=2

@@ -145,7 +145,7 @@ def _gradients(problem: Problem, grad: Tensor, dropout_seed: Tensor, bias_grad: 
         grad_products = grad_logits if slope is None else grad_logits * slope
         sums[0][:, :, rows] = grad_products @ key * query_factor
         sums[1] += grad_products.mT @ query * key_factor
-    sums[1:] = [x.unflatten(1, (-1, group)).sum(2) for x in sums[1:]]
+    sums[1:] = [x.view(x.shape[0], -1, group, *x.shape[2:]).sum(2) for x in sums[1:]]
     found = [x.to(y.dtype) for x, y in zip(sums, (problem.query, problem.key, problem.value), strict=True)]
     if bias is not None and problem.attn_bias is not None:
         bias = bias.to(problem.attn_bias.dtype)
