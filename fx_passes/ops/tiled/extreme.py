@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fx_passes.ops.problem import Gradients, Problem, Softmax
 from fx_passes.ops.tiled.dropout import dropout_factor
-from fx_passes.ops.tiled.library import library_applies, library_backward, library_forward
+from fx_passes.ops.tiled.library import eager_takes_library, library_backward, library_forward
 from fx_passes.ops.tiled.tiles import Tile, _visible, dense_entries, part, row_blocks
 
 # Of any sum, and of a logit. Below them every number here stays finite: weights of kept entries are up to 2^32 times
@@ -31,7 +31,7 @@ def _peak(x: Tensor | None, hidden: bool = False) -> float:
 
 
 def in_range(problem: Problem, grad: Tensor | None = None, out: Tensor | None = None) -> bool:
-    """Whether no step of forward and, with dO and O, backward can overflow, whatever is kept."""
+    """Whether no step of forward and, with dO and O, backward can overflow, whatever is kept; scales count as well."""
     s, (b, h, m, d), (_, _, n, e) = problem.static, problem.query.shape, problem.value.shape
     largest, largest_logit = _LARGEST[problem.accumulate_dtype]
     query, key, value = _peak(problem.query), _peak(problem.key), _peak(problem.value)
@@ -47,7 +47,8 @@ def in_range(problem: Problem, grad: Tensor | None = None, out: Tensor | None = 
         logit_grad = e * grad_peak * max(value * factor, _peak(out))
         sums += [rows * grad_peak * factor, logit_grad * b * rows]
         sums += [logit_grad * abs(s.scale) * key, logit_grad * abs(s.scale) * rows * query]
-    return logit <= largest_logit and all(x <= largest for x in sums)  # False for NaN
+    lost = s.scale == 0 or abs(s.scale) * largest < 1  # times minus infinity is NaN, once float32 makes it zero
+    return not lost and logit <= largest_logit and all(x <= largest for x in sums)  # False for NaN
 
 
 def _factors(problem: Problem) -> tuple[float, float]:
@@ -90,7 +91,9 @@ def _blocks(problem: Problem, dropout_seed: Tensor) -> Iterator[tuple[slice, Ten
 
 
 def forward(problem: Problem, dropout_seed: Tensor) -> tuple[Tensor, Softmax]:
-    """As `tiled.forward`. The softmax is a mere NaN: `backward` forms it again."""
+    """As `tiled.forward`. The softmax may be a mere NaN: `backward` forms it again."""
+    if eager_takes_library(problem):
+        return library_forward(problem, exact=False)
     b, h, m, _ = problem.query.shape
     dtype, e = problem.accumulate_dtype, problem.value.shape[-1]
     out = problem.query.new_zeros((b, m, h, e)).transpose(1, 2)
@@ -109,7 +112,7 @@ def backward(
     The library's own where it has NaN for a reason: its logsumexp has no room for the sum of weights beside a large
     maximum, so where all is finite, the gradients are formed here.
     """
-    if bias_grad or not library_applies(problem):
+    if bias_grad or not eager_takes_library(problem):
         return _gradients(problem, grad, dropout_seed, bias_grad), dense_entries(problem)
     inputs = (problem.query, problem.key, problem.value, grad, out)
     if all(math.isfinite(_peak(x)) for x in inputs):

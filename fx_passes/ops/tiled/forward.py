@@ -14,12 +14,9 @@ from fx_passes.ops.tiled.tiles import grouped, row_blocks, row_softmax, tiles
 
 def forward(problem: Problem, dropout_seed: Tensor) -> tuple[Tensor, Softmax]:
     """Out [B, H, M, E] in the query's dtype, and the softmax of every row."""
-    library = library_applies(problem)
-    # Eager has another kernel where a bias wants a gradient, and other NaNs.
-    own = not library or (problem.attn_bias is not None and problem.attn_bias.requires_grad)
-    if own and not extreme.in_range(problem):
+    if not extreme.in_range(problem):
         return extreme.forward(problem, dropout_seed)
-    if library:
+    if library_applies(problem):
         return library_forward(problem)
     return _tiled(problem, dropout_seed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from fx_passes.ops.problem import Gradients, Problem, Softmax
 from fx_passes.ops.tiled.tiles import dense_entries, row_blocks, row_softmax
@@ -20,6 +21,16 @@ def library_applies(problem: Problem) -> bool:
     plain = plain and s.softcap == 0 and s.dropout_p == 0
     sizes = q.shape[-1] == problem.value.shape[-1] and q.numel() > 0 and problem.key.numel() > 0
     return q.device.type == "cpu" and band and plain and sizes
+
+
+def eager_takes_library(problem: Problem) -> bool:
+    """Whether F.scaled_dot_product_attention computes this problem by that kernel: the formula's NaNs lie elsewhere."""
+    if not library_applies(problem):
+        return False
+    mask = problem.attn_mask if problem.attn_bias is None else problem.attn_bias
+    tensors, s = (problem.query, problem.key, problem.value, mask), problem.static
+    choice = torch._fused_sdp_choice(*tensors, 0.0, s.right == 0, scale=s.scale, enable_gqa=True)
+    return choice == SDPBackend.FLASH_ATTENTION.value
 
 
 def _mask(problem: Problem) -> Tensor | None:
