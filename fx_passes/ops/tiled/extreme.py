@@ -51,10 +51,12 @@ def in_range(problem: Problem, grad: Tensor | None = None, out: Tensor | None = 
     return not lost and logit <= largest_logit and all(x <= largest for x in sums)  # False for NaN
 
 
-def _factors(problem: Problem) -> tuple[float, float]:
-    """The scale's share of query and of key, as F.scaled_dot_product_attention splits it."""
+def _factors(problem: Problem) -> tuple[float, float, float]:
+    """The scale's share of query, key and their products, as F.scaled_dot_product_attention splits it."""
+    if eager_takes_library(problem):
+        return 1.0, 1.0, problem.static.scale
     root = math.sqrt(abs(problem.static.scale))
-    return math.copysign(root, problem.static.scale), root
+    return math.copysign(root, problem.static.scale), root, 1.0
 
 
 def _per_head(x: Tensor, problem: Problem) -> Tensor:
@@ -66,10 +68,10 @@ def _blocks(problem: Problem, dropout_seed: Tensor) -> Iterator[tuple[slice, Ten
     """Rows, their weights [B, H, m, N], the softcap's slope, the sinks' weights [B, H, m, 1], factor of dropout."""
     s, dtype = problem.static, problem.accumulate_dtype
     (b, h), n = problem.query.shape[:2], problem.key.shape[2]
-    keys, (query_factor, key_factor) = slice(0, n), _factors(problem)
+    keys, (query_factor, key_factor, factor_of_both) = slice(0, n), _factors(problem)
     key = _per_head(problem.key.to(dtype) * key_factor, problem)
     for rows in row_blocks(problem):
-        logits, slope = (problem.query[:, :, rows].to(dtype) * query_factor) @ key.mT, None
+        logits, slope = (problem.query[:, :, rows].to(dtype) * query_factor) @ key.mT * factor_of_both, None
         if s.softcap:
             tanh = (logits / s.softcap).tanh()
             logits, slope = tanh * s.softcap, 1 - tanh * tanh
@@ -125,7 +127,7 @@ def backward(
 
 def _gradients(problem: Problem, grad: Tensor, dropout_seed: Tensor, bias_grad: bool) -> Gradients:
     dtype, group = problem.accumulate_dtype, problem.group
-    query_factor, key_factor = _factors(problem)
+    query_factor, key_factor, factor_of_both = _factors(problem)
     key, value = (_per_head(x.to(dtype), problem) for x in (problem.key, problem.value))
     key = key * key_factor
     sums = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (problem.query, key, value)]
@@ -146,8 +148,8 @@ def _gradients(problem: Problem, grad: Tensor, dropout_seed: Tensor, bias_grad: 
         if sinks is not None:
             sinks -= (sink * delta).sum((0, 2, 3))
         grad_products = grad_logits if slope is None else grad_logits * slope
-        sums[0][:, :, rows] = grad_products @ key * query_factor
-        sums[1] += grad_products.mT @ query * key_factor
+        sums[0][:, :, rows] = grad_products @ key * (query_factor * factor_of_both)
+        sums[1] += grad_products.mT @ query * (key_factor * factor_of_both)
     sums[1:] = [x.view(x.shape[0], -1, group, *x.shape[2:]).sum(2) for x in sums[1:]]
     found = [x.to(y.dtype) for x, y in zip(sums, (problem.query, problem.key, problem.value), strict=True)]
     if bias is not None and problem.attn_bias is not None:
