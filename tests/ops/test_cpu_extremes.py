@@ -85,8 +85,9 @@ def check(call: Call, c: float) -> None:
         assert ours.shape == theirs.shape
         assert ours.dtype == theirs.dtype
         finite = theirs.isfinite()
-        if not (spoiled and noise > 0.1):  # then eager's own rounding decides what overflows
-            assert ours[finite].isfinite().all(), f"{name} is finite in eager"
+        if spoiled and noise > 0.1 and name != "out":  # eager's own rounding decides what overflows
+            continue
+        assert ours[finite].isfinite().all(), f"{name} is finite in eager"
         # An estimate need not be too large for float16 where the exact gradient is.
         held = true if dtype == torch.float16 and c < INF else true.to(dtype)
         expected = ~finite & ~held.isfinite()
