@@ -81,6 +81,10 @@ def check(call: Call, c: float) -> None:
         noise *= 2.0**-29
     inputs = (call.query, call.key, call.value, call.grad)
     spoiled = not all(bool(x.isfinite().all()) for x in inputs)
+    # The library's kernel multiplies the causal mask by such scales; what it makes of it depends on the block.
+    if call.is_causal and call.scale is not None and call.scale <= 1e-30 and spoiled:
+        return
+    large = call.scale is not None and abs(call.scale) > 1e10  # of subnormal products, which kernels may flush
     for name, theirs, true, ours in zip(NAMES, eager, exact, found, strict=False):
         assert ours.shape == theirs.shape
         assert ours.dtype == theirs.dtype
@@ -92,7 +96,7 @@ def check(call: Call, c: float) -> None:
         held = true if dtype == torch.float16 and c < INF else true.to(dtype)
         expected = ~finite & ~held.isfinite()
         assert not ours[expected].isfinite().any(), f"{name} is not finite in eager"
-        if noise < 0.01 and not spoiled and (name == "out" or c > 1e20):
+        if noise < 0.01 and not spoiled and not large and (name == "out" or c > 1e20):
             largest = max(float(x.abs().max()) if x.numel() else 0.0 for x in (theirs[finite], true[true.isfinite()]))
             terms = largest if name == "out" else max(largest, gradient_terms(call, name))
             # Eager's own value will do: where all of a row overflows, it may be zero.
@@ -166,6 +170,11 @@ EXTREMES = {
     "scale that overflows": replace(BASE, scale=1e39),
     "no scale": replace(BASE, scale=0.0),
     "negative scale": replace(BASE, scale=-1e5),
+    "negative scale, causal": replace(BASE, scale=-1.0, is_causal=True),
+    "negative scale, causal, other strides": replace(BASE, scale=-1.0, is_causal=True, value=normal(1, 2, 16, 300).mT),
+    "scale that float32 does not hold, causal, other strides": replace(
+        BASE, scale=1e-46, is_causal=True, value=normal(1, 2, 16, 300).mT
+    ),
     **{
         f"{value} in {name}{', causal' if causal else ''}": replace(
             BASE, **{name: with_one(getattr(BASE, name), value), "is_causal": causal}
@@ -221,6 +230,17 @@ def test_a_nan_in_a_query_poisons_all_gradients(c: float) -> None:
     assert dk[0, 0].isnan().all()
     assert dv[0, 0].isnan().all()
     assert dv[0, 1].isfinite().all()  # the other head
+
+
+@pytest.mark.parametrize("scale", [-1.0, 1e-46, 0.0])
+@pytest.mark.parametrize("c", [INF, 8.0])
+def test_causal_scales_of_which_the_library_makes_nan(scale: float, c: float) -> None:
+    call = replace(BASE, scale=scale, is_causal=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = call.run(F.scaled_dot_product_attention, torch.float64)
+    found = call.run(sus_attention, c=c, seed=0)
+    torch.testing.assert_close(found[0].double(), exact[0], atol=1e-5, rtol=1e-4)
+    assert all(x.isfinite().all() for x in found)
 
 
 def test_overlapping_and_expanded_inputs() -> None:

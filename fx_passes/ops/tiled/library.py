@@ -20,7 +20,9 @@ def library_applies(problem: Problem) -> bool:
     plain = problem.sinks is None and problem.query_ids is None and problem.prefix is None
     plain = plain and s.softcap == 0 and s.dropout_p == 0
     sizes = q.shape[-1] == problem.value.shape[-1] and q.numel() > 0 and problem.key.numel() > 0
-    return q.device.type == "cpu" and band and plain and sizes
+    # The kernel multiplies the causal mask's -inf by the scale, in float32: a NaN for what is zero there or below.
+    scale = s.right is None or s.scale > 1e-30
+    return q.device.type == "cpu" and band and plain and sizes and scale
 
 
 def eager_takes_library(problem: Problem) -> bool:
