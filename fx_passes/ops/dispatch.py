@@ -45,7 +45,10 @@ def forward(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> 
     elif problem.static.sampler != "systematic":
         _note(problem, f"backward: sampler {problem.static.sampler!r}")
     if native and problem.static.forward == "auto" and problem.static.sampler != "tile":
-        return cpu.forward(problem, c, seed, dropout_seed)
+        found = cpu.forward(problem, c, seed, dropout_seed)
+        if found is not None:
+            return found
+        _note(problem, "infinite, NaN or near overflow")
     out, softmax = tiled.forward(problem, dropout_seed)
     if not out.transpose(1, 2).is_contiguous():  # the layout that the fake implementation promises
         out = out.transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,8 +1,9 @@
-"""Building, caching and loading of the native CPU kernel, and what happens where that fails."""
+"""Building and loading of the native CPU kernel, and what happens where that fails. Its cache: test_cpu_cache.py."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from fx_passes import sus_attention
-from fx_passes.ops.cpu import bind, build
+from fx_passes.ops.cpu import bind, build, cache
 
 needs_compiler = pytest.mark.skipif(bind.library() is None, reason="no C++ compiler")
 
@@ -29,9 +30,9 @@ print(float(q.grad.norm()))
 """
 
 
-def start(**environment: str) -> subprocess.Popen[str]:
+def start(program: str = USE, **environment: str) -> subprocess.Popen[str]:
     variables = {**os.environ, **environment}
-    command = [sys.executable, "-c", USE]
+    command = [sys.executable, "-c", program]
     return subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -42,54 +43,93 @@ def result(process: subprocess.Popen[str]) -> tuple[float, str]:
 
 
 @needs_compiler
-def test_processes_that_build_at_once(tmp_path: Path) -> None:
-    found = [result(p) for p in [start(SUS_CACHE_DIR=str(tmp_path)) for _ in range(3)]]
-    assert len({norm for norm, _ in found}) == 1
-    assert not any("PyTorch path" in err for _, err in found)
-    assert len(list(tmp_path.iterdir())) == 1  # one library, no left-overs
-
-
-@needs_compiler
 @pytest.mark.parametrize("arch", ARCHES)
-def test_every_instruction_set_gives_the_same(arch: str) -> None:
+def test_every_instruction_set_gives_the_same(arch: str, tmp_path: Path) -> None:
     environment = {"SUS_CPU_ARCH": arch}
     if ARCHES.index(arch) > ARCHES.index(build.arch()):
         if arch != "avx512" or build.arch() != "avx2":
             pytest.skip("this machine does not have it")
-        environment["CXX"] = str(EMULATED_AVX512)
+        environment |= {
+            "CXX": str(EMULATED_AVX512), "SUS_CPU_EMULATED": "avx512", "SUS_CACHE_DIR": str(tmp_path / "cache")
+        }  # fmt: skip
     norm, err = result(start(**environment))
     assert "PyTorch path" not in err
     assert norm == pytest.approx(result(start())[0], rel=0.02)
 
 
 def test_without_a_compiler_one_warning(tmp_path: Path) -> None:
-    norm, err = result(start(CXX="no-such-compiler", SUS_CACHE_DIR=str(tmp_path)))
+    norm, err = result(start(CXX="no-such-compiler", SUS_CACHE_DIR=str(tmp_path / "cache")))
     assert err.count("no native CPU kernel") == 1
     assert "no-such-compiler not found" in err
     assert norm == pytest.approx(result(start())[0], rel=0.02)  # the same draws
 
 
-def test_a_compiler_that_fails(tmp_path: Path) -> None:
-    compiler = tmp_path / "broken"
-    compiler.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    _, err = result(start(CXX=str(compiler), SUS_CACHE_DIR=str(tmp_path / "cache")))
-    assert "this compiler is broken" in err
+def compiler(tmp_path: Path, script: str) -> str:
+    """Path of a compiler that is a shell script."""
+    path = tmp_path / "compiler"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo this compiler is broken >&2; exit 1", "this compiler is broken"),
+        ("echo no space in here >&2", "wrote no library:\nno space in here"),
+        ('for target; do :; done; echo no library > "$target"', "does not load"),
+        ('for target; do :; done; exec g++ -shared -x c++ /dev/null -o "$target"', "undefined symbol: sus_forward"),
+        ("kill -9 $$", "failed"),
+    ],
+)
+def test_a_compiler_that_fails(tmp_path: Path, script: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler(tmp_path, script))
+    monkeypatch.setenv("SUS_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(build.BuildError, match=re.escape(message)):
+        cache.load(build.arch())
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    _, err = result(start(SUS_CACHE_DIR=str(tmp_path / "file" / "below")))
-    if bind.library() is not None:
-        assert "cannot write" in err
-        assert "SUS_CACHE_DIR" in err
+@pytest.mark.parametrize("cxx", ["-pipe", "   -g0 '-DNAME=\"a b\"'"])
+def test_compilers_with_arguments(tmp_path: Path, cxx: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = f'echo "$1" "$2" > {tmp_path}/arguments; for target; do :; done; echo > "$target"'
+    monkeypatch.setenv("CXX", f"{compiler(tmp_path, script)} {cxx}")
+    assert build.compile_library("plain", str(tmp_path)) == b"\n"
+    assert (tmp_path / "arguments").read_text().startswith(cxx.replace("'", "").strip())
+
+
+@needs_compiler
+def test_a_real_compiler_with_an_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ -pipe")
+    assert build.compile_library("plain", str(tmp_path)).startswith(b"\x7fELF")
+
+
+def test_a_compiler_that_is_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ 'unbalanced")
+    with pytest.raises(build.BuildError, match=r"CXX is .*unbalanced.*No closing quotation"):
+        build.find_compiler()
 
 
 def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUS_CPU_ARCH", "sse9")
     with pytest.raises(ValueError, match="sse9"):
         build.arch()
+
+
+def test_an_instruction_set_that_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine whose processor lists nothing but what plain code needs."""
+    read = Path.read_text
+
+    def read_text(path: Path, *args: str) -> str:
+        return "flags : fpu sse2 avx2 fma\n" if str(path) == "/proc/cpuinfo" else read(path, *args)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    for wanted, lacks in (("avx512", "avx512f, avx512dq"), ("avx2", "f16c")):
+        monkeypatch.setenv("SUS_CPU_ARCH", wanted)
+        with pytest.raises(ValueError, match=f"{wanted}.*this machine has no {lacks}.*it can run: plain"):
+            build.arch()
+    monkeypatch.delenv("SUS_CPU_ARCH")
+    assert build.arch() == "plain"  # whatever PyTorch says
 
 
 def _work() -> list[float]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_passes.ops.cpu.build import BuildError, arch, library_path
+from fx_passes.ops.cpu.build import BuildError, arch
 from fx_passes.ops.draws import STREAM_DROPOUT, STREAM_ROW, stream_word
 from fx_passes.ops.problem import Problem
 
@@ -79,7 +79,11 @@ class _Backward(Structure):
 def library() -> ctypes.CDLL | None:
     """The native kernel; None, after one warning, where it cannot be had."""
     try:
-        found = ctypes.CDLL(str(library_path(arch())))
+        if os.name != "posix":
+            raise BuildError("it is for Linux and macOS")
+        from fx_passes.ops.cpu import cache
+
+        found = cache.load(arch())
     except (BuildError, OSError) as error:
         warnings.warn(
             f"sus_attention has no native CPU kernel here and uses its slower PyTorch path: {error}", stacklevel=2
@@ -88,6 +92,7 @@ def library() -> ctypes.CDLL | None:
     found.sus_forward.argtypes, found.sus_forward.restype = [POINTER(_Forward)], c_void_p
     found.sus_backward.argtypes, found.sus_backward.restype = [POINTER(_Backward)], ctypes.c_int
     found.sus_release_memory.argtypes, found.sus_release_memory.restype = [], c_int64
+    found.sus_lists_usable.argtypes, found.sus_lists_usable.restype = [c_void_p], ctypes.c_int
     found.sus_lists_count.argtypes, found.sus_lists_count.restype = [c_void_p], c_int64
     found.sus_lists_export.argtypes, found.sus_lists_export.restype = [*(c_void_p,) * 4, c_int32], None
     found.sus_lists_free.argtypes, found.sus_lists_free.restype = [c_void_p], None
@@ -141,8 +146,8 @@ def call(problem: Problem) -> _Call:
     widths = (q.shape[3], v.shape[3])
     padded = (-(-width // LANES) * LANES for width in widths)
     sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], *padded, *widths)
-    left = _NO_BOUND if s.left is None else s.left - problem.diagonal
-    right = _NO_BOUND if s.right is None else s.right + problem.diagonal
+    left = _NO_BOUND if s.left is None else min(s.left - problem.diagonal, _NO_BOUND)
+    right = _NO_BOUND if s.right is None else min(s.right + problem.diagonal, _NO_BOUND)
     per_key: tuple[int | None, int, int] = (None, 0, 0)
     if mask is not None and is_per_key(mask):
         where, strides = _broadcast(mask)
@@ -161,6 +166,7 @@ class Lists:
 
     def __init__(self, native: ctypes.CDLL, handle: int) -> None:
         self._native, self._handle = native, handle
+        self.usable = bool(native.sus_lists_usable(handle))  # False: numbers beyond src/range.inc, and no results
         self.count: int = native.sus_lists_count(handle)
 
     def __enter__(self) -> Lists:
@@ -206,9 +212,14 @@ def backward(
     lists: tuple[Tensor, Tensor, Tensor],
     gradients: tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None,
-) -> None:
-    """Fills the gradients of query, key, value and, if wanted, of the bias from lists (offsets, keys, weights)."""
+) -> bool:
+    """Fills the gradients of query, key, value and, if wanted, of the bias from lists (offsets, keys, weights).
+
+    False for numbers beyond src/range.inc: the gradients are then of no use.
+    """
     pointers = (grad.data_ptr(), out.data_ptr(), _strides(grad), _strides(out))
     args = _Backward(call(problem), *pointers, *(x.data_ptr() for x in (*lists, *gradients)), *_broadcast(bias))
-    if native.sus_backward(byref(args)):
+    status: int = native.sus_backward(byref(args))
+    if status == 1:
         raise MemoryError("sus_attention: out of memory in the backward")
+    return status == 0

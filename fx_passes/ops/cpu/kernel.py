@@ -14,13 +14,14 @@ from fx_passes.ops.problem import Gradients, Problem, Softmax, sink_gradient, si
 
 _LARGEST_WIDTH = 256
 _LARGEST_C = float(1 << 30)  # that of tiled.backward
+_FACTORS = (1e-10, 1e10)  # of scale and softcap; src/range.inc counts on it
 
 
 def unsupported(problem: Problem) -> str | None:
     """Why the native kernel does not compute this problem, or None if it does.
 
     It takes float32, bfloat16 or float16; head_dim and value dim up to 256; masks, biases, document ids, softcap,
-    sinks, windows, prefixes (without a left bound) and dropout; a positive scale.
+    sinks, windows, prefixes (without a left bound) and dropout; scales and softcaps from 1e-10 to 1e10.
     """
     q, k, v, s = problem.query, problem.key, problem.value, problem.static
     if q.device.type != "cpu":
@@ -29,7 +30,8 @@ def unsupported(problem: Problem) -> str | None:
         return str(q.dtype)
     features = {
         "prefix and a left bound": problem.prefix is not None and s.left is not None,  # a row would see two ranges
-        f"scale {s.scale:g}": not s.scale > 0,
+        f"scale {s.scale:g}": not _FACTORS[0] <= s.scale <= _FACTORS[1],
+        f"softcap {s.softcap:g}": s.softcap != 0 and not _FACTORS[0] <= s.softcap <= _FACTORS[1],
         "empty tensors": q.numel() == 0 or k.numel() == 0,
         f"{k.shape[2]} keys": k.shape[2] >= 1 << 31,
     }
@@ -80,18 +82,23 @@ def _empty_softmax(problem: Problem) -> Softmax:
     return Softmax(*(problem.query.new_empty(shape, dtype=torch.float32) for _ in range(2)))
 
 
-def forward(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> tuple[Tensor, Softmax, Tensor]:
-    """Out [B, H, M, E] (heads and rows swapped in memory), softmax, and the cache of kept entries."""
+def forward(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> tuple[Tensor, Softmax, Tensor] | None:
+    """Out [B, H, M, E] (heads and rows swapped in memory), softmax, and the cache of kept entries.
+
+    None where numbers are so large that a sum may overflow, infinite (but biases of -inf) or NaN: see src/range.inc.
+    """
     q, v = problem.query, problem.value
     b, h, m, _ = q.shape
     out = q.new_empty((b, m, h, v.shape[-1])).transpose(1, 2)
     softmax = _empty_softmax(problem)
-    return out, softmax, _run(problem, c, seed, dropout_seed, out, softmax)
+    cache = _run(problem, c, seed, dropout_seed, out, softmax)
+    return None if cache is None else (out, softmax, cache)
 
 
 def sample(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> Tensor:
     """The cache of kept entries for a forward that another kernel computed: one more pass over the logits."""
-    return _run(problem, c, seed, dropout_seed, None, None) if samples(problem, c) else kept.empty()
+    cache = _run(problem, c, seed, dropout_seed, None, None) if samples(problem, c) else None
+    return kept.empty() if cache is None else cache
 
 
 def _draw(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> kept.Draw:
@@ -101,7 +108,7 @@ def _draw(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> ke
 
 def _run(
     problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor, out: Tensor | None, softmax: Softmax | None
-) -> Tensor:
+) -> Tensor | None:
     wanted = samples(problem, c)
     draw = _draw(problem, c, seed, dropout_seed)
     if softmax is None and problem.sinks is not None:
@@ -109,6 +116,8 @@ def _run(
     rows = (None, None) if softmax is None else (softmax.maximum, softmax.total)
     limit = draw.c if wanted else 0.0
     with bind.forward(_native(), _as_read(problem), limit, draw.seed, draw.dropout_seed, out, *rows) as lists:
+        if not lists.usable:
+            return None
         if not wanted:
             return kept.empty()
         cache, parts = kept.allocate(problem, lists.count, draw)
@@ -128,7 +137,7 @@ def backward(
     dropout_seed: Tensor,
     bias_grad: bool,
 ) -> tuple[Gradients, int] | None:
-    """Gradients and the number of entries used; None if the cache is lost or was never filled."""
+    """Gradients and the number of entries used; None if the cache is lost or was never filled, or as in `forward`."""
     if not samples(problem, c):
         return None
     parts = kept.unpack(cache, problem, _draw(problem, c, seed, dropout_seed))
@@ -142,7 +151,9 @@ def backward(
     # Kept weights have biases, ids, prefixes and sinks in them.
     read = _as_read(replace(problem, attn_bias=None, query_ids=None, key_ids=None, prefix=None, sinks=None))
     lists = (parts.offsets, parts.keys, parts.weights)
-    bind.backward(_native(), read, _unit(grad), _unit(out), lists, (query, key, value), bias)
+    gradients = (query, key, value)
+    if not bind.backward(_native(), read, _unit(grad), _unit(out), lists, gradients, bias) or _overflowed(gradients):
+        return None
     sinks = None
     if problem.sinks is not None:
         delta = torch.linalg.vecdot(grad.float(), out.float())
@@ -150,6 +161,11 @@ def backward(
     if bias is not None and problem.attn_bias is not None:
         bias = bias.to(problem.attn_bias.dtype)
     return Gradients(query, key, value, bias, sinks), len(parts.keys)
+
+
+def _overflowed(gradients: tuple[Tensor, ...]) -> bool:
+    """Whether float16 was too small for an estimate, although it may hold the exact gradient."""
+    return any(x.dtype == torch.float16 and not bool(x.isfinite().all()) for x in gradients)
 
 
 def release_memory() -> int:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops.problem import Gradients, Problem, Softmax, sink_gradient, sink_weights
+from fx_passes.ops.tiled import extreme
 from fx_passes.ops.tiled.dropout import dropout_factor
+from fx_passes.ops.tiled.library import sharpen
 from fx_passes.ops.tiled.sample import Entries, independent, row_offsets, systematic
 from fx_passes.ops.tiled.sums import Sums
 from fx_passes.ops.tiled.tile import add_tiles
@@ -30,6 +32,9 @@ def backward(
     bias_grad: bool,
 ) -> tuple[Gradients, int]:
     """Gradients, and the number of entries used. Arguments as in `schema.attention_backward`."""
+    if not extreme.in_range(problem, grad, out):
+        return extreme.backward(problem, grad, out, dropout_seed, bias_grad)
+    softmax = sharpen(problem, softmax)
     dtype = problem.accumulate_dtype
     query, key, value = (
         torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (problem.query, problem.key, problem.value)

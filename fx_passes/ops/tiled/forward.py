@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops.problem import Problem, Softmax
+from fx_passes.ops.tiled import extreme
 from fx_passes.ops.tiled.dropout import dropout_factor
 from fx_passes.ops.tiled.library import library_applies, library_forward
 from fx_passes.ops.tiled.tiles import grouped, row_blocks, row_softmax, tiles
@@ -13,6 +14,8 @@ from fx_passes.ops.tiled.tiles import grouped, row_blocks, row_softmax, tiles
 
 def forward(problem: Problem, dropout_seed: Tensor) -> tuple[Tensor, Softmax]:
     """Out [B, H, M, E] in the query's dtype, and the softmax of every row."""
+    if not extreme.in_range(problem):
+        return extreme.forward(problem, dropout_seed)
     if library_applies(problem):
         return library_forward(problem)
     return _tiled(problem, dropout_seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from fx_passes.ops.problem import Gradients, Problem, Softmax
 from fx_passes.ops.tiled.tiles import dense_entries, row_blocks, row_softmax
@@ -19,7 +20,19 @@ def library_applies(problem: Problem) -> bool:
     plain = problem.sinks is None and problem.query_ids is None and problem.prefix is None
     plain = plain and s.softcap == 0 and s.dropout_p == 0
     sizes = q.shape[-1] == problem.value.shape[-1] and q.numel() > 0 and problem.key.numel() > 0
-    return q.device.type == "cpu" and band and plain and sizes
+    # The kernel multiplies the causal mask's -inf by the scale, in float32: a NaN for what is zero there or below.
+    scale = s.right is None or s.scale > 1e-30
+    return q.device.type == "cpu" and band and plain and sizes and scale
+
+
+def eager_takes_library(problem: Problem) -> bool:
+    """Whether F.scaled_dot_product_attention computes this problem by that kernel: the formula's NaNs lie elsewhere."""
+    if not library_applies(problem):
+        return False
+    mask = problem.attn_mask if problem.attn_bias is None else problem.attn_bias
+    tensors, s = (problem.query, problem.key, problem.value, mask), problem.static
+    choice = torch._fused_sdp_choice(*tensors, 0.0, s.right == 0, scale=s.scale, enable_gqa=True)
+    return choice == SDPBackend.FLASH_ATTENTION.value
 
 
 def _mask(problem: Problem) -> Tensor | None:
@@ -37,18 +50,26 @@ def _inputs(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # type: ignore[return-value]
 
 
-def library_forward(problem: Problem) -> tuple[Tensor, Softmax]:
+def library_forward(problem: Problem, exact: bool = True) -> tuple[Tensor, Softmax]:
+    """Out and softmax; unless `exact`, the softmax has the library's own logsumexp, however much is rounded off."""
     s = problem.static
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *_inputs(problem), 0.0, s.right == 0, attn_mask=_mask(problem), scale=s.scale
     )
     softmax = Softmax(lse.contiguous(), torch.ones_like(lse, memory_format=torch.contiguous_format))
+    return out, sharpen(problem, softmax) if exact else softmax
+
+
+def sharpen(problem: Problem, softmax: Softmax) -> Softmax:
+    """With rows of large logits formed again, so that they fit the logits that `tiles` gives, to the bit."""
     large = softmax.maximum.abs() > _LARGE
-    if large.any():
-        for rows in row_blocks(problem):
-            if large[:, :, rows].any():
-                softmax.maximum[:, :, rows], softmax.total[:, :, rows] = row_softmax(problem, rows)
-    return out, softmax
+    if not large.any():
+        return softmax
+    softmax = Softmax(softmax.maximum.clone(), softmax.total.clone())
+    for rows in row_blocks(problem):
+        if large[:, :, rows].any():
+            softmax.maximum[:, :, rows], softmax.total[:, :, rows] = row_softmax(problem, rows)
+    return softmax
 
 
 def library_backward_applies(problem: Problem, softmax: Softmax) -> bool:

@@ -70,9 +70,10 @@ struct SusBackward {
 struct SusLists;
 
 SusLists* sus_forward(const SusForward*);
+int sus_lists_usable(const SusLists*);  // 0: numbers beyond range.inc, and nothing that the forward wrote counts
 int64_t sus_lists_count(const SusLists*);
 void sus_lists_export(const SusLists*, int64_t* offsets, int32_t* keys, float* weights, int32_t threads);
 void sus_lists_free(SusLists*);
-int sus_backward(const SusBackward*);  // 0, or 1 when memory runs out
+int sus_backward(const SusBackward*);  // 0; 1 when memory runs out; 2 for numbers beyond range.inc
 int64_t sus_release_memory();          // gives back what calls have left for later ones; its bytes
 }

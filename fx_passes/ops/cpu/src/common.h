@@ -27,6 +27,7 @@ struct Block {
 
 struct SusLists {
   std::vector<Block> blocks;  // in the order of rows
+  std::atomic<bool> usable{true};
 };
 
 constexpr size_t HUGE_PAGE = size_t(1) << 21;

@@ -39,6 +39,7 @@ class Forward {
   std::vector<std::unique_ptr<Packed>> ring_;  // key head h uses number h modulo the size
   std::vector<std::unique_ptr<Thread>> threads_;
   std::vector<Progress> packed_, done_;  // chunks and row blocks, per key head
+  Peaks peaks_;
 };
 
 Forward::Forward(const SusForward& args, SusLists& lists)
@@ -78,7 +79,7 @@ void Forward::task(int64_t task, int thread) {
   const int64_t before = head - int64_t(ring_.size());
   if (local < chunks_) {
     if (before >= 0) done_[before].wait(blocks);
-    ring_[head % ring_.size()]->fill(call_, head / call_.groups, head % call_.groups, local);
+    ring_[head % ring_.size()]->fill(call_, head / call_.groups, head % call_.groups, local, peaks_);
     packed_[head].add();
     return;
   }
@@ -95,10 +96,12 @@ void Forward::block(int64_t key_head, int64_t task, int thread) {
   const int64_t block = blocks_ - 1 - task / per_group_, batch = key_head / call_.groups;
   const int64_t head = key_head % call_.groups * per_group_ + task % per_group_;
   const int64_t first = block * rows_, count = call_.m - first < rows_ ? call_.m - first : rows_;
+  if (!lists_.usable) return;
   Thread& at = *threads_[thread];
-  Rows rows{args_, *ring_[key_head % ring_.size()], batch, head, first, count, sampling_, at.scratch};
-  rows.run([&] { at.sampler.start(rows); }, [&](int64_t chunk) { at.sampler.visit(rows, chunk); });
-  if (sampling_) at.sampler.finish(rows, lists_.blocks[(batch * call_.heads + head) * blocks_ + block]);
+  Rows rows{args_, *ring_[key_head % ring_.size()], peaks_, batch, head, first, count, sampling_, at.scratch};
+  if (!rows.run([&] { at.sampler.start(rows); }, [&](int64_t chunk) { at.sampler.visit(rows, chunk); }))
+    lists_.usable = false;
+  else if (sampling_) at.sampler.finish(rows, lists_.blocks[(batch * call_.heads + head) * blocks_ + block]);
 }
 
 }  // namespace
@@ -118,6 +121,8 @@ SusLists* sus_forward(const SusForward* args) {
     return nullptr;
   }
 }
+
+int sus_lists_usable(const SusLists* lists) { return lists->usable; }
 
 int64_t sus_lists_count(const SusLists* lists) {
   return lists->blocks.empty() ? 0 : lists->blocks.back().first_entry + int64_t(lists->blocks.back().keys.size());
@@ -141,8 +146,7 @@ void sus_lists_free(SusLists* lists) { delete lists; }
 
 int sus_backward(const SusBackward* args) {
   try {
-    sus::backward(*args);
-    return 0;
+    return sus::backward(*args) ? 0 : 2;
   } catch (const std::bad_alloc&) {
     return 1;
   }
