@@ -257,7 +257,9 @@ class SUSBackprop(AnyCallback):
     def __deepcopy__(self, memo: dict[int, Any]) -> SUSBackprop:
         copy = type(self).__new__(type(self))
         memo[id(self)] = copy
-        memo[id(self.backend)] = _another(self.backend)  # else both would share c, draws and report
+        backend = SUSBackend.__new__(SUSBackend)  # its own deepcopy is itself: both would share c, draws and report
+        backend.__setstate__(deepcopy(vars(self.backend), memo))
+        memo[id(self.backend)] = backend
         vars(copy).update(deepcopy(self.__getstate__(), memo))
         return copy
 
@@ -358,9 +360,8 @@ class SUSBackprop(AnyCallback):
 
 
 def _another(old: SUSBackend) -> SUSBackend:
-    """A backend that compiled nothing yet, with the options, c and number of draws of this one."""
+    """A backend with the options, c and number of draws of this one, for another module."""
     backend = SUSBackend(old.c, old.sampler, old.compiler, old.state.seed, old.forward)
-    backend.state.set_site_c(old.state.site_c)
     backend.state.counter = old.state.counter
     return backend
 
