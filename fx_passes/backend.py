@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -108,6 +109,12 @@ class SUSBackend:
             raise ValueError(f"name must be a new one, but torch.compile already has a backend {name!r}")
         registry._COMPILER_FNS[name] = self
         return self
+
+    def separate_copy(self) -> SUSBackend:
+        """Another backend with the same options, c, number of draws and report. `copy.deepcopy` gives the same one."""
+        copy = SUSBackend.__new__(SUSBackend)
+        copy.__setstate__(deepcopy(vars(self)))
+        return copy
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In another process, or as a copy in this one: the same options, c, seed and counter; nothing is compiled."""

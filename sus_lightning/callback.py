@@ -257,9 +257,7 @@ class SUSBackprop(AnyCallback):
     def __deepcopy__(self, memo: dict[int, Any]) -> SUSBackprop:
         copy = type(self).__new__(type(self))
         memo[id(self)] = copy
-        backend = SUSBackend.__new__(SUSBackend)  # its own deepcopy is itself: both would share c, draws and report
-        backend.__setstate__(deepcopy(vars(self.backend), memo))
-        memo[id(self.backend)] = backend
+        memo[id(self.backend)] = self.backend.separate_copy()  # a deepcopy would share c, draws and report
         vars(copy).update(deepcopy(self.__getstate__(), memo))
         return copy
 
