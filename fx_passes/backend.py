@@ -107,7 +107,8 @@ class SUSBackend:
         known = registry._COMPILER_FNS.get(name)
         if not isinstance(known, SUSBackend) and (known is not None or name in registry.list_backends(())):
             raise ValueError(f"name must be a new one, but torch.compile already has a backend {name!r}")
-        registry._COMPILER_FNS[name] = self
+        registry._COMPILER_FNS.pop(name, None)
+        registry.register_backend(self, name)
         return self
 
     def separate_copy(self) -> SUSBackend:

@@ -123,7 +123,7 @@ class SUSTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self._report(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not self._undo and self._registered is None or "loss" not in (logs or {}) or self._logging:
+        if (not self._undo and self._registered is None) or "loss" not in (logs or {}) or self._logging:
             return
         values = self._values(args.device)
         self._logging = True

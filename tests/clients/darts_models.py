@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from tests.clients.train import STEPS, AfterFit, Client
 
@@ -46,10 +47,11 @@ def client(name: str, **options: Any) -> Client:
 
 CLIENTS: dict[str, Client] = {
     "darts TransformerModel": client(
-        "TransformerModel", d_model=16, nhead=2, num_encoder_layers=2, num_decoder_layers=1, dim_feedforward=32, dropout=0.0
+        "TransformerModel", d_model=16, nhead=2, num_encoder_layers=2, num_decoder_layers=1, dim_feedforward=32,
+        dropout=0.0,
     ),
     "darts TFTModel": client(
-        "TFTModel", hidden_size=16, dropout=0.0, num_attention_heads=2, add_relative_index=True, use_static_covariates=False,
-        likelihood=None, loss_fn=__import__("torch").nn.MSELoss(),
+        "TFTModel", hidden_size=16, dropout=0.0, num_attention_heads=2, add_relative_index=True,
+        use_static_covariates=False, likelihood=None, loss_fn=torch.nn.MSELoss(),
     ),
 }  # fmt: skip
