@@ -90,7 +90,7 @@ class SUSTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         copy: SUSTrainerCallback = type(self).__new__(type(self))
         memo[id(self)] = copy
         memo[id(self.backend)] = self.backend.separate_copy()
-        vars(copy).update(deepcopy(self.__getstate__(), memo))
+        copy.__dict__.update(deepcopy(self.__getstate__(), memo))
         return copy
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -187,7 +187,6 @@ class SUSTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
 
 def _where_gradients_are(compiled: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    @torch.compiler.disable(recursive=False)
     def call(*args: Any, **kwargs: Any) -> Any:
         return (compiled if torch.is_grad_enabled() else original)(*args, **kwargs)
 

@@ -16,7 +16,7 @@ try:
     import pytorch_lightning
     from lightning_fabric.utilities import exceptions as standalone_exceptions
 except Exception:  # not installed, or a version that fails with this torch: then nobody uses it
-    pytorch_lightning = None
+    pytorch_lightning = None  # type: ignore[assignment]
 
 # Attributes of a LightningModule that a training step does not change.
 OWN_ATTRIBUTES = frozenset({"_trainer", "_fabric", "_compiler_ctx"})

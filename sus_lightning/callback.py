@@ -251,7 +251,7 @@ class SUSBackprop(AnyCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a fit: references to the module, compiled code and batches."""
-        free = {"_module": None, "_compilation": None, "_probe": None, "_earlier": deque()}
+        free: dict[str, Any] = {"_module": None, "_compilation": None, "_probe": None, "_earlier": deque()}
         return {**vars(self), **free, "_checked": False, "_warned": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SUSBackprop:

@@ -6,7 +6,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +141,7 @@ def _tensor(value: Tensor) -> Restore | None:
 
 def _device(root: nn.Module) -> torch.device:
     if is_lightning_module(root):
-        return torch.device(root.device)  # type: ignore[arg-type]
+        return torch.device(cast(Any, root).device)
     return next((p.device for p in root.parameters()), torch.device("cpu"))
 
 

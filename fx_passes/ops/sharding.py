@@ -26,7 +26,7 @@ def whole(x: Tensor) -> Tensor | None:
     if not is_dtensor(x):
         return x
     replicated = all(p.is_replicate() for p in x.placements)  # type: ignore[attr-defined]
-    return x.to_local() if replicated else None  # type: ignore[attr-defined, no-any-return]
+    return x.to_local() if replicated else None  # type: ignore[attr-defined]
 
 
 def on_shards(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
