@@ -89,8 +89,8 @@ def test_it_trains_and_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     losses = logged(fit, "loss")
     assert losses[-1] < losses[0]
     plain, exact = run([]), run([sus(float("inf"))])
-    torch.testing.assert_close(weights(exact), weights(plain), rtol=1e-4, atol=1e-5)
-    assert float((weights(fit) - weights(plain)).norm()) > 1e-3
+    moved, rounding = (float((weights(f) - weights(plain)).norm() / weights(plain).norm()) for f in (fit, exact))
+    assert rounding < 1e-4 < 1e-2 < moved  # Adam makes steps out of gradients that are rounding
 
 
 def test_the_model_is_given_back_and_evaluated_as_it_was(tmp_path: Path) -> None:

@@ -17,16 +17,14 @@ def row(name: str, result: dict[str, Any]) -> str:
     library, model = name.split(" ", 1)
     package = f"{library} {version(PACKAGES.get(library, library))}"
     if "error" in result:
-        return f"| {package} | {model} | {result['error'].splitlines()[0][:80]} | | | |\n"
+        return f"| {package} | {model} | {result['error'].split(':')[0]} | | |\n"
     found = f"{result['rewritten']} of {result['attentions']}"
-    return f"| {package} | {model} | {found} | {result['difference']:.0e} | {result['after']} | {result['seconds']} |\n"
+    return f"| {package} | {model} | {found} | {result['difference']:.0e} | {result['after']} |\n"
 
 
 def main(file: str) -> None:
     results = json.loads(Path(file).read_text())
-    head = (
-        "| library | model | rewritten | loss at c = inf | save, load, predict | seconds |\n|---|---|---|---|---|---|\n"
-    )
+    head = "| library | model | rewritten | loss at c = inf | save, load, predict |\n|---|---|---|---|---|\n"
     page = PAGE.read_text()
     before, rest = page.split(START)
     PAGE.write_text(before + START + head + "".join(row(*item) for item in results.items()) + END + rest.split(END)[1])
