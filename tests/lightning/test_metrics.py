@@ -110,8 +110,10 @@ def test_groups_add_up_and_fused_weights_are_split() -> None:
     assert values["relative_variance_of/layers.1"] == pytest.approx(2 * (4 + 9 + 16) / 3)
     assert values["worst_relative_variance"] == pytest.approx(2 * 16)
     assert values["relative_variance"] == pytest.approx(2 * (16 * 30 + 4 * 25) / (16 * 4 + 4))
-    metric.per = "kind"
-    assert metric.compute().keys() == {name for name in values if "layers" not in name}
+    kinds = GradientVariance(NAMES)
+    kinds.update(exact, sus=sus)
+    kinds.update(exact, other=sus)
+    assert kinds.compute().keys() == {name for name in values if "layers" not in name}
 
 
 def test_an_unknown_per_is_named() -> None:

@@ -157,7 +157,7 @@ def one_case(attend: Attend, parallelize: Parallelize, placement: Placement, mes
     }
 
 
-def unbiased(mesh: Any, draws: int = 200) -> dict[str, Any]:
+def unbiased(mesh: Any, draws: int = 100) -> dict[str, Any]:
     """The mean gradient over draws, in standard errors along random directions."""
     module = make(manual)
     true = step(module, module)
