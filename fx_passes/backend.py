@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -87,6 +89,41 @@ class SUSBackend:
         )
         return count_owners(compiled, self.report, result.sites, parameter)
 
+    def register(self, name: str) -> SUSBackend:
+        """Makes it ``torch.compile(model, backend=name)``, for programs that take the name of a backend only.
+
+        Returns:
+            itself, the handle to `c` and `report`. A name that another SUSBackend had is taken over.
+
+        Raises:
+            TypeError, ValueError: the name is no identifier, or is that of a backend which is not a SUSBackend.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string, but it is {name!r}")
+        if not name.isidentifier():
+            raise ValueError(f"name must be an identifier such as 'sus64', but it is {name!r}")
+        from torch._dynamo.backends import registry
+
+        known = registry._COMPILER_FNS.get(name)
+        if not isinstance(known, SUSBackend) and (known is not None or name in registry.list_backends(())):
+            raise ValueError(f"name must be a new one, but torch.compile already has a backend {name!r}")
+        registry._COMPILER_FNS.pop(name, None)
+        registry.register_backend(self, name)
+        return self
+
+    def separate_copy(self) -> SUSBackend:
+        """Another backend with the same options, c, number of draws and report. `copy.deepcopy` gives the same one."""
+        copy = SUSBackend.__new__(SUSBackend)
+        copy.__setstate__(deepcopy(vars(self)))
+        return copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In another process, or as a copy in this one: the same options, c, seed and counter; nothing is compiled."""
+        vars(self).update(state)
+        mend_graph_breaks()
+        self.report.state = self.state.id
+        self.report._owners.clear()  # identities of tensors of the process that it comes from
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SUSBackend:
         """Itself: it is the handle of the graphs that it compiled. Lightning copies torch.compile's arguments."""
         return self
@@ -114,6 +151,29 @@ def _compile(
     return compiled  # type: ignore[no-any-return]
 
 
+# What a program that knows the backend by its name only cannot pass otherwise.
+_VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "c": ("SUS_C", float),
+    "sampler": ("SUS_SAMPLER", str),
+    "compiler": ("SUS_COMPILER", str),
+    "seed": ("SUS_SEED", int),
+    "forward": ("SUS_FORWARD", str),
+}
+
+
+def _from_environment() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, (variable, read) in _VARIABLES.items():
+        text = os.environ.get(variable, "").strip()
+        if text:
+            try:
+                found[name] = read(text)
+            except ValueError:
+                kind = "a number above 0 or inf" if read is float else "an int"
+                raise ValueError(f"the environment variable {variable} must be {kind}, but it is {text!r}") from None
+    return found
+
+
 _by_options: dict[tuple[tuple[str, Any], ...], SUSBackend] = {}
 
 
@@ -122,12 +182,16 @@ def sus(
 ) -> Callable[..., Any]:
     """The entry point behind ``torch.compile(model, backend="sus", options={"c": 30})``.
 
-    Options are the arguments of `SUSBackend`; calls with equal options share one backend.
+    Options are the arguments of `SUSBackend`; those that are not given come from the environment variables SUS_C,
+    SUS_SAMPLER, SUS_COMPILER, SUS_SEED and SUS_FORWARD. Calls with equal options share one backend.
     """
-    key = tuple(sorted((options or {}).items()))
+    chosen = {**_from_environment(), **(options or {})}
+    key = tuple(sorted(chosen.items()))
     if key not in _by_options:
         try:
-            _by_options[key] = SUSBackend(**(options or {}))
-        except TypeError as error:
-            raise TypeError(f"options of the backend 'sus': {error}") from None
+            _by_options[key] = SUSBackend(**chosen)
+        except (TypeError, ValueError) as error:
+            names = [variable for name, (variable, _) in _VARIABLES.items() if name in chosen.keys() - (options or {})]
+            given = f" (with {', '.join(names)} of the environment)" if names else ""
+            raise type(error)(f"options of the backend 'sus'{given}: {error}") from None
     return _by_options[key](gm, example_inputs, **({"mode": mode} if mode else {}))

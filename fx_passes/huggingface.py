@@ -1,5 +1,7 @@
 """Hugging Face transformers: SUS as an attention implementation, ``attn_implementation="sus"``, without a compiler.
 
+`SUSTrainerCallback` (`fx_passes.huggingface_trainer`) trains any model of transformers' Trainer.
+
 The masks of transformers are functions; those that are a band (causal, sliding window) are passed on as a band and the
 padding of the batch as one row per sequence, so that no M x N mask is made. Any other mask function is evaluated, as
 transformers' own "sdpa" does.
@@ -20,6 +22,14 @@ from fx_passes.state import State, draw
 
 Band = tuple[int | None, int | None]
 _ATTRIBUTE = "_sus_band"  # of a mask: the band (left, right) that holds besides it
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SUSTrainerCallback":  # imported late: its base is a class of transformers
+        from fx_passes.huggingface_trainer import SUSTrainerCallback
+
+        return SUSTrainerCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class register_sus_attention:

@@ -6,26 +6,34 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks.callback import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from fx_passes import SUSBackend
+from fx_passes.ops.functional import check_choice
 from fx_passes.report import REWRITTEN
 from fx_passes.state import Kept
+from sus_lightning._lightning_compat import (
+    AnyCallback,
+    MisconfigurationException,
+    accumulates,
+    logged_step,
+    logs_now,
+)
 from sus_lightning.compilation import Compilation, plan
+from sus_lightning.metrics import PER
 from sus_lightning.probe import Probe, copied
 from sus_lightning.schedules import ConstantSchedule, Schedule, as_schedule, check_count, schedule_name, value_at
 from sus_lightning.strategies import check_strategy
 from sus_lightning.variance_target import ALONE, VarianceTarget
 
 
-class SUSBackprop(Callback):
+class SUSBackprop(AnyCallback):
     """Gives softmax attention the sparse, unbiased backward of SUS backprop (arXiv 2505.15080) while a model trains.
 
     When ``fit`` starts, the submodules of the LightningModule are compiled in place by a
@@ -45,9 +53,13 @@ class SUSBackprop(Callback):
     - ``sus/kept_per_row``, ``sus/kept_fraction``: entries kept per query row, and of all that a dense backward uses,
       over the steps since they were last logged, over all ranks;
     - ``sus/relative_variance`` (0.01 is an increase by 1%), also per kind of parameter (``sus/relative_variance_of/q``,
-      ``k``, ``v``, ``o``, ``qkv``, ``rest``) and per layer, ``sus/worst_relative_variance`` (largest of the attention
-      projections), ``sus/sus_variance``, ``sus/batch_variance``, ``sus/gradient_noise_scale``: see
-      :class:`~sus_lightning.GradientVariance`.
+      ``k``, ``v``, ``o``, ``qkv``, ``rest``) and, with ``variance_per="layer"``, per layer;
+      ``sus/worst_relative_variance`` (largest of the attention projections), ``sus/sus_variance``,
+      ``sus/batch_variance``, ``sus/gradient_noise_scale``: see :class:`~sus_lightning.GradientVariance`.
+
+    Works with ``lightning.pytorch`` and with ``pytorch_lightning``. It can be pickled and deep-copied, before, in and
+    after ``fit``; what it made is then a callback that is not attached to any fit, with the same arguments, c and
+    number of draws. (A lambda as schedule pickles with cloudpickle only.)
 
     Note:
         c and the number of draws so far are saved in checkpoints: a run that was resumed draws what the run without
@@ -82,6 +94,9 @@ class SUSBackprop(Callback):
         seed: fixes the draws; ``None`` follows ``seed_everything``.
         mode: of ``torch.compile``, for modules that the user did not compile; ``compiler="inductor"`` only.
         modules: names of the submodules to compile; ``None`` is all children.
+        forward: "auto", or "library" to keep the bits of PyTorch's own attention kernel.
+        variance_per: "kind" logs the relative variance in total and per kind of parameter, "layer" per layer too,
+            which is one more value for each layer.
 
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
@@ -99,13 +114,17 @@ class SUSBackprop(Callback):
         seed: int | None = None,
         mode: str | None = None,
         modules: list[str] | None = None,
+        forward: str = "auto",
+        variance_per: str = "kind",
     ) -> None:
         self.schedule = as_schedule(c)
         self.variance_every_n_steps = check_count("variance_every_n_steps", variance_every_n_steps)
         self.variance_draws = check_count("variance_draws", variance_draws, at_least=1)
+        check_choice("variance_per", variance_per, PER)
+        self.variance_per = variance_per
         self._mode, self._modules = _check_mode(mode, compiler), _check_modules(modules)
         start = self.schedule.c if isinstance(self.schedule, ConstantSchedule) else math.inf
-        self.backend = SUSBackend(c=start, sampler=sampler, compiler=compiler, seed=seed)
+        self.backend = SUSBackend(c=start, sampler=sampler, compiler=compiler, seed=seed, forward=forward)
         self._module: weakref.ref[pl.LightningModule] | None = None
         self._compilation: Compilation | None = None
         self._probe: Probe | None = None
@@ -132,11 +151,9 @@ class SUSBackprop(Callback):
         self._forget()
         self._probed_step, self._variance = 0, {}
         known = self._module() if self._module is not None else None
-        if known is not None and known is not pl_module:
+        if known is not pl_module and self.backend.report.sites:
             # The report of another module would hide that nothing is found in this one.
-            old = self.backend
-            self.backend = SUSBackend(old.c, old.sampler, old.compiler, old.state.seed)
-            self.backend.state.counter = old.state.counter
+            self.backend = _another(self.backend)
             self._site_c = {}
         self._module = weakref.ref(pl_module)
 
@@ -154,7 +171,7 @@ class SUSBackprop(Callback):
                 "SUSBackprop measures no variance: training_step takes a dataloader_iter instead of a batch."
             )
             return
-        self._probe = Probe(trainer, pl_module, self.backend, self.variance_draws)
+        self._probe = Probe(trainer, pl_module, self.backend, self.variance_draws, self.variance_per)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._disable()
@@ -188,7 +205,7 @@ class SUSBackprop(Callback):
         if not self._checked and (outputs is not None or not pl_module.automatic_optimization):
             self._checked = True
             self._check_rewritten(pl_module)
-        if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
+        if logs_now(trainer) and not accumulates(trainer):
             self._log_now(trainer, {"c": self.backend.c})
             values = _kept(trainer, self.backend.state.pop_kept())
             if not values and not self._warned:
@@ -231,6 +248,18 @@ class SUSBackprop(Callback):
         self._variance = dict(state_dict["variance"])
         if isinstance(self.schedule, Schedule) and state_dict.get("schedule"):
             self.schedule.load_state_dict(state_dict["schedule"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a fit: references to the module, compiled code and batches."""
+        free: dict[str, Any] = {"_module": None, "_compilation": None, "_probe": None, "_earlier": deque()}
+        return {**vars(self), **free, "_checked": False, "_warned": False}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SUSBackprop:
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        memo[id(self.backend)] = self.backend.separate_copy()  # a deepcopy would share c, draws and report
+        vars(copy).update(deepcopy(self.__getstate__(), memo))
+        return copy
 
     def _enable(self) -> None:
         if self._compilation is not None:
@@ -285,7 +314,7 @@ class SUSBackprop(Callback):
     def _may_probe(self, trainer: pl.Trainer) -> bool:
         """Whether this batch completes an optimizer step and has the size of the others."""
         odd = trainer.is_last_batch and trainer.num_training_batches > 2
-        return not odd and not trainer.fit_loop._should_accumulate()
+        return not odd and not accumulates(trainer)
 
     def _keep(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
         """Keeps what the next probe compares with: the other micro-batches of its step, or else the batch before it."""
@@ -325,7 +354,14 @@ class SUSBackprop(Callback):
         # Not by `self.log`, which writes at the next step of `log_every_n_steps`: a probe is seldom at one.
         for logger in trainer.loggers:
             named = {f"sus/{name}": value for name, value in values.items()}
-            logger.log_metrics(named, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(named, step=logged_step(trainer))
+
+
+def _another(old: SUSBackend) -> SUSBackend:
+    """A backend with the options, c and number of draws of this one, for another module."""
+    backend = SUSBackend(old.c, old.sampler, old.compiler, old.state.seed, old.forward)
+    backend.state.counter = old.state.counter
+    return backend
 
 
 def _kept(trainer: pl.Trainer, kept: Kept) -> dict[str, float]:

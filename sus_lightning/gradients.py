@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
+from sus_lightning._lightning_compat import is_lightning_module, wrapped_optimizers
 from sus_lightning.strategies import is_sharded
 
 Gradients = list["Tensor | None"]
@@ -109,7 +110,7 @@ class StepGradient:
         with ExitStack() as stack:
             stack.enter_context(exchanged_grads(self.parameters))
             stack.enter_context(_replaced(self.root, manual_backward=manual_backward, clip_gradients=_nothing))
-            for wrapped in self.trainer.strategy._lightning_optimizers:
+            for wrapped in wrapped_optimizers(self.trainer):
                 step = step_of(wrapped.optimizer)
                 stack.enter_context(_replaced(wrapped, step=step))
                 stack.enter_context(_replaced(wrapped.optimizer, step=step))
@@ -143,7 +144,7 @@ def muted(trainer: pl.Trainer, root: pl.LightningModule) -> Iterator[None]:
         stack.callback(setattr, trainer, "loggers", loggers)
         trainer.loggers = [DummyLogger() for _ in loggers]
         for module in root.modules():
-            if isinstance(module, pl.LightningModule):
+            if is_lightning_module(module):
                 stack.enter_context(_replaced(module, log=_nothing, log_dict=_nothing))
         yield
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from fx_passes.ops.functional import check_choice
 from sus_lightning.parameter_kinds import ATTENTION_KINDS, KINDS, Piece, classify
 
 Gradients = Sequence["Tensor | None"]
+PER = ("kind", "layer")
 
 
 class GradientVariance(Metric):
@@ -36,9 +38,9 @@ class GradientVariance(Metric):
 
     Note:
         ``compute`` returns the four values in total, ``relative_variance_of/<kind>`` for the kinds q, k, v, o, qkv and
-        rest of parameters (told by their names, fused qkv weights split where that can be recognised),
-        ``relative_variance_of/<layer>``, and ``worst_relative_variance``, the largest one among the attention
-        projections of the layers.
+        rest of parameters (told by their names, fused qkv weights split where that can be recognised), with
+        ``per="layer"`` also ``relative_variance_of/<layer>``, and ``worst_relative_variance``, the largest one among
+        the attention projections of the layers.
 
     Example::
 
@@ -51,10 +53,12 @@ class GradientVariance(Metric):
         parameters: name and shape of each parameter; empty for one group without names.
         batches_per_step: batches whose gradients are averaged in one optimizer step (accumulation times ranks): both
             variances are divided by it, so that they are those of the step.
+        per: "kind", or "layer" for the values of layers too, of which there may be hundreds.
         kwargs: of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: lengths or shapes of gradients that do not fit; neither or both of ``sus`` and ``other`` given.
+        ValueError: an argument is not allowed; lengths or shapes of gradients do not fit; neither or both of ``sus``
+            and ``other`` given.
 
     >>> import torch
     >>> metric = GradientVariance([("q_proj.weight", torch.Size([2])), ("mlp.weight", torch.Size([1]))])
@@ -78,12 +82,17 @@ class GradientVariance(Metric):
     pairs: Tensor
 
     def __init__(
-        self, parameters: Iterable[tuple[str, torch.Size]] = (), batches_per_step: int = 1, **kwargs: Any
+        self,
+        parameters: Iterable[tuple[str, torch.Size]] = (),
+        batches_per_step: int = 1,
+        per: str = "kind",
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if not isinstance(batches_per_step, int) or batches_per_step < 1:
             raise ValueError(f"batches_per_step must be an int of at least 1, but it is {batches_per_step!r}")
-        self.batches_per_step = batches_per_step
+        check_choice("per", per, PER)
+        self.batches_per_step, self.per = batches_per_step, per
         named = list(parameters)
         self.pieces: list[Piece] = classify(named)
         self.parameters_given = len(named)
@@ -140,7 +149,8 @@ class GradientVariance(Metric):
             return values
         for kind in KINDS:
             self._group(values, kind, [piece.kind == kind for piece in self.pieces], noise, spread)
-        for layer in dict.fromkeys(piece.layer for piece in self.pieces if piece.layer):
+        layers = dict.fromkeys(piece.layer for piece in self.pieces if piece.layer) if self.per == "layer" else ()
+        for layer in layers:
             self._group(values, layer, [piece.layer == layer for piece in self.pieces], noise, spread)
         worst = self._worst(noise, spread)
         if worst is not None:

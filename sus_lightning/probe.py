@@ -38,15 +38,18 @@ class Probe:
         root: its LightningModule.
         backend: whose c and random state is used.
         draws: SUS gradients per probe, at least 1.
+        per: of `GradientVariance`.
     """
 
-    def __init__(self, trainer: pl.Trainer, root: pl.LightningModule, backend: SUSBackend, draws: int) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, root: pl.LightningModule, backend: SUSBackend, draws: int, per: str = "kind"
+    ) -> None:
         named = [(clean_name(name), p) for name, p in root.named_parameters() if p.requires_grad]
         self.trainer, self.root, self.backend, self.draws = trainer, root, backend, draws
         self.parameters = [p for _, p in named]
         self._gradient = StepGradient(trainer, root, self.parameters)
         self._sharded = is_sharded(trainer)
-        self.metric = GradientVariance((name, local(p).shape) for name, p in named)
+        self.metric = GradientVariance(((name, local(p).shape) for name, p in named), per=per)
         self.device = root.device if root.device.type != "mps" else torch.device("cpu")  # mps has no float64
         self.metric.to(self.device)
 

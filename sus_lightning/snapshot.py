@@ -6,25 +6,26 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
 from fx_passes.state import Kept, State
+from sus_lightning._lightning_compat import OWN_ATTRIBUTES, is_lightning_module
 
 Restore = Callable[[], None]
 
 # What nn.Module and LightningModule keep for themselves; a training step changes none of it.
-_NOT_SAVED = frozenset(vars(nn.Module())) - {"training"} | {
-    "_trainer",
-    "_fabric",
-    "_compiler_ctx",
-    "_compiled_call_impl",
-    "log",  # these two: `gradients.muted` has put them there
-    "log_dict",
-}
+_NOT_SAVED = (
+    frozenset(vars(nn.Module())) - {"training"}
+    | OWN_ATTRIBUTES
+    | {
+        "_compiled_call_impl",
+        "log",  # these two: `gradients.muted` has put them there
+        "log_dict",
+    }
+)
 
 
 class Snapshot:
@@ -139,8 +140,8 @@ def _tensor(value: Tensor) -> Restore | None:
 
 
 def _device(root: nn.Module) -> torch.device:
-    if isinstance(root, pl.LightningModule):
-        return torch.device(root.device)
+    if is_lightning_module(root):
+        return torch.device(cast(Any, root).device)
     return next((p.device for p in root.parameters()), torch.device("cpu"))
 
 

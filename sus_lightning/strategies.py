@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
+
+from sus_lightning._lightning_compat import MisconfigurationException, is_strategy
 
 
 def check_strategy(trainer: pl.Trainer) -> None:
@@ -14,7 +14,7 @@ def check_strategy(trainer: pl.Trainer) -> None:
     Raises:
         MisconfigurationException: for DeepSpeed.
     """
-    if isinstance(trainer.strategy, DeepSpeedStrategy):
+    if is_strategy(trainer.strategy, "DeepSpeedStrategy"):
         raise MisconfigurationException(
             "SUSBackprop does not support the strategy DeepSpeedStrategy: DeepSpeed's engine owns the backward and the "
             "gradients, and it was never tested with it. Use 'ddp', FSDPStrategy or ModelParallelStrategy."
@@ -23,7 +23,7 @@ def check_strategy(trainer: pl.Trainer) -> None:
 
 def is_sharded(trainer: pl.Trainer) -> bool:
     """Whether a rank holds parts of one gradient that is averaged over ranks, rather than a gradient of its own."""
-    return isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+    return is_strategy(trainer.strategy, "FSDPStrategy", "ModelParallelStrategy")
 
 
 def local(gradient: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -233,3 +234,75 @@ def test_bad_c_later_keeps_the_old_one() -> None:
     with pytest.raises(ValueError, match="c must be above 0"):
         backend.c = -1
     assert backend.c == 5
+
+
+BY_NAME = """
+import sys, torch, torch.nn.functional as F
+from fx_passes import backend
+torch.manual_seed(0)
+q = torch.randn(1, 2, 64, 16, requires_grad=True)
+torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q), backend="sus")(q).sum().backward()
+[made] = backend._by_options.values()
+print(made.c, made.sampler, made.compiler, made.state.seed, made.forward, made.report.rewritten)
+"""
+
+
+def _by_name(**variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **variables}
+    return subprocess.run([sys.executable, "-c", BY_NAME], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_options_of_the_name_come_from_the_environment() -> None:
+    done = _by_name(SUS_C="64", SUS_SAMPLER="independent", SUS_COMPILER="eager", SUS_SEED="5", SUS_FORWARD="library")
+    assert done.stdout.split() == ["64.0", "independent", "eager", "5", "library", "1"], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("SUS_C", "many", "the environment variable SUS_C must be a number above 0 or inf, but it is 'many'"),
+        ("SUS_C", "-3", "with SUS_C of the environment): c must be above 0"),
+        ("SUS_SEED", "1.5", "the environment variable SUS_SEED must be an int, but it is '1.5'"),
+        ("SUS_SAMPLER", "dense", "with SUS_SAMPLER of the environment): sampler must be one of"),
+    ],
+)
+def test_a_bad_variable_is_named(variable: str, value: str, message: str) -> None:
+    done = _by_name(**{variable: value})
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_given_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fx_passes import backend
+
+    monkeypatch.setattr(backend, "_by_options", {})
+    monkeypatch.setenv("SUS_C", "64")
+    monkeypatch.setenv("SUS_COMPILER", "eager")
+    backend.sus(*_graph(), options={"c": 7})
+    backend.sus(*_graph())
+    assert [made.c for made in backend._by_options.values()] == [7, 64]
+
+
+def _graph() -> tuple[Any, list[Any]]:
+    return torch.fx.symbolic_trace(lambda x: x + 1), [torch.ones(1)]
+
+
+def test_a_registered_backend_is_known_by_its_name() -> None:
+    backend = SUSBackend(c=64, compiler="eager").register("sus64")
+    again = SUSBackend(c=8, compiler="eager").register("sus64")  # a notebook's cell that is run twice
+    q = torch.randn(1, 2, 64, 16, requires_grad=True)
+    torch._dynamo.reset()
+    torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q), backend="sus64")(q).sum().backward()
+    assert (backend.report.rewritten, again.report.rewritten) == (0, 1)
+    assert "sus64" in torch._dynamo.list_backends()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("inductor", "already has a backend 'inductor'"), ("sus", "already has a backend 'sus'"), ("", "an identifier")],
+)
+def test_a_name_that_cannot_be_registered(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SUSBackend().register(name)
+    with pytest.raises(TypeError, match="name must be a string"):
+        SUSBackend().register(3)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fx_passes.find.context import Context
 from fx_passes.find.sizes import Sizes, number
 from fx_passes.find.trace import Value
+from fx_passes.ops.sharding import whole
 
 log = logging.getLogger(__name__)
 _LARGEST = 1 << 27  # elements of a mask that is worth a look
@@ -73,7 +74,8 @@ class Constants:
         if value.node is None or value.version is not None or not isinstance(value.fake, Tensor):
             return None
         real = self.context.value(value.node)
-        if real is None or real.numel() > _LARGEST:
+        real = None if real is None or real.numel() > _LARGEST else whole(real.detach())
+        if real is None:
             return None
         self.buffers[value] = frozenset([self.context.source(value.node)])
-        return real.detach().cpu()
+        return real.cpu()

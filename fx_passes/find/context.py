@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, maybe_get_fake_mode
 from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from fx_passes.find.sizes import Symbols, symbols
@@ -63,9 +64,8 @@ class Context:
         self.writes: dict[int, list[tuple[int, Node]]] = {}
         self.storages: dict[Node, int] = {}
         self._levels: dict[Node, Level] = {}
-        fakes = (x for n in self.gm.graph.nodes for x in tree_leaves(fake_of(n)) if isinstance(x, FakeTensor))
-        first = next(fakes, None)
-        self.fake_mode: FakeTensorMode = FakeTensorMode() if first is None else first.fake_mode
+        modes = (maybe_get_fake_mode(x) for n in self.gm.graph.nodes for x in tree_leaves(fake_of(n)))
+        self.fake_mode: FakeTensorMode = next((mode for mode in modes if mode is not None), None) or FakeTensorMode()
         outer = self.parent.state.get(self.calls[0]) if self.parent is not None and self.calls else None
         state = outer or State(grad=torch.is_grad_enabled())
         for i, node in enumerate(self.gm.graph.nodes):
@@ -236,6 +236,8 @@ def _nodes(values: Any) -> list[Node]:
 def _storage(fake: Any) -> int | None:
     if not isinstance(fake, Tensor):
         return None
+    while is_traceable_wrapper_subclass(fake):  # a DTensor: its views share the storage of the local tensor only
+        fake = getattr(fake, fake.__tensor_flatten__()[0][0])
     try:
         return int(fake.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):

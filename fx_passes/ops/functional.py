@@ -13,12 +13,14 @@ from torch import Tensor
 
 from fx_passes.ops import schema  # registers the operators
 from fx_passes.ops.problem import FORWARDS, SAMPLERS, resolve_sampler
+from fx_passes.ops.sharding import on_shards
 from fx_passes.state import State, check_c, draw
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _default_state = State(float("inf"))
 
 
+@on_shards
 def attend(
     query: Tensor,
     key: Tensor,
@@ -84,6 +86,7 @@ def attend(
     return out.reshape(*lead, *out.shape[-2:]) if len(lead) != 2 else out
 
 
+@on_shards
 def attend_logits(logits: Tensor, value: Tensor, c: Tensor, seed: Tensor, **options: Any) -> Tensor:
     """``softmax(logits, -1) @ value`` with a sparse backward, for logits of any origin (tier 2).
 

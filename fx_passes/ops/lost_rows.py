@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fx_passes.ops.functional import attend
+from fx_passes.ops.sharding import on_shards
 
 
+@on_shards
 def attend_with_lost_rows(
     query: Tensor, key: Tensor, value: Tensor, c: Tensor, seed: Tensor, *, lost: str, scale: float, **options: Any
 ) -> Tensor:

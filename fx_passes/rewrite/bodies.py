@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fx_passes.find.context import Context, attribute, fake_of
+from fx_passes.ops.sharding import is_dtensor
 from fx_passes.state import State
 
 _STEP = 0x9E3779B97F4A7C1  # between the seeds of calls that share one body
@@ -93,6 +94,8 @@ class Draws:
         if on_device:
             like, before = on_device[0], places[-1].next
         with graph.inserting_before(before):
+            if is_dtensor(fake_of(like)):  # the draw is this rank's own
+                like = graph.call_function(torch.empty, ((0,),), {"device": device})
             both = self.drawn[device] = graph.call_function(torch.ops.sus.draw.default, (like, self.state.id, []))
             return graph.call_function(operator.getitem, (both, 0)), graph.call_function(operator.getitem, (both, 1))
 

@@ -25,6 +25,7 @@ from fx_passes.rewrite.bodies import Draws, bodies, operands
 from fx_passes.rewrite.build import Builder
 from fx_passes.rewrite.emit import Emitter
 from fx_passes.rewrite.replace import end_of_views, remove_dead, replace
+from fx_passes.rewrite.sharding import check_sharding
 from fx_passes.rewrite.sites import Sites
 from fx_passes.state import State
 
@@ -126,6 +127,7 @@ def _apply(trace: Trace, found: Found, job: _Job, dead: list[Node]) -> int:
     status, reason = LEFT, found.reason
     if found.walk is not None:
         try:
+            check_sharding(found.ready)
             if not job.dry:
                 _emit(trace, found, numbers, job)
                 job.result.buffers |= found.walk.buffers

@@ -437,6 +437,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "interval type": ({"variance_every_n_steps": 2.5}, "variance_every_n_steps must be an int.*2.5"),
     "draws": ({"variance_draws": 0}, "variance_draws must be at least 1.*0"),
     "seed": ({"seed": "a"}, "seed must be an int or None.*'a'"),
+    "forward": ({"forward": "sdpa"}, "forward must be one of 'auto', 'library'.*'sdpa'"),
+    "variance per": ({"variance_per": "head"}, "variance_per must be one of 'kind', 'layer'.*'head'"),
     "mode": ({"mode": "fast"}, "mode must be None or one of.*'fast'"),
     "mode without inductor": ({"mode": "default", "compiler": "eager"}, "mode is for compiler='inductor'"),
     "modules": ({"modules": "model"}, "modules must be a list.*'model'"),

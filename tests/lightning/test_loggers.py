@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from models import Plain, loader, trainer
+from models import LM, Plain, loader, trainer
 
 from sus_lightning import SUSBackprop, VarianceTarget
 
@@ -25,8 +25,8 @@ def _seed() -> None:
     seed_everything(0, verbose=False)
 
 
-def sus(c: Any = 4) -> SUSBackprop:
-    return SUSBackprop(c, compiler="eager", variance_every_n_steps=3)
+def sus(c: Any = 4, **options: Any) -> SUSBackprop:
+    return SUSBackprop(c, compiler="eager", variance_every_n_steps=3, **options)
 
 
 def of_csv(logger: CSVLogger) -> Values:
@@ -83,14 +83,16 @@ def test_all_loggers_get_the_same(make: Any, per: str, tmp_path: Path, monkeypat
     monkeypatch.setenv("WANDB_SILENT", "true")
     reference = CSVLogger(tmp_path)
     logger, read = make(tmp_path)
-    callback = sus(VarianceTarget(0.05, start=6, per=per))
+    callback = sus(VarianceTarget(0.05, start=6, per=per), variance_per="layer" if per == "layer" else "kind")
     trainer(callbacks=[callback], logger=[reference, logger], log_every_n_steps=2).fit(Plain(), loader(40))
     expected, found = of_csv(reference), {k: v for k, v in read().items() if k.startswith("sus/")}
     names = {"c", "kept_per_row", "kept_fraction", "attention_rewritten", "relative_variance", "batch_variance"}
-    names |= {"gradient_noise_scale", "worst_relative_variance", "relative_variance_of/model.layers.1"}
+    names |= {"gradient_noise_scale", "worst_relative_variance", "sus_variance"}
     names |= {f"relative_variance_of/{kind}" for kind in ("q", "k", "v", "o", "rest")}
-    names |= {f"c_of/layers.{i}.attention" for i in range(2)} if per == "layer" else set()
-    assert {f"sus/{name}" for name in names} <= expected.keys()
+    if per == "layer":
+        names |= {f"relative_variance_of/model.layers.{i}" for i in range(2)}
+        names |= {f"c_of/layers.{i}.attention" for i in range(2)}
+    assert {f"sus/{name}" for name in names} == expected.keys()
     assert [step for step, _ in expected["sus/relative_variance"]] == [1, 4, 7]
     for name, values in expected.items():
         last_step, last = values[-1]
@@ -100,6 +102,19 @@ def test_all_loggers_get_the_same(make: Any, per: str, tmp_path: Path, monkeypat
         assert value == pytest.approx(last, rel=1e-5), name
         assert step in (last_step, -1)
     assert found.keys() <= expected.keys()
+
+
+def test_the_number_of_keys_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    def keys(layers: int, **options: Any) -> set[str]:
+        torch._dynamo.reset()
+        logger = CSVLogger(tmp_path, version=f"{layers}{options}")
+        trainer(callbacks=[sus(**options)], logger=logger, max_steps=2).fit(Plain(LM(layers)), loader(12))
+        return set(of_csv(logger))
+
+    few, many = keys(1), keys(5)
+    assert few == many
+    assert len(many) == 14
+    assert keys(5, variance_per="layer") - many == {f"sus/relative_variance_of/model.layers.{i}" for i in range(5)}
 
 
 @pytest.mark.parametrize("kind", [RichProgressBar, TQDMProgressBar])

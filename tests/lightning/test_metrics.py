@@ -96,7 +96,7 @@ def test_states_sum_over_ranks() -> None:
 
 
 def test_groups_add_up_and_fused_weights_are_split() -> None:
-    metric = GradientVariance(NAMES)
+    metric = GradientVariance(NAMES, per="layer")
     exact = [torch.zeros(4, 4), torch.zeros(12, 4), torch.zeros(4)]
     sus = [torch.full((4, 4), 1.0), torch.cat([torch.full((4, 4), x) for x in (2.0, 3.0, 4.0)]), torch.full((4,), 5.0)]
     metric.update(exact, sus=sus)
@@ -110,6 +110,15 @@ def test_groups_add_up_and_fused_weights_are_split() -> None:
     assert values["relative_variance_of/layers.1"] == pytest.approx(2 * (4 + 9 + 16) / 3)
     assert values["worst_relative_variance"] == pytest.approx(2 * 16)
     assert values["relative_variance"] == pytest.approx(2 * (16 * 30 + 4 * 25) / (16 * 4 + 4))
+    kinds = GradientVariance(NAMES)
+    kinds.update(exact, sus=sus)
+    kinds.update(exact, other=sus)
+    assert kinds.compute().keys() == {name for name in values if "layers" not in name}
+
+
+def test_an_unknown_per_is_named() -> None:
+    with pytest.raises(ValueError, match=r"per must be one of 'kind', 'layer', but it is 'head'"):
+        GradientVariance(NAMES, per="head")
 
 
 def test_batches_per_step_scales_variances_and_not_their_ratio() -> None:

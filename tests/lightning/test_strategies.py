@@ -1,4 +1,4 @@
-"""Two processes on gloo: ranks draw differently, agree on c, and end with the same weights."""
+"""Two processes (and once four) on gloo: ranks draw differently, agree on c, and end with the same weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def two_ranks(folder: Path, strategy: str, every: int, mode: str) -> list[dict[s
     folder.mkdir(exist_ok=True)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "model_parallel"])
@@ -54,3 +54,24 @@ def test_probes_change_no_weight(tmp_path: Path, strategy: str) -> None:
     assert not plain["variance"]
     assert probed["weights"] == plain["weights"]
     assert probed["counter"] == plain["counter"]
+
+
+@pytest.mark.parametrize("strategy", ["tensor_parallel", pytest.param("tensor_parallel_fsdp", marks=pytest.mark.slow)])
+def test_attention_between_dtensors(tmp_path: Path, strategy: str) -> None:
+    """Tensor parallel with ``use_local_output=False``, alone and with FSDP2 over two more ranks."""
+    runs = {mode: two_ranks(tmp_path / mode, strategy, 0, mode) for mode in ("none", "exact")}
+    probed = two_ranks(tmp_path / "probed", strategy, 2, "constant")
+    names = [n for n in probed[0]["weights"] if not n.endswith("k_proj.bias")]  # its gradient is rounding
+
+    def distance(first: dict[str, Any], second: dict[str, Any]) -> float:
+        return max(abs(a - b) for n in names for a, b in zip(first["weights"][n], second["weights"][n], strict=True))
+
+    assert len(probed) == (4 if strategy == "tensor_parallel_fsdp" else 2)
+    assert all(rank["rewritten"] >= 1 for rank in probed)
+    assert distance(runs["exact"][0], runs["none"][0]) < 1e-4
+    assert distance(probed[0], runs["none"][0]) > 1e-3
+    for other in probed[1:]:
+        assert other["weights"] == probed[0]["weights"]
+        assert not set(other["draws"]) & set(probed[0]["draws"])
+    assert probed[0]["variance"]["relative_variance"] > 0
+    assert all(rank["variance"] == probed[0]["variance"] for rank in probed)
