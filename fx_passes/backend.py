@@ -14,7 +14,7 @@ from fx_passes.ops.problem import FORWARDS, SAMPLERS
 from fx_passes.report import Report
 from fx_passes.rewrite import Options, rewrite_graph
 from fx_passes.rewrite.guard import Guarded
-from fx_passes.rewrite.owners import count_owners, first_parameter
+from fx_passes.rewrite.owners import count_owners, first_parameter, this_frame
 from fx_passes.state import State
 
 COMPILERS = ("inductor", "aot_eager", "eager")
@@ -47,6 +47,8 @@ class SUSBackend:
     1
     """
 
+    rewrites_attention = True  # Dynamo then compiles frames that begin in torch.nn: see `find.breaks`
+
     def __init__(
         self,
         c: float = 30.0,
@@ -64,6 +66,7 @@ class SUSBackend:
         self.sampler, self.compiler, self.forward = sampler, compiler, forward
         self.state = State(c, seed)
         self.report = Report(state=self.state.id)
+        self.apart = False  # a graph for each module, so that each attention has a number, hence may have a c, of its own
 
     @property
     def c(self) -> float:
@@ -77,15 +80,15 @@ class SUSBackend:
         """Called by Dynamo for each graph. `kwargs` are torch.compile's `mode` and `options`, for Inductor."""
         if not torch.is_grad_enabled():
             return _compile(self.compiler, gm, example_inputs, kwargs)
-        guarded, parameter = Guarded(gm, example_inputs), first_parameter(gm)
+        guarded, parameter, frame = Guarded(gm, example_inputs), first_parameter(gm), this_frame(gm, self.apart)
         options = Options(self.state, self.sampler, self.forward)
-        result = rewrite_graph(gm, options, self.report, example_inputs)
+        result = rewrite_graph(gm, options, self.report, example_inputs, frame=frame)
         version = options.uuid() if result.rewritten else ""
         compiled = _compile(self.compiler, gm, example_inputs, kwargs, version)
         compiled = guarded.wrap(
             compiled, result, lambda original: _compile(self.compiler, original, example_inputs, kwargs)
         )
-        return count_owners(compiled, self.report, result.sites, parameter)
+        return count_owners(compiled, self.report, result.sites, parameter, frame)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SUSBackend:
         """Itself: it is the handle of the graphs that it compiled. Lightning copies torch.compile's arguments."""
@@ -131,3 +134,6 @@ def sus(
         except TypeError as error:
             raise TypeError(f"options of the backend 'sus': {error}") from None
     return _by_options[key](gm, example_inputs, **({"mode": mode} if mode else {}))
+
+
+sus.rewrites_attention = True  # type: ignore[attr-defined]
