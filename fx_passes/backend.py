@@ -66,7 +66,9 @@ class SUSBackend:
         self.sampler, self.compiler, self.forward = sampler, compiler, forward
         self.state = State(c, seed)
         self.report = Report(state=self.state.id)
-        self.apart = False  # a graph for each module, so that each attention has a number, hence may have a c, of its own
+        self.apart = (
+            False  # a graph for each module, so that each attention has a number, hence may have a c, of its own
+        )
 
     @property
     def c(self) -> float:

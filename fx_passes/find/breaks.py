@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import convert_frame, trace_rules
 from torch.nn.modules import transformer
 
 _RESUMED = "torch_dynamo_resume_in_"
@@ -63,6 +62,8 @@ class _Entered(threading.local):
 
 def _enter_torch_nn() -> None:
     """Lets frames of the attention classes of torch.nn be compiled, for backends with `rewrites_attention`."""
+    from torch._dynamo import convert_frame, trace_rules  # it imports Triton
+
     wrapper = getattr(convert_frame, "CatchErrorsWrapper", None)
     if wrapper is None:
         return
