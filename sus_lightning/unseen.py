@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from fx_passes.rewrite.owners import runs_a_site
+from fx_passes.rewrite.owners import module_of, runs_a_site
 
 # What may stand between a softmax and its product with value, and gives weights again.
 _THROUGH = {"_to_copy", "_unsafe_view", "add", "alias", "clone", "detach", "div", "expand", "masked_fill", "mul"}
@@ -87,9 +86,8 @@ class Unseen(TorchDispatchMode):
         module, line = None, ""
         for frame in _frames():
             line = line or _line(frame)
-            found = frame.f_locals.get("self")
-            if isinstance(found, nn.Module) and not isinstance(found, GraphModule):
-                module = found
+            module = module_of(frame)
+            if module is not None:
                 break
         self._found.setdefault((id(module), line), (module, line))
 

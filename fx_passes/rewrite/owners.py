@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -105,10 +105,11 @@ def this_frame(gm: GraphModule, apart: bool = False) -> Frame:
     Where nothing else tells modules apart that may run its graph, and with `apart` always, the frame is pinned to its
     module: other modules get a graph of their own.
     """
-    module, owner = _self_of_frame(), _running.owners[-1] if _running.owners else None
+    owner = _running.owners[-1] if _running.owners else None
+    name, module = _module_of_frame(owner)
     pinned = module is not None and (apart or (owner is None and first_parameter(gm) is None))
     if pinned:
-        _pin_self()
+        _pin(name)
     if owner is not None:
         return Frame(owner.path if module is None else _path(owner.module, module, owner.path), owner)
     return Frame(_path(_outermost(), module, "")) if module is not None and pinned else Frame()
@@ -123,33 +124,41 @@ def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _self_of_frame() -> nn.Module | None:
-    """`self` of the frame that Dynamo compiles, if it is a module."""
+def _module_of_frame(owner: Owner | None) -> tuple[str, nn.Module | None]:
+    """The module whose method Dynamo compiles, with the local variable that it is in."""
     try:
         root = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.root_tx
     except (AttributeError, AssertionError):
-        return None  # not called by Dynamo
-    found = getattr(root, "f_locals", {}).get("self")
-    return found if isinstance(found, nn.Module) else None
+        return "", None  # not called by Dynamo
+    code, values = getattr(root, "f_code", None), getattr(root, "f_locals", {})
+    names = [] if code is None else [n for n in code.co_varnames if isinstance(values.get(n), nn.Module)]
+    name = next((n for n in names if owner is not None and values[n] is owner.module), "")
+    name = name or ("self" if "self" in names else names[0] if names else "")
+    return name, values.get(name)
 
 
-def _pin_self() -> None:
+def _pin(name: str) -> None:
     from torch._dynamo.guards import GuardBuilder
     from torch._dynamo.source import LocalSource
 
     output = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
-    output.guards.add(LocalSource("self", is_input=True).make_guard(GuardBuilder.ID_MATCH))
+    output.guards.add(LocalSource(name, is_input=True).make_guard(GuardBuilder.ID_MATCH))
 
 
 def _outermost() -> nn.Module | None:
     """The outermost module below the call of torch.compile's result that is running."""
     frame, found = sys._getframe(), None
     while frame is not None and frame.f_code.co_name != "compile_wrapper":
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and not isinstance(module, GraphModule):
-            found = module
+        found = module_of(frame) or found
         frame = frame.f_back  # type: ignore[assignment]
     return found
+
+
+def module_of(frame: FrameType) -> nn.Module | None:
+    """The module whose method a Python frame runs, if it is a method of one; graphs are none."""
+    code = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    return first if isinstance(first, nn.Module) and not isinstance(first, GraphModule) else None
 
 
 def first_parameter(gm: GraphModule) -> int | None:
