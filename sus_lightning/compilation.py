@@ -6,9 +6,10 @@ that `torch.compile(LightningModule)` replaced), so parameters, hooks and state_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import CodeType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -116,7 +117,7 @@ def plan(
     options = _undo_outer(root, attributes) or options or {}
     paths = {module: path for path, module in root.named_modules()}
     codes: dict[type, CodeType] | None = {} if modules == "attention" and not apart else None
-    exchange = _Exchange(backend, attributes, paths, codes)
+    exchange = _Exchange(backend, attributes, paths, codes, apart)
     for name, module in _named_targets(root, modules):
         names.append(name)
         inside = [m for m in module.modules() if m is not module and _is_compiled(m)]
@@ -140,6 +141,7 @@ class _Exchange:
     attributes: list[_Attribute]
     paths: dict[nn.Module, str]
     codes: dict[type, CodeType] | None
+    apart: bool = False
     done: set[nn.Module] = field(default_factory=set)
 
     def __call__(self, module: nn.Module, options: dict[str, Any]) -> None:
@@ -167,6 +169,17 @@ class _Exchange:
         if self.codes is not None:
             self.codes[type(inner)] = code
         self.attributes.append(_Attribute(module, name, call))
+        forward = type(inner).forward
+        if self.apart and isinstance(forward, FunctionType) and "forward" not in vars(inner):
+            self.attributes.append(_Attribute(inner, "forward", MethodType(_copied(forward), inner)))
+
+
+def _copied(function: FunctionType) -> FunctionType:
+    """A function with code of its own: what Dynamo compiles behind a graph break in it is no other module's."""
+    code, name = function.__code__.replace(), function.__name__
+    copy = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(copy, function)
 
 
 def _below(module: nn.Module) -> Iterator[nn.Module]:

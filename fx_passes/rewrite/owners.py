@@ -154,6 +154,14 @@ def _outermost() -> nn.Module | None:
     return found
 
 
+def _caller() -> nn.Module | None:
+    """The innermost module whose method is running."""
+    frame, module = sys._getframe(), None
+    while frame is not None and module is None and frame.f_code.co_name != "compile_wrapper":
+        module, frame = module_of(frame), frame.f_back  # type: ignore[assignment]
+    return module
+
+
 def module_of(frame: FrameType) -> nn.Module | None:
     """The module whose method a Python frame runs, if it is a method of one; graphs are none."""
     code = frame.f_code
@@ -176,8 +184,12 @@ def count_owners(
     seen: set[int | str] = set()
 
     def counted(*args: Any) -> Any:
-        owner = _running.owners[-1].path if _running.owners else None if parameter is None else id(args[parameter])
-        if owner is not None and owner not in seen and len(seen) < _MOST:
+        owner: int | str
+        if _running.owners:
+            owner = _running.owners[-1].path
+        else:
+            owner = id(_caller()) if parameter is None else id(args[parameter])
+        if owner not in seen and len(seen) < _MOST:
             seen.add(owner)
             report.ran(sites, owner, frame.of)
         _running.depth += 1

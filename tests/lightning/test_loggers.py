@@ -89,7 +89,7 @@ def test_all_loggers_get_the_same(make: Any, per: str, tmp_path: Path, monkeypat
     names = {"c", "kept_per_row", "kept_fraction", "attention_rewritten", "relative_variance", "batch_variance"}
     names |= {"gradient_noise_scale", "worst_relative_variance", "relative_variance_of/model.layers.1"}
     names |= {f"relative_variance_of/{kind}" for kind in ("q", "k", "v", "o", "rest")}
-    names |= {f"c_of/layers.{i}.attention" for i in range(2)} if per == "layer" else set()
+    names |= {f"c_of/model.layers.{i}.attention" for i in range(2)} if per == "layer" else set()
     assert {f"sus/{name}" for name in names} <= expected.keys()
     assert [step for step, _ in expected["sus/relative_variance"]] == [1, 4, 7]
     for name, values in expected.items():
