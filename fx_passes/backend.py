@@ -16,7 +16,7 @@ from fx_passes.ops.problem import FORWARDS, SAMPLERS
 from fx_passes.report import Report
 from fx_passes.rewrite import Options, rewrite_graph
 from fx_passes.rewrite.guard import Guarded
-from fx_passes.rewrite.owners import count_owners, first_parameter
+from fx_passes.rewrite.owners import count_owners, first_parameter, this_frame
 from fx_passes.state import State
 
 COMPILERS = ("inductor", "aot_eager", "eager")
@@ -49,6 +49,8 @@ class SUSBackend:
     1
     """
 
+    rewrites_attention = True  # Dynamo then compiles frames that begin in torch.nn: see `find.breaks`
+
     def __init__(
         self,
         c: float = 30.0,
@@ -66,6 +68,9 @@ class SUSBackend:
         self.sampler, self.compiler, self.forward = sampler, compiler, forward
         self.state = State(c, seed)
         self.report = Report(state=self.state.id)
+        self.apart = (
+            False  # a graph for each module, so that each attention has a number, hence may have a c, of its own
+        )
 
     @property
     def c(self) -> float:
@@ -79,15 +84,15 @@ class SUSBackend:
         """Called by Dynamo for each graph. `kwargs` are torch.compile's `mode` and `options`, for Inductor."""
         if not torch.is_grad_enabled():
             return _compile(self.compiler, gm, example_inputs, kwargs)
-        guarded, parameter = Guarded(gm, example_inputs), first_parameter(gm)
+        guarded, parameter, frame = Guarded(gm, example_inputs), first_parameter(gm), this_frame(gm, self.apart)
         options = Options(self.state, self.sampler, self.forward)
-        result = rewrite_graph(gm, options, self.report, example_inputs)
+        result = rewrite_graph(gm, options, self.report, example_inputs, frame=frame)
         version = options.uuid() if result.rewritten else ""
         compiled = _compile(self.compiler, gm, example_inputs, kwargs, version)
         compiled = guarded.wrap(
             compiled, result, lambda original: _compile(self.compiler, original, example_inputs, kwargs)
         )
-        return count_owners(compiled, self.report, result.sites, parameter)
+        return count_owners(compiled, self.report, result.sites, parameter, frame)
 
     def register(self, name: str) -> SUSBackend:
         """Makes it ``torch.compile(model, backend=name)``, for programs that take the name of a backend only.
@@ -195,3 +200,6 @@ def sus(
             given = f" (with {', '.join(names)} of the environment)" if names else ""
             raise type(error)(f"options of the backend 'sus'{given}: {error}") from None
     return _by_options[key](gm, example_inputs, **({"mode": mode} if mode else {}))
+
+
+sus.rewrites_attention = True  # type: ignore[attr-defined]

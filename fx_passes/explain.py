@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from fx_passes.find.breaks import mend_graph_breaks
 from fx_passes.report import Report
 from fx_passes.rewrite import Options, rewrite_graph
-from fx_passes.rewrite.owners import count_owners, first_parameter
+from fx_passes.rewrite.owners import count_owners, first_parameter, this_frame
 from fx_passes.state import State
 
 
@@ -41,9 +41,11 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     def look(gm: GraphModule, example_inputs: list[Any], **_: Any) -> Callable[..., Any]:
         if not torch.is_grad_enabled():
             return gm
-        found = rewrite_graph(gm, options, report, example_inputs, dry=True)
-        return count_owners(gm, report, found.sites, first_parameter(gm))
+        frame, parameter = this_frame(gm), first_parameter(gm)
+        found = rewrite_graph(gm, options, report, example_inputs, dry=True, frame=frame)
+        return count_owners(gm, report, found.sites, parameter, frame)
 
+    look.rewrites_attention = True  # type: ignore[attr-defined]
     torch._dynamo.reset()  # what was compiled earlier would not be seen
     run = model.forward if isinstance(model, torch.nn.Module) else model
     with torch.enable_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fx_passes.state import get_state
@@ -28,7 +28,8 @@ class Site:
         reason: why it was left, in words.
         number: index of the site in its backend: it separates the random streams of layers.
         modules: how many modules have run it. Above 1 where Dynamo compiled one graph for several layers, as it does
-            for what follows a graph break; `module` is then the path below the code that they share.
+            for what follows a graph break, and their paths are not known: `module` is then the path below the code that
+            they share.
     """
 
     module: str
@@ -56,23 +57,32 @@ class Report:
     """
 
     _sites: dict[Key, Site] = field(default_factory=dict)
+    _numbers: dict[Key, int] = field(default_factory=dict)
     _owners: dict[Key, set[int]] = field(default_factory=dict)
     verb: str = "rewritten"
     state: int = 0  # whose calls it reports on; 0 is none
 
     def number(self, key: Key) -> int:
         """The number of the site with this key: that of an earlier compilation, or the next free one."""
-        known = self._sites.get(key)
-        return len(self._sites) if known is None else known.number
+        return self._numbers.setdefault(key, len(self._numbers))
 
     def add(self, site: Site) -> None:
         self._sites[site.key] = replace(site, modules=max(1, len(self._owners.get(site.key, ()))))
 
-    def ran(self, sites: Sequence[Key], owner: int) -> None:
-        """A module, known by the identity of its first parameter, has run these sites."""
+    def ran(self, sites: Sequence[Key], owner: int | str, renamed: Callable[[str, str], str]) -> None:
+        """A module has run the graph with these sites.
+
+        It is known by its path, and `renamed` gives the path of a site's module below it; or by the identity of its
+        first parameter only, and counts as one more module of the site.
+        """
         for key in sites:
-            self._owners.setdefault(key, set()).add(owner)
-            self.add(self._sites[key])
+            site = self._sites[key]
+            if isinstance(owner, int):
+                self._owners.setdefault(key, set()).add(owner)
+                self.add(site)
+            else:
+                there = replace(site, module=renamed(owner, site.module))
+                self._sites.setdefault(there.key, there)
 
     @property
     def sites(self) -> list[Site]:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from fx_passes import SUSBackend
 from fx_passes.ops.functional import check_choice
-from fx_passes.report import REWRITTEN
+from fx_passes.report import REWRITTEN, Site
 from fx_passes.state import Kept
 from sus_lightning._lightning_compat import (
     AnyCallback,
@@ -30,6 +30,7 @@ from sus_lightning.metrics import PER
 from sus_lightning.probe import Probe, copied
 from sus_lightning.schedules import ConstantSchedule, Schedule, as_schedule, check_count, schedule_name, value_at
 from sus_lightning.strategies import check_strategy
+from sus_lightning.unseen import Unseen, watch
 from sus_lightning.variance_target import ALONE, VarianceTarget
 
 
@@ -93,7 +94,9 @@ class SUSBackprop(AnyCallback):
             instead of 2.
         seed: fixes the draws; ``None`` follows ``seed_everything``.
         mode: of ``torch.compile``, for modules that the user did not compile; ``compiler="inductor"`` only.
-        modules: names of the submodules to compile; ``None`` is all children.
+        modules: names of the submodules to compile; ``None`` is all children. "attention" is the blocks that repeat in
+            a model, such as its layers, and where there are none the children: equal blocks then share their graphs,
+            and a deep model compiles in a fraction of the time.
         forward: "auto", or "library" to keep the bits of PyTorch's own attention kernel.
         variance_per: "kind" logs the relative variance in total and per kind of parameter, "layer" per layer too,
             which is one more value for each layer.
@@ -113,7 +116,7 @@ class SUSBackprop(AnyCallback):
         variance_draws: int = 1,
         seed: int | None = None,
         mode: str | None = None,
-        modules: list[str] | None = None,
+        modules: list[str] | str | None = None,
         forward: str = "auto",
         variance_per: str = "kind",
     ) -> None:
@@ -128,6 +131,7 @@ class SUSBackprop(AnyCallback):
         self._module: weakref.ref[pl.LightningModule] | None = None
         self._compilation: Compilation | None = None
         self._probe: Probe | None = None
+        self._unseen: Unseen | None = None
         self._earlier: deque[tuple[Any, int]] = deque()
         self._probed_step = 0
         self._variance: dict[str, float] = {}
@@ -160,7 +164,8 @@ class SUSBackprop(AnyCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not in `setup`: `configure_model` and the strategy, which may create and wrap modules, run after it.
         options = {} if self._mode is None else {"mode": self._mode}
-        self._compilation = plan(pl_module, self.backend, self._modules, options)
+        self.backend.apart = self._per_layer
+        self._compilation = plan(pl_module, self.backend, self._modules, options, self._per_layer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._enable()
@@ -196,12 +201,20 @@ class SUSBackprop(AnyCallback):
                 shares = {f"c_of/{name}": self.backend.state.c_of(sites[0]) for name, sites in self._shared().items()}
                 self._publish(trainer, pl_module, {**self._variance, **shares}, shown=("relative_variance",))
             self._keep(trainer, batch, batch_idx)
+        if not self._checked and self._unseen is None:
+            self._unseen = watch()
         if not trainer.barebones:
             pl_module.log("sus/c", self.backend.c, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        if self._unseen is not None:
+            self._unseen.close()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._unseen is not None:
+            self._unseen.close()
         if not self._checked and (outputs is not None or not pl_module.automatic_optimization):
             self._checked = True
             self._check_rewritten(pl_module)
@@ -270,7 +283,11 @@ class SUSBackprop(AnyCallback):
             self._compilation.disable()
 
     def _forget(self) -> None:
-        self._compilation = self._probe = None
+        if self._compilation is not None:
+            self._compilation.clear()
+        if self._unseen is not None:
+            self._unseen.close()
+        self._compilation = self._probe = self._unseen = None
         self._earlier.clear()
         self._checked = self._warned = False
 
@@ -328,15 +345,22 @@ class SUSBackprop(AnyCallback):
 
     def _check_rewritten(self, pl_module: pl.LightningModule) -> None:
         report, modules = self.backend.report, self._compilation.modules if self._compilation else []
+        unseen = self._unseen.names(pl_module) if self._unseen is not None else []
+        self._unseen = None
         if report.rewritten:
             rank_zero_info(f"SUSBackprop: {report}")
+            without = [_described(site) for site in report.sites if site.status != REWRITTEN] + unseen
+            if without:
+                rank_zero_warn(
+                    f"SUSBackprop: {report.rewritten} of {report.rewritten + report.left + len(unseen)} attentions of "
+                    f"this model train with SUS; these do not: {', '.join(without)}"
+                )
             return
+        ran = f" Attention ran in {', '.join(unseen)}." if unseen else ""
         raise MisconfigurationException(
             f"SUSBackprop rewrote no attention of {type(pl_module).__name__}: it would train without SUS. Compiled "
-            f"were the submodules {modules}; attention that is computed in the LightningModule's own methods, or in a "
-            f"method other than forward of a submodule, is not seen: move it into a submodule, or name that in "
-            f"`modules`. "
-            f"After many fits in one process, torch._dynamo.reset() makes room for new compilations.\n"
+            f"were the submodules {modules}.{ran} Attention that is computed in the LightningModule's own methods, or "
+            f"in a method other than forward of a submodule, is not seen: move it into the forward of a submodule.\n"
             f"{report}"
         )
 
@@ -364,6 +388,11 @@ def _another(old: SUSBackend) -> SUSBackend:
     return backend
 
 
+def _described(site: Site) -> str:
+    place = " ".join(part for part in (site.module, f"({site.source})" if site.source else "") if part)
+    return f"{place or site.form}: {site.reason}"
+
+
 def _kept(trainer: pl.Trainer, kept: Kept) -> dict[str, float]:
     counts = torch.tensor([kept.entries, kept.rows, kept.dense], device=trainer.strategy.root_device)
     entries, rows, dense = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
@@ -385,11 +414,11 @@ def _check_mode(mode: Any, compiler: str) -> str | None:
     return str(mode)
 
 
-def _check_modules(modules: Any) -> list[str] | None:
-    if modules is None:
-        return None
+def _check_modules(modules: Any) -> list[str] | str | None:
+    if modules is None or (isinstance(modules, str) and modules == "attention"):
+        return modules
     if isinstance(modules, str) or not isinstance(modules, Sequence) or not all(isinstance(m, str) for m in modules):
-        raise TypeError(f"modules must be a list of names of submodules or None, but it is {modules!r}")
+        raise TypeError(f"modules must be a list of names of submodules, 'attention' or None, but it is {modules!r}")
     if not modules:
         raise ValueError("modules must name at least one submodule, but it is empty")
     return list(modules)

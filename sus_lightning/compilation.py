@@ -6,8 +6,10 @@ that `torch.compile(LightningModule)` replaced), so parameters, hooks and state_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,11 +18,17 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torchmetrics import Metric
 
+from fx_passes.rewrite.owners import Owner, compile_call
+from sus_lightning.caches import allow_compilation, clear_caches
+
 _MISSING = object()
 
-# Dynamo counts compilations per code object, over all backends, and past its limit (8) it runs the code uncompiled
-# without an error: attention would lose SUS. Layers that differ in an attribute, and earlier fits, use it up.
-_RECOMPILE_LIMIT = 64
+# Dynamo counts compilations per code object, over all backends, and past its limits (8 for one module, 256 for all) it
+# runs the code uncompiled without an error: attention would lose SUS. What stands behind graph breaks may use them up.
+_LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 2048}
+
+_MAY_ATTEND = (nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
+_MAY_ATTEND += (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 @dataclass
@@ -47,44 +55,59 @@ class _Attribute:
 class Compilation:
     """The exchange for one module: `enable` and `disable` may be called in any order, as often as one likes."""
 
+    backend: Callable[..., Any]
     attributes: list[_Attribute]
     modules: list[str]
     enabled: bool = False
-    _limit: int = 0
+    _limits: dict[str, int] = field(default_factory=dict)
 
     def enable(self) -> None:
         if not self.enabled:
-            self._limit = torch._dynamo.config.recompile_limit
-            torch._dynamo.config.recompile_limit = max(self._limit, _RECOMPILE_LIMIT)
+            config = torch._dynamo.config
+            self._limits = {name: getattr(config, name) for name in _LIMITS}
+            for name, limit in _LIMITS.items():
+                setattr(config, name, max(self._limits[name], limit))
             for attribute in self.attributes:
                 attribute.put(attribute.ours)
+            allow_compilation({type(attribute.owner) for attribute in self.attributes})
             self.enabled = True
 
     def disable(self) -> None:
         if self.enabled:
             for attribute in reversed(self.attributes):
                 attribute.put(attribute.theirs)
-            torch._dynamo.config.recompile_limit = self._limit
+            for name, limit in self._limits.items():
+                setattr(torch._dynamo.config, name, limit)
             self.enabled = False
+
+    def clear(self) -> None:
+        """To be called when it is not needed any more: frees what was compiled."""
+        self.disable()
+        clear_caches(self.backend)
+        self.attributes.clear()
 
 
 def plan(
     root: pl.LightningModule,
     backend: Callable[..., Any],
-    modules: Sequence[str] | None = None,
+    modules: Sequence[str] | str | None = None,
     options: dict[str, Any] | None = None,
+    apart: bool = False,
 ) -> Compilation:
     """What to exchange so that attention below `root` is compiled with `backend`; nothing is changed yet.
 
     A module that the user compiled keeps the user's mode, options and dynamic. Where the user compiled none, the
     children of `root` are compiled (the items of a ModuleList or ModuleDict, as those are never called themselves).
-    `training_step` is never compiled: `self.log` in it breaks Dynamo.
+    Modules below a compiled one are compiled too, for the case that they are called behind a graph break; where they
+    are not, Dynamo traces them as parts of it. `training_step` is never compiled: `self.log` in it breaks Dynamo.
 
     Args:
         root: the LightningModule.
         backend: for torch.compile.
-        modules: names of submodules to compile instead.
+        modules: names of submodules to compile instead; "attention" is the blocks that repeat and may hold attention,
+            and of a child without such blocks the child.
         options: further arguments of torch.compile, where the user compiled nothing.
+        apart: no two modules share a graph.
 
     Raises:
         ValueError: a name in `modules` that `root` does not have.
@@ -92,19 +115,79 @@ def plan(
     attributes: list[_Attribute] = []
     names: list[str] = []
     options = _undo_outer(root, attributes) or options or {}
+    paths = {module: path for path, module in root.named_modules()}
+    codes: dict[type, CodeType] | None = {} if modules == "attention" and not apart else None
+    exchange = _Exchange(backend, attributes, paths, codes, apart)
     for name, module in _named_targets(root, modules):
         names.append(name)
-        compiled_inside = [m for m in module.modules() if m is not module and _is_compiled(m)]
-        if modules is None and compiled_inside and not _is_compiled(module):
+        inside = [m for m in module.modules() if m is not module and _is_compiled(m)]
+        if modules is None and inside and not _is_compiled(module):
             # The user chose regions within this child: keep them.
-            for inner in compiled_inside:
-                _exchange(inner, backend, {}, attributes)
+            for inner in inside:
+                exchange(inner, {})
         else:
-            for inner in compiled_inside:
+            for inner in inside:
                 if not (isinstance(module, OptimizedModule) and inner is module._orig_mod):
                     _bypass(inner, attributes)
-            _exchange(module, backend, options, attributes)
-    return Compilation(attributes, names)
+            exchange(module, options)
+    return Compilation(backend, attributes, names)
+
+
+@dataclass
+class _Exchange:
+    """Exchanges modules for compiled ones. `codes` is by class where modules of one class share their code."""
+
+    backend: Callable[..., Any]
+    attributes: list[_Attribute]
+    paths: dict[nn.Module, str]
+    codes: dict[type, CodeType] | None
+    apart: bool = False
+    done: set[nn.Module] = field(default_factory=set)
+
+    def __call__(self, module: nn.Module, options: dict[str, Any]) -> None:
+        name, inner = "_compiled_call_impl", module
+        if isinstance(module, OptimizedModule):
+            name, inner = "forward", module._orig_mod
+            if inner._compiled_call_impl is not None:
+                _bypass(inner, self.attributes)
+            options = _options_of(module.dynamo_ctx)
+        elif module._compiled_call_impl is not None:
+            options = _options_of(module._compiled_call_impl)
+        if inner in self.done:
+            return
+        self._put(module, name, inner, options)
+        for below in _below(inner):
+            if below not in self.done and not isinstance(below, OptimizedModule) and _may_attend(below):
+                self._put(below, "_compiled_call_impl", below, {**options, "fullgraph": False})
+
+    def _put(self, module: nn.Module, name: str, inner: nn.Module, options: dict[str, Any]) -> None:
+        self.done.add(inner)
+        path = self.paths.get(module, "").replace("._orig_mod", "")
+        owner = Owner(path, inner, shared=self.codes is not None)
+        known = None if self.codes is None else self.codes.get(type(inner))
+        call, code = compile_call(owner, known, backend=self.backend, **options)
+        if self.codes is not None:
+            self.codes[type(inner)] = code
+        self.attributes.append(_Attribute(module, name, call))
+        forward = type(inner).forward
+        if self.apart and isinstance(forward, FunctionType) and "forward" not in vars(inner):
+            self.attributes.append(_Attribute(inner, "forward", MethodType(_copied(forward), inner)))
+
+
+def _copied(function: FunctionType) -> FunctionType:
+    """A function with code of its own: what Dynamo compiles behind a graph break in it is no other module's."""
+    code, name = function.__code__.replace(), function.__name__
+    copy = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(copy, function)
+
+
+def _below(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules below a module, without what stands in a forward that the user excluded by `torch.compiler.disable`."""
+    for child in module.children():
+        yield child
+        if not getattr(getattr(child, "forward", None), "_torchdynamo_disable", False):
+            yield from _below(child)
 
 
 def _undo_outer(root: pl.LightningModule, attributes: list[_Attribute]) -> dict[str, Any]:
@@ -121,8 +204,10 @@ def _undo_outer(root: pl.LightningModule, attributes: list[_Attribute]) -> dict[
     return options
 
 
-def _named_targets(root: nn.Module, modules: Sequence[str] | None) -> Iterator[tuple[str, nn.Module]]:
-    if modules is not None:
+def _named_targets(root: nn.Module, modules: Sequence[str] | str | None) -> Iterator[tuple[str, nn.Module]]:
+    if modules == "attention":
+        yield from _blocks(root, "")
+    elif modules is not None:
         for name in modules:
             try:
                 yield name, root.get_submodule(name)
@@ -132,41 +217,53 @@ def _named_targets(root: nn.Module, modules: Sequence[str] | None) -> Iterator[t
                     f"modules must name submodules of {type(root).__name__} (its children are {known}), "
                     f"but it has {name!r}"
                 ) from None
-        return
-    yield from _children(root, "")
+    else:
+        yield from _children(root, "")
 
 
 def _children(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in parent.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from _children(child, f"{prefix}{name}.")
-        elif not isinstance(child, Metric) and not _is_library_leaf(child):
+        elif _may_attend(child):
             yield prefix + name, child
 
 
-def _is_library_leaf(module: nn.Module) -> bool:
-    """torch's own layers without children: losses, linear layers, norms. None of them has attention."""
-    return type(module).__module__.startswith("torch.nn.modules.") and not any(True for _ in module.children())
+def _blocks(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost blocks that repeat below a module, and what may hold attention beside them."""
+    for name, child in parent.named_children():
+        if not _may_attend(child) and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            continue
+        repeats = isinstance(parent, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and _repeats(parent, child)
+        inside = isinstance(child, (nn.ModuleList, nn.ModuleDict)) or (not repeats and _has_blocks(child))
+        if inside:
+            yield from _blocks(child, f"{prefix}{name}.")
+        else:
+            yield prefix + name, child
+
+
+def _repeats(parent: nn.Module, child: nn.Module) -> bool:
+    return sum(type(other) is type(child) for other in parent.children()) > 1
+
+
+def _has_blocks(module: nn.Module) -> bool:
+    lists = (m for m in module.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.Sequential)))
+    return any(_repeats(m, child) and _may_attend(child) for m in lists for child in m.children())
+
+
+def _may_attend(module: nn.Module) -> bool:
+    """Whether a call of the module may compute attention: torch's own layers, such as losses and norms, do not."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, Metric)):
+        return False  # not called
+    if isinstance(module, torch.jit.ScriptModule):
+        return False  # Dynamo does not enter it
+    if type(module).__module__.startswith(("torch.nn.modules.", "torch.ao.", "torch.nn.parallel.")):
+        return isinstance(module, _MAY_ATTEND) or any(_may_attend(m) for m in module.modules() if m is not module)
+    return True
 
 
 def _is_compiled(module: nn.Module) -> bool:
     return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
-
-
-def _exchange(
-    module: nn.Module, backend: Callable[..., Any], options: dict[str, Any], attributes: list[_Attribute]
-) -> None:
-    if isinstance(module, OptimizedModule):
-        inner = module._orig_mod
-        if inner._compiled_call_impl is not None:
-            _bypass(inner, attributes)
-        options = _options_of(module.dynamo_ctx)
-        attributes.append(_Attribute(module, "forward", torch.compile(inner._call_impl, backend=backend, **options)))
-        return
-    if module._compiled_call_impl is not None:
-        options = _options_of(module._compiled_call_impl)
-    compiled = torch.compile(module._call_impl, backend=backend, **options)
-    attributes.append(_Attribute(module, "_compiled_call_impl", compiled))
 
 
 def _bypass(module: nn.Module, attributes: list[_Attribute]) -> None:

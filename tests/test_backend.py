@@ -179,6 +179,29 @@ def test_recompilation_counts_a_site_once() -> None:
     assert "2 of 2 attentions rewritten" in str(backend.report)
 
 
+def test_modules_of_torch_nn_that_are_compiled_in_place() -> None:
+    """Also beside another backend, for which Dynamo goes on to skip them."""
+
+    def layer() -> nn.Module:
+        return nn.TransformerEncoderLayer(16, 2, 16, dropout=0.0, batch_first=True)
+
+    x, graphs = torch.randn(2, 9, 16), []
+    other = layer()
+    other.compile(backend=lambda gm, _: graphs.append(gm) or gm)
+    for module in (layer(), nn.Sequential(layer(), layer()), nn.TransformerEncoder(layer(), 2)):
+        exact = step(module, module, x)[1]
+        backend = SUSBackend(c=INF, compiler="eager")
+        module.compile(backend=backend)
+        for _ in range(2):
+            other(x)
+            torch.testing.assert_close(step(module, module, x)[1], exact, rtol=1e-4, atol=1e-6)
+            backend.state.pop_kept()
+            step(module, module, x)
+            assert backend.state.pop_kept().rows == backend.report.rewritten * 2 * 2 * 9
+        assert backend.report.rewritten == sum(isinstance(m, nn.MultiheadAttention) for m in module.modules())
+    assert not graphs
+
+
 def test_backend_by_name() -> None:
     """The entry point of the installed distribution, in a process of its own."""
     script = (

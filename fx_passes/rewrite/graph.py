@@ -24,6 +24,7 @@ from fx_passes.report import LEFT, REWRITTEN, Key, Report
 from fx_passes.rewrite.bodies import Draws, bodies, operands
 from fx_passes.rewrite.build import Builder
 from fx_passes.rewrite.emit import Emitter
+from fx_passes.rewrite.owners import Frame
 from fx_passes.rewrite.replace import end_of_views, remove_dead, replace
 from fx_passes.rewrite.sharding import check_sharding
 from fx_passes.rewrite.sites import Sites
@@ -79,7 +80,12 @@ class _Job:
 
 
 def rewrite_graph(
-    gm: GraphModule, options: Options, report: Report, example_inputs: Sequence[Any] | None = None, dry: bool = False
+    gm: GraphModule,
+    options: Options,
+    report: Report,
+    example_inputs: Sequence[Any] | None = None,
+    dry: bool = False,
+    frame: Frame | None = None,
 ) -> Result:
     """Rewrites the attentions of a graph in place; `report` gets a site for each one found.
 
@@ -90,8 +96,9 @@ def rewrite_graph(
         example_inputs: real inputs; buffers among them, and what is computed from symbolic sizes, may be proven to be
             masks: the caller then checks what `Result` says.
         dry: report what would be done, and do nothing.
+        frame: where Dynamo's frame stands in the model.
     """
-    sites = Sites(report)
+    sites = Sites(report, frame or Frame())
     job = _Job(options, sites, Draws(options.state), Result(sites=sites.keys), dry)
     places = [n for n in gm.graph.nodes if n.op == "placeholder"]
     if not any(fake_of(n) is not None for n in gm.graph.nodes):

@@ -91,7 +91,7 @@ def test_all_loggers_get_the_same(make: Any, per: str, tmp_path: Path, monkeypat
     names |= {f"relative_variance_of/{kind}" for kind in ("q", "k", "v", "o", "rest")}
     if per == "layer":
         names |= {f"relative_variance_of/model.layers.{i}" for i in range(2)}
-        names |= {f"c_of/layers.{i}.attention" for i in range(2)}
+        names |= {f"c_of/model.layers.{i}.attention" for i in range(2)}
     assert {f"sus/{name}" for name in names} == expected.keys()
     assert [step for step, _ in expected["sus/relative_variance"]] == [1, 4, 7]
     for name, values in expected.items():

@@ -1,0 +1,69 @@
+"""Dynamo's caches between fits: room for new compilations, and nothing left of old ones.
+
+What is compiled from the top of a module has code of its own (`fx_passes.rewrite.owners`), and is freed with it. What
+Dynamo compiles behind a graph break is kept at the code of the user's methods, for all who run them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+_MOST_DEAD = 32  # invalid entries that stay at one code
+
+
+def allow_compilation(classes: Iterable[type[nn.Module]]) -> None:
+    """Takes back that Dynamo runs methods of these classes uncompiled, as it does past its limit for other backends."""
+    from torch._C._dynamo import eval_frame
+
+    strategy = eval_frame._FrameExecStrategy(eval_frame._FrameAction.DEFAULT, eval_frame._FrameAction.DEFAULT)
+    for code in {code for cls in classes for code in _methods(cls)}:
+        eval_frame.set_code_exec_strategy(code, strategy)
+
+
+def _methods(cls: type) -> Iterator[CodeType]:
+    for base in cls.__mro__:
+        if not base.__module__.startswith(("torch.", "lightning.", "pytorch_lightning.")) and base is not object:
+            yield from (f.__code__ for f in vars(base).values() if isinstance(f, FunctionType))
+
+
+def clear_caches(backend: Callable[..., Any]) -> None:
+    """Frees what Dynamo has compiled with a backend, and nothing of others."""
+    from torch._dynamo import convert_frame, eval_frame
+
+    for reference in list(convert_frame.input_codes.seen):
+        code = reference()
+        if code is not None:
+            _clear(code, backend)
+    for key, known in list(eval_frame.cached_backends.items()):
+        if _is(known, backend):
+            del eval_frame.cached_backends[key]
+
+
+def _clear(code: CodeType, backend: Callable[..., Any]) -> None:
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+    entries = _debug_get_cache_entry_list(code)
+    dead = [e for e in entries if isinstance(e.guard_manager, DeletedGuardManagerWrapper)]
+    ours = [e for e in entries if e not in dead and _is(e.backend, backend)]
+    if not ours:
+        return
+    managers = [e.guard_manager for e in ours]
+    if len(ours) + len(dead) == len(entries) or len(ours) + len(dead) > _MOST_DEAD:
+        torch._C._dynamo.eval_frame.reset_code(code)
+    else:
+        for entry, manager in zip(ours, managers, strict=True):  # it stays in the list, empty
+            manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("its backend is not in use any more"))
+    for manager in managers:
+        # Finalizers of what its guards name, functions of torch among them, keep it for ever.
+        vars(manager).clear()
+        manager.cache_entry = manager.extra_state = None
+
+
+def _is(known: Any, backend: Callable[..., Any]) -> bool:
+    return getattr(known, "compiler_fn", known) is backend
