@@ -84,7 +84,9 @@ _MOST = 1024  # generator states of which the run is remembered
 _lock = threading.RLock()
 _current = Run(None)
 _seen: dict[bytes, Run] = {}  # by the contents of a generator's state: copies of it are as good
-_blocks: list[tuple[int, int, Run]] = []  # of each open fork_rng: id of the state that it holds, its number, run outside
+_blocks: list[
+    tuple[int, int, Run]
+] = []  # of each open fork_rng: id of the state that it holds, its number, run outside
 
 
 def current() -> Run:

@@ -386,7 +386,7 @@ def _vmapped_draw(
 
 
 # Not by `custom_op`: an operator whose results have no gradient needs no autograd, whose node torch.func would refuse.
-_library = torch.library.Library("sus", "FRAGMENT")
+_library: Any = torch.library.Library("sus", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "draw(Tensor like, int state, int[] sites) -> (Tensor, Tensor)",
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),

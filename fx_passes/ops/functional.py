@@ -54,20 +54,37 @@ def attend(
     query, key, value, attn_bias = _autocast(query, key, value, attn_bias)
     lead = _leading(query, key, value)
     query, key, value = (_four(x, lead) for x in (query, key, value))
+    if key.shape[1] != value.shape[1]:  # F.scaled_dot_product_attention lets each divide the query's heads
+        heads = query.shape[1]
+        key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
     attn_mask, attn_bias = (None if x is None else _four_mask(x, lead) for x in (attn_mask, attn_bias))
     scale = float(query.shape[-1] or 1) ** -0.5 if scale is None else float(scale)
     tensors = (query, key, value, attn_bias, sinks)
     around = transform(*tensors)
+    if around is None and not 0 <= dropout_p < 1:
+        around = "dropout_p outside of [0, 1)"
     if around is not None:
-        masks = (attn_mask, attn_bias, sinks, query_ids, key_ids, prefix)
-        numbers = (scale, left, right, bottom_right, softcap, dropout_p)
-        out = _exact(query, key, value, masks, numbers, around, state)
-        return out.reshape(*lead, *out.shape[-2:]) if len(lead) != 2 else out
+        if state and (counts := get_state(state)) is not None:
+            counts.note_left(around)
+        given: dict[str, Any] = {
+            "attn_mask": attn_mask,
+            "attn_bias": attn_bias,
+            "sinks": sinks,
+            "query_ids": query_ids,
+            "key_ids": key_ids,
+            "prefix": prefix,
+            "left": left,
+            "right": right,
+            "bottom_right": bottom_right,
+            "softcap": softcap,
+        }
+        exact = _exact(query, key, value, scale, dropout_p, given, library=around == NEEDS_LIBRARY)
+        return exact.reshape(*lead, *exact.shape[-2:]) if len(lead) != 2 else exact
     dropout_seed = seed
     if dropout_p > 0:
         # From the global generator, as dropout draws everywhere: checkpointing restores it before a recomputation.
         dropout_seed = torch.randint(-(1 << 62), 1 << 62, (), device=query.device)
-    out = schema.attention(
+    out: Tensor = schema.attention(
         query,
         key,
         value,
@@ -117,31 +134,27 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) ->
 
 
 def _exact(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    masks: tuple[Tensor | None, ...],
-    numbers: tuple[Any, ...],
-    around: str,
-    state: int,
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout_p: float, given: dict[str, Any], library: bool
 ) -> Tensor:
-    """What `attend` gives where transforms are around it: masks and numbers in the order of `exact_attention`."""
-    if state and (counts := get_state(state)) is not None:
-        counts.note_left(around)
-    scale, left, right, bottom_right, softcap, dropout_p = numbers
-    mask, bias, *others = masks
-    causal = right is not None
-    banded = left is not None or softcap or right not in (None, 0) or (causal and bottom_right)
-    masked = (mask is not None) + (bias is not None) + causal > 1
-    if around != NEEDS_LIBRARY or banded or masked or any(x is not None for x in others):
-        return exact_attention(query, key, value, *masks, *numbers)
+    """Exact attention: of the library, if that is asked for and has what is given, or else in plain operations."""
+    right, masks = given["right"], [given[name] for name in ("attn_mask", "attn_bias") if given[name] is not None]
+    known = {"attn_mask", "attn_bias", "right"}
+    others = any(isinstance(x, Tensor) or x for name, x in given.items() if name not in known)
+    if (
+        not library
+        or others
+        or given["left"] is not None
+        or right not in (None, 0)
+        or len(masks) + (right is not None) > 1
+    ):
+        return exact_attention(query, key, value, scale=scale, dropout_p=dropout_p, **given)
     return torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
         value,
-        bias if mask is None else mask,
+        masks[0] if masks else None,
         dropout_p,
-        causal,
+        right is not None,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )

@@ -147,17 +147,16 @@ def _second_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None,
     grad, query, key, value, mask, bias, sinks, *others = ctx.saved_tensors
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        live = [None if x is None else _live(x) for x in (grad, query, key, value, bias, sinks)]
+        live: list[Any] = [None if x is None else _live(x) for x in (grad, query, key, value, bias, sinks)]
         grad, query, key, value, bias, sinks = live
-        numbers = (s.scale, s.left, s.right, s.bottom_right, s.softcap)
-        out = exact_attention(query, key, value, mask, bias, sinks, *others, *numbers)
+        query_ids, key_ids, prefix = others
+        masks = (mask, bias, sinks, query_ids, key_ids, prefix)
+        out = exact_attention(query, key, value, *masks, s.scale, s.left, s.right, s.bottom_right, s.softcap)
         by = (query, key, value, bias if ctx.bias_grad else None, sinks)
         used = [(x, u) for x, u in zip(by, upstream, strict=True) if x is not None and u is not None]
         first = torch.autograd.grad(out, [x for x, _ in used], grad, create_graph=True)
         wanted = [x for x in live if x is not None]
-        second = torch.autograd.grad(
-            first, wanted, [u for _, u in used], create_graph=create_graph, allow_unused=True
-        )
+        second = torch.autograd.grad(first, wanted, [u for _, u in used], create_graph=create_graph, allow_unused=True)
     found = iter(second)
     by_place = {place: next(found) for place, x in zip((0, 5, 6, 7, 9, 10), live, strict=True) if x is not None}
     return tuple(by_place.get(place) for place in range(_BIAS_GRAD + 1 + _STATICS))

@@ -32,4 +32,4 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     # An operator's implementation runs below autograd, which alone can look.
     included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     with torch._C._ForceDispatchKeyGuard(included, excluded - excluded):
-        return any(forward_ad.unpack_dual(x).tangent is not None for x in plain)
+        return any(forward_ad.unpack_dual(x).tangent is not None for x in plain)  # type: ignore[no-untyped-call]
