@@ -55,13 +55,15 @@ class Run:
             self._states[number] = state
             return number
 
-    def claim(self, number: int, state: Any) -> Any:
-        """Gives a state the number that it had in the process which saved it; returns the live state that has it."""
+    def claim(self, number: int, state: Any) -> None:
+        """Gives a state the number that it had in the process which saved it; nobody else has it any more."""
         with _lock:
-            other = self._states.get(number)
             self._states[number] = state
             self._next = max(self._next, number + 1)
-            return None if other is state else other
+
+    def has(self, number: int | None, state: Any) -> bool:
+        """Whether this is the number of a state."""
+        return number is not None and self._states.get(number) is state
 
     def mixed(self, number: int) -> int:
         """What seeds the draws of the state with a number, at the seed that the generator has now."""

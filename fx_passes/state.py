@@ -113,9 +113,9 @@ class State:
     Attributes:
         c: as above; setting it also takes back every c that single sites had.
         site_c: c of the sites that have their own.
-        counter: number of draws so far in this run; on a GPU, reading it waits for the device, setting it does not.
-            Setting it also takes over a new `torch.manual_seed`, which a captured CUDA graph cannot see by itself.
-        number: of this state among those of the run, by first draw; None before it.
+        counter: number of draws so far in the run of the last one; on a GPU, reading it waits for the device, setting
+            it does not. Setting it also takes over a new `torch.manual_seed`, which a captured CUDA graph cannot see by
+            itself.
         kept: the counts since `pop_kept`; on a GPU, reading them waits for the device.
         slow: by site, why calls took the slower PyTorch path, and how many did for each reason.
         left: why calls were left to the library's exact function, and how many were for each reason.
@@ -193,7 +193,6 @@ class State:
     @property
     def counter(self) -> int:
         with self._lock:
-            self._enter(runs.current())
             return max([self._counter, *(mirror.counter for mirror in self._mirrors.values())])
 
     @counter.setter
@@ -206,13 +205,17 @@ class State:
                 mirror.counter = value
 
     @property
-    def number(self) -> int | None:
+    def position(self) -> tuple[int, int | None]:
+        """Counter and number of this state in the run of now, for `resume`; the number is None before the first draw.
+
+        On a GPU, reading it waits for the device.
+        """
         with self._lock:
             self._enter(runs.current())
-            return self._number
+            return self.counter, self._number
 
     def resume(self, counter: int, number: int | None) -> None:
-        """Goes on as the state would have that was saved with this counter and number.
+        """Goes on as the state would have whose `position` this was.
 
         Another live state that has this number in the run gets a new one.
 
@@ -225,10 +228,8 @@ class State:
         with self._lock:
             run = self._enter(runs.current())
             if number is not None and self.seed is None:
-                other = run.claim(number, self)
+                run.claim(number, self)
                 self._number = number
-                if other is not None:
-                    other._number = None
             self.counter = counter
 
     def _enter(self, run: Run) -> Run:
@@ -253,8 +254,9 @@ class State:
         if self.seed is not None:
             base = self.seed
         else:
-            if self._number is None:
+            if not run.has(self._number, self):
                 self._number = run.next_number(self)
+            assert self._number is not None
             base = run.mixed(self._number)
         for mirror in self._mirrors.values():
             mirror.follow(mix(base, (runs.rank() or 0) + (mirror.number << 32)))

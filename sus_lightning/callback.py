@@ -219,11 +219,12 @@ class SUSBackprop(Callback):
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:
+        counter, number = self.backend.state.position
         state: dict[str, Any] = {
             "c": self.backend.c,
             "site_c": dict(self._site_c),
-            "counter": self.backend.state.counter,
-            "number": self.backend.state.number,
+            "counter": counter,
+            "number": number,
             "probed_step": self._probed_step,
             "variance": dict(self._variance),
         }
