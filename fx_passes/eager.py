@@ -56,7 +56,6 @@ class sus_backward(TorchFunctionMode):
         super().__init__()
         self.state = State(c, seed)
         self.sampler, self.forward = sampler, forward
-        self.calls = 0
 
     @property
     def c(self) -> float:
@@ -67,9 +66,14 @@ class sus_backward(TorchFunctionMode):
         self.state.c = value
 
     @property
+    def calls(self) -> int:
+        """How many calls got a SUS backward; what `torch.compile` traces is not counted."""
+        return self.state.calls
+
+    @property
     def report(self) -> Report:
         """The calls that got a SUS backward as one site, and one site for each reason for which calls did not."""
-        return report_of_calls(self.state, self.calls)
+        return report_of_calls(self.state)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -102,8 +106,7 @@ class sus_backward(TorchFunctionMode):
         if transform(*tensors) is None:
             if not any(x is not None and x.requires_grad for x in tensors):
                 return F.scaled_dot_product_attention(*args, **kwargs)
-            with self.state._lock:
-                self.calls += 1
+            self.state.note_call()
         return self._attend(**given)
 
     def _attend(
@@ -159,11 +162,11 @@ _DEFAULTS: dict[str, Any] = {
 _POSITIONAL = tuple(_DEFAULTS)[:6]
 
 
-def report_of_calls(state: State, calls: int) -> Report:
+def report_of_calls(state: State) -> Report:
     """A report on calls that no graph shows: their number, and of those that were left, the reasons."""
     report = Report(state=state.id)
-    if calls:
-        report.add(Site("", f"{calls} calls", form="sdpa", tier=1, status=REWRITTEN))
+    if state.calls:
+        report.add(Site("", f"{state.calls} calls", form="sdpa", tier=1, status=REWRITTEN))
     for number, (reason, count) in enumerate(state.left.items(), 1):
         report.add(Site("", f"{count} calls", number, form="sdpa", reason=reason, number=number))
     return report

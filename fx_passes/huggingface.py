@@ -54,11 +54,11 @@ class register_sus_attention:
         check_choice("forward", forward, FORWARDS)
         self.state = State(c, seed)
         self.sampler, self.forward = sampler, forward
-        self.calls = 0
         from transformers import AttentionInterface, AttentionMaskInterface
 
         AttentionInterface.register("sus", self._attention)
-        AttentionMaskInterface.register("sus", sus_mask)
+        # Dynamo cannot look into the functions of which transformers makes a mask.
+        AttentionMaskInterface.register("sus", torch._disable_dynamo(sus_mask))  # type: ignore[attr-defined]
 
     @property
     def c(self) -> float:
@@ -69,9 +69,14 @@ class register_sus_attention:
         self.state.c = value
 
     @property
+    def calls(self) -> int:
+        """How many calls got a SUS backward; what `torch.compile` traces is not counted."""
+        return self.state.calls
+
+    @property
     def report(self) -> Report:
         """The calls that got a SUS backward as one site, and one site for each reason for which calls did not."""
-        return report_of_calls(self.state, self.calls)
+        return report_of_calls(self.state)
 
     def _attention(
         self,
@@ -109,8 +114,7 @@ class register_sus_attention:
             )
             return out.transpose(1, 2).contiguous(), None
         if torch.is_grad_enabled():
-            with self.state._lock:
-                self.calls += 1
+            self.state.note_call()
         c, seed = draw(query, self.state.id, [0])
         out = attend(
             query,

@@ -118,6 +118,7 @@ class State:
             itself.
         kept: the counts since `pop_kept`; on a GPU, reading them waits for the device.
         slow: by site, why calls took the slower PyTorch path, and how many did for each reason.
+        calls: how many calls of eager code got a SUS backward.
         left: why calls were left to the library's exact function, and how many were for each reason.
         id: the number by which operators find this state.
     """
@@ -128,6 +129,7 @@ class State:
         self._c, self._site_c = check_c(c), dict[int, float]()
         self._counter, self._kept = check_counter(counter), Kept()
         self.slow: dict[int, Counter[str]] = {}
+        self.calls = 0
         self.left: Counter[str] = Counter()
         self._run: Run | None = None
         self._number: int | None = None
@@ -326,9 +328,16 @@ class State:
             self.slow.setdefault(site, Counter())[reason] += 1
 
     def note_left(self, reason: str) -> None:
-        """Counts a call that the library's exact function computes."""
-        with self._lock:
-            self.left[reason] += 1
+        """Counts a call that the library's exact function computes. (What Dynamo traces is not counted: see below.)"""
+        if not torch.compiler.is_dynamo_compiling():
+            with self._lock:
+                self.left[reason] += 1
+
+    def note_call(self) -> None:
+        """Counts a call that gets a SUS backward. Dynamo would guard on the number, and compile for each anew."""
+        if not torch.compiler.is_dynamo_compiling():
+            with self._lock:
+                self.calls += 1
 
     def pop_kept(self) -> Kept:
         """The counts since the last call, which starts them anew."""

@@ -168,10 +168,12 @@ def test_compiled_inside_and_around(compiler: str) -> None:
     sus = sus_backward(c=2)
     for function in (inside, F.scaled_dot_product_attention):
         torch._dynamo.reset()
-        compiled = torch.compile(function, backend=compiler)
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.compile(function, backend=compiler, fullgraph=True)
         with sus:
             found = [torch.autograd.grad(compiled(*operands).sin().sum(), operands[0])[0] for _ in range(3)]
         assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize(

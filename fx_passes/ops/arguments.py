@@ -23,9 +23,15 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 def autocast_dtype(x: Tensor, device: str) -> torch.dtype:
     """The dtype with which autocast hands a tensor to F.scaled_dot_product_attention."""
-    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if x.is_floating_point() and x.dtype != torch.float64 and autocasts(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device; there are types that it does not know."""
+    known = device in _DEVICES or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
 
 
 def as_c(c: float | Tensor, query: Tensor) -> Tensor:
@@ -205,8 +211,8 @@ def why_left(
         return "is_causal or enable_gqa is not a bool"
     if type(dropout_p) not in (int, float) or not 0 <= dropout_p < 1:
         return "dropout_p outside of [0, 1)"
-    if scale is not None and (type(scale) not in (int, float) or not math.isfinite(scale)):
-        return "scale is not finite"
+    if scale is not None and (type(scale) not in (int, float) or not math.isfinite(scale) or scale == 0):
+        return "scale is 0 or not finite"
     return _why_shapes(query, key, value, enable_gqa) or _why_mask(query, key, value, attn_mask, is_causal)
 
 
@@ -220,7 +226,7 @@ def _unusual(x: Any) -> str | None:
         return f"a tensor of the class {type(x).__name__}"
     if x.layout != torch.strided:
         return f"a tensor of layout {x.layout}"
-    if x.is_inference():
+    if not torch.compiler.is_dynamo_compiling() and x.is_inference():
         return "an inference tensor"
     return None
 

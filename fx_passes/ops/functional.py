@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops import schema  # registers the operators
-from fx_passes.ops.arguments import as_c, as_seed, autocast_dtype, broadcast, check_arguments, check_choice
+from fx_passes.ops.arguments import as_c, as_seed, autocast_dtype, autocasts, broadcast, check_arguments, check_choice
 from fx_passes.ops.exact import exact_attention
 from fx_passes.ops.transforms import NEEDS_LIBRARY, transform
 from fx_passes.state import State, draw, get_state
@@ -63,6 +63,8 @@ def attend(
     around = transform(*tensors)
     if around is None and not 0 <= dropout_p < 1:
         around = "dropout_p outside of [0, 1)"
+    if around is None and scale == 0:  # times a logit of -inf, as kernels mask by, it is NaN
+        around = "scale of 0"
     if around is not None:
         if state and (counts := get_state(state)) is not None:
             counts.note_left(around)
@@ -127,7 +129,7 @@ def attend_logits(logits: Tensor, value: Tensor, c: Tensor, seed: Tensor, **opti
 def _autocast(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     """Dtypes as F.scaled_dot_product_attention gets them: autocast casts its floating-point arguments."""
     device = query.device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return query, key, value, bias  # type: ignore[return-value]
     cast = [x if x is None else x.to(autocast_dtype(x, device)) for x in (query, key, value, bias)]
     return tuple(cast)  # type: ignore[arg-type]
