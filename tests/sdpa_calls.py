@@ -97,10 +97,9 @@ CALLS: dict[str, Call] = {
     "scale": call(S, S, S, scale=0.3),
     "scale int": call(S, S, S, scale=1),
     "scale negative": call(S, S, S, scale=-0.5),
-    "scale zero": call(S, S, S, scale=0.0, taken=False),
-    "scale zero, causal, GQA": call(
-        (4, 6, 8), (2, 6, 8), (2, 6, 8), is_causal=True, scale=0.0, enable_gqa=True, taken=False
-    ),
+    "scale zero": call(S, S, S, scale=0.0),
+    "scale zero, causal, GQA": call((4, 6, 8), (2, 6, 8), (2, 6, 8), is_causal=True, scale=0.0, enable_gqa=True),
+    "scale negative, causal": call(*[lambda: t(2, 4, 8, 6).mT] * 3, is_causal=True, scale=-0.5),
     "scale inf": call(S, S, S, scale=float("inf"), taken=False),
     "bool mask": call(S, S, S, lambda: torch.rand(6, 6) > 0.3),
     "bool mask of heads": call(S, S, S, lambda: torch.rand(2, 4, 6, 6) > 0.3),

@@ -211,8 +211,8 @@ def why_left(
         return "is_causal or enable_gqa is not a bool"
     if type(dropout_p) not in (int, float) or not 0 <= dropout_p < 1:
         return "dropout_p outside of [0, 1)"
-    if scale is not None and (type(scale) not in (int, float) or not math.isfinite(scale) or scale == 0):
-        return "scale is 0 or not finite"
+    if scale is not None and (type(scale) not in (int, float) or not math.isfinite(scale)):
+        return "scale is not finite"
     return _why_shapes(query, key, value, enable_gqa) or _why_mask(query, key, value, attn_mask, is_causal)
 
 

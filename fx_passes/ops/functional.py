@@ -59,12 +59,12 @@ def attend(
         key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
     attn_mask, attn_bias = (None if x is None else _four_mask(x, lead) for x in (attn_mask, attn_bias))
     scale = float(query.shape[-1] or 1) ** -0.5 if scale is None else float(scale)
+    if scale <= 0:  # the library's kernel masks before it scales: -inf would become inf or NaN
+        query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
     tensors = (query, key, value, attn_bias, sinks)
     around = transform(*tensors)
     if around is None and not 0 <= dropout_p < 1:
         around = "dropout_p outside of [0, 1)"
-    if around is None and scale == 0:  # times a logit of -inf, as kernels mask by, it is NaN
-        around = "scale of 0"
     if around is not None:
         if state and (counts := get_state(state)) is not None:
             counts.note_left(around)
