@@ -403,6 +403,42 @@ def test_host_and_devices_draw_apart() -> None:
 
 
 @pytest.mark.usefixtures("mirrored")
+def test_a_stream_waits_for_the_one_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def __init__(self) -> None:
+            self.waited: list[Stream] = []
+
+        def wait_stream(self, other: Stream) -> None:
+            self.waited.append(other)
+
+    s = State(1.0)
+    draw(LIKE, s.id, [0])
+    first, second = Stream(), Stream()
+    used = [first]
+    m = s._mirrors[CPU]
+    monkeypatch.setattr(m, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: used[0])
+    monkeypatch.setattr(mirror, "capturing", lambda _: False)
+    for used[0] in (first, first, second, first):
+        m.next_seed()
+        m.count(1, 1, 1)
+    assert (first.waited, second.waited) == ([second], [first])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_two_streams_of_a_gpu_share_no_draw() -> None:
+    like, s = torch.zeros(1, device="cuda"), State(1.0)
+    streams, drawn = [torch.cuda.Stream() for _ in range(2)], []
+    for i in range(400):
+        with torch.cuda.stream(streams[i % 2]):
+            torch.cuda._sleep(20_000 * (i % 3))
+            drawn.append(draw(like, s.id, [0])[1])
+    torch.cuda.synchronize()
+    assert len({int(seed) for seed in drawn}) == s.counter == 400
+
+
+@pytest.mark.usefixtures("mirrored")
 def test_in_a_capture_nothing_may_be_new(monkeypatch: pytest.MonkeyPatch) -> None:
     s, other = State(3.0), State(3.0)
     torch.manual_seed(1)
