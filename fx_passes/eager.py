@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from types import FunctionType
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fx_passes.ops.functional import check_choice, sus_attention
+from fx_passes.ops.arguments import check_choice, why_left
+from fx_passes.ops.functional import attend
 from fx_passes.ops.problem import FORWARDS, SAMPLERS
+from fx_passes.ops.transforms import transform
+from fx_passes.report import REWRITTEN, Report, Site
 from fx_passes.state import State, draw
 
 
@@ -22,7 +24,12 @@ class sus_backward(TorchFunctionMode):
 
     It acts on direct calls and on modules that call it, such as nn.TransformerEncoderLayer in training. Attention
     written by hand is not seen: compile with `SUSBackend` for that. Calls where no gradient is recorded stay as they
-    are. The backward may run after the block.
+    are. The backward may run after the block. Threads may use one block or several at once: nothing outside of a
+    thread's own blocks changes.
+
+    A call that it cannot take goes to PyTorch's own function and is counted in `report`, with the reason: nested
+    tensors and other subclasses, devices but CPU and CUDA, empty tensors, a mask together with is_causal, transforms of
+    torch.func.
 
     Args:
         c: expected number of kept entries per query row and head, above 0; `float("inf")` is the exact backward.
@@ -47,7 +54,6 @@ class sus_backward(TorchFunctionMode):
         super().__init__()
         self.state = State(c, seed)
         self.sampler, self.forward = sampler, forward
-        self.calls = 0
 
     @property
     def c(self) -> float:
@@ -57,21 +63,108 @@ class sus_backward(TorchFunctionMode):
     def c(self, value: float) -> None:
         self.state.c = value
 
+    @property
+    def calls(self) -> int:
+        """How many calls got a SUS backward; what `torch.compile` traces is not counted."""
+        return self.state.calls
+
+    @property
+    def report(self) -> Report:
+        """The calls that got a SUS backward as one site, and one site for each reason for which calls did not."""
+        return report_of_calls(self.state)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if torch.is_grad_enabled() and func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        if torch.is_grad_enabled() and func is F.multi_head_attention_forward:
-            # The mode is off inside the call, so what the function calls is replaced by name.
-            with mock.patch.object(F, "scaled_dot_product_attention", self._attention):
-                return func(*args, **kwargs)
+        if torch.is_grad_enabled() and func is F.multi_head_attention_forward and isinstance(func, FunctionType):
+            return self._with_attention(func)(*args, **kwargs)
         return func(*args, **kwargs)
 
+    def _with_attention(self, func: FunctionType) -> Callable[..., Any]:
+        """A function of torch.nn.functional that calls `_attention` instead of F.scaled_dot_product_attention.
+
+        The mode is off inside of the call. A copy of the function with other globals sees the exchange; nobody else
+        does, in whatever thread.
+        """
+        names = {**func.__globals__, "scaled_dot_product_attention": self._attention}
+        copy = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+        copy.__kwdefaults__ = func.__kwdefaults__
+        return copy
+
     def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.calls += 1
-        query = args[0] if args else kwargs["query"]
+        given = _arguments(*args, **kwargs)
+        reason = "wrong arguments" if given is None else why_left(**given)
+        if given is None or reason is not None:
+            self.state.note_left(str(reason))
+            return F.scaled_dot_product_attention(*args, **kwargs)
+        tensors = (given["query"], given["key"], given["value"], given["attn_mask"])
+        if transform(*tensors) is None:
+            if not any(x is not None and x.requires_grad for x in tensors):
+                return F.scaled_dot_product_attention(*args, **kwargs)
+            self.state.note_call()
+        return self._attend(**given)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+    ) -> Tensor:
         c, seed = draw(query, self.state.id, [0])
-        attention = partial(sus_attention, c=c[0], seed=seed, sampler=self.sampler, forward=self.forward)
-        return attention(*args, **kwargs, state=self.state.id)
+        is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
+        return attend(
+            query,
+            key,
+            value,
+            c[0],
+            seed,
+            attn_mask=attn_mask if is_bool else None,
+            attn_bias=None if is_bool else attn_mask,
+            scale=scale,
+            right=0 if is_causal else None,
+            dropout_p=float(dropout_p),
+            sampler=self.sampler,
+            forward=self.forward,
+            state=self.state.id,
+        )
+
+
+def _arguments(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
+    """The arguments of F.scaled_dot_product_attention by name; None where they do not fit its signature."""
+    if len(args) > len(_POSITIONAL) or not kwargs.keys() <= _DEFAULTS.keys():
+        return None
+    given = dict(zip(_POSITIONAL, args, strict=False))
+    if given.keys() & kwargs.keys():
+        return None
+    return {**_DEFAULTS, **given, **kwargs}
+
+
+_DEFAULTS: dict[str, Any] = {
+    "query": None,
+    "key": None,
+    "value": None,
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+}
+_POSITIONAL = tuple(_DEFAULTS)[:6]
+
+
+def report_of_calls(state: State) -> Report:
+    """A report on calls that no graph shows: their number, and of those that were left, the reasons."""
+    report = Report(state=state.id)
+    if state.calls:
+        report.add(Site("", f"{state.calls} calls", form="sdpa", tier=1, status=REWRITTEN))
+    for number, (reason, count) in enumerate(state.left.items(), 1):
+        report.add(Site("", f"{count} calls", number, form="sdpa", reason=reason, number=number))
+    return report

@@ -16,8 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fx_passes.ops.functional import attend, check_choice
+from fx_passes.eager import report_of_calls
+from fx_passes.ops.arguments import check_choice, why_left
+from fx_passes.ops.exact import exact_attention
+from fx_passes.ops.functional import attend
 from fx_passes.ops.problem import FORWARDS, SAMPLERS
+from fx_passes.report import Report
 from fx_passes.state import State, draw
 
 Band = tuple[int | None, int | None]
@@ -40,6 +44,8 @@ class register_sus_attention:
             The attribute `c` may be set at any time.
         sampler, seed, forward: as for `SUSBackend`.
 
+    Calls that it cannot take (tensors without data, subclasses, other devices) are exact, and `report` counts them.
+
     Raises:
         ImportError: transformers is not installed.
         TypeError, ValueError: an argument is not allowed; the message names it.
@@ -59,7 +65,8 @@ class register_sus_attention:
         from transformers import AttentionInterface, AttentionMaskInterface
 
         AttentionInterface.register("sus", self._attention)
-        AttentionMaskInterface.register("sus", sus_mask)
+        # Dynamo cannot look into the functions of which transformers makes a mask.
+        AttentionMaskInterface.register("sus", torch._disable_dynamo(sus_mask))  # type: ignore[attr-defined]
 
     @property
     def c(self) -> float:
@@ -68,6 +75,16 @@ class register_sus_attention:
     @c.setter
     def c(self, value: float) -> None:
         self.state.c = value
+
+    @property
+    def calls(self) -> int:
+        """How many calls got a SUS backward; what `torch.compile` traces is not counted."""
+        return self.state.calls
+
+    @property
+    def report(self) -> Report:
+        """The calls that got a SUS backward as one site, and one site for each reason for which calls did not."""
+        return report_of_calls(self.state)
 
     def _attention(
         self,
@@ -86,6 +103,26 @@ class register_sus_attention:
     ) -> tuple[Tensor, None]:
         """Signature and result of transformers' attention functions: [B, H, M, D] to [B, M, H, E]."""
         band, mask, bias = _masks(module, query, attention_mask, is_causal, position_bias)
+        reason = why_left(query, key, value, None, dropout, False, scaling, query.shape[1] != key.shape[1])
+        if reason is not None:
+            self.state.note_left(reason)
+            scale = float(query.shape[-1] or 1) ** -0.5 if scaling is None else scaling
+            out = exact_attention(
+                query,
+                key,
+                value,
+                mask,
+                bias,
+                s_aux,
+                scale=scale,
+                left=band[0],
+                right=band[1],
+                softcap=softcap or 0.0,
+                dropout_p=dropout,
+            )
+            return out.transpose(1, 2).contiguous(), None
+        if torch.is_grad_enabled():
+            self.state.note_call()
         c, seed = draw(query, self.state.id, [0])
         out = attend(
             query,

@@ -53,6 +53,9 @@ def capturing(device: torch.device) -> bool:
 class Mirror:
     """c, counter and counts of one `State` on one device.
 
+    Streams may share a device: each waits for what the one before it did here. What a captured graph does when it is
+    replayed no Python sees: a replay on another stream than the eager draws beside it must be ordered by its user.
+
     Args:
         device: where.
         number: tells the streams of a state's devices apart; 0 has the host's own.
@@ -68,6 +71,7 @@ class Mirror:
             self._kept = torch.zeros(3, dtype=torch.float64, device=device)
         self._c: dict[tuple[int, ...], Tensor] = {}
         self._drawn_from: int | None = None
+        self._stream: torch.cuda.Stream | None = None  # that used these tensors last
 
     def prepare(self, sites: Sequence[int], c_of: Callable[[int], float]) -> Tensor:
         """The vector of c for these sites, which must be made before a graph that reads it is captured."""
@@ -77,9 +81,20 @@ class Mirror:
                 raise RuntimeError("run the step once before it is captured in a CUDA graph: a site is new")
             with _real():
                 self._c[key] = torch.tensor([c_of(s) for s in key], dtype=torch.float64, device=self.device)
+        self._order()
         return self._c[key]
 
+    def _order(self) -> None:
+        """Work of this stream on the state comes after that of the stream that used it last."""
+        if self.device.type != "cuda" or capturing(self.device):
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
     def write_c(self, c: float, site_c: Mapping[int, float]) -> None:
+        self._order()
         with _real():
             for sites, vector in self._c.items():
                 vector.fill_(c)  # unlike a copy from the host it waits for nothing
@@ -92,34 +107,51 @@ class Mirror:
         if before != self._drawn_from:
             if capturing(self.device):
                 raise RuntimeError("the seed was changed before a capture: run the step once more, then capture it")
+            self._order()
             with _real():
                 self._before.fill_(before)
             self._drawn_from = before
 
+    def exchange(self, counter: int | Tensor) -> Tensor:
+        """Puts another counter in; returns the one that was there, on the device. Nobody waits."""
+        if capturing(self.device):
+            raise RuntimeError("the seed was changed before a capture: run the step once more, then capture it")
+        self._order()
+        with _real():
+            old = self._counter.clone()
+            self._counter.copy_(counter) if isinstance(counter, Tensor) else self._counter.fill_(counter)
+        return old
+
     def next_seed(self) -> Tensor:
+        self._order()
         with torch.no_grad():
             return mix_last(self._before, self._counter.add_(1))
 
     @property
     def counter(self) -> int:
+        self._order()
         return int(self._counter)
 
     @counter.setter
     def counter(self, value: int) -> None:
+        self._order()
         with _real():
             self._counter.fill_(value)
 
     def count(self, *numbers: float | Tensor) -> None:
+        self._order()
         with torch.no_grad():
             for i, number in enumerate(numbers):
                 self._kept[i].add_(number)
 
     @property
     def counts(self) -> list[float]:
+        self._order()
         found: list[float] = self._kept.tolist()
         return found
 
     def clear_counts(self) -> None:
+        self._order()
         with _real():
             self._kept.zero_()
 

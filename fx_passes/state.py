@@ -3,12 +3,30 @@
 A compiled graph reads it through one operator per call, `sus::draw`, so that no number of it is ever a guard or a
 constant of the graph: changing c recompiles nothing. On a GPU the state lies in a `Mirror`, so that a captured CUDA
 graph reads it too.
+
+What is promised of draws. The seed of one is a 64-bit mix of
+
+    torch.initial_seed(), the run, the rank or forked process, the number of the state in the run,
+    the number of the device in the state, and how many draws the state has made on that device in the run.
+
+A run lies between one `torch.manual_seed` and the next (see `fx_passes.runs`, also for `fork_rng`). States are numbered
+in the order in which they first draw in a run, and counters only rise. Hence
+
+1. within a run no two draws have the same numbers, whichever states draw, whenever they were made, on whatever ranks;
+2. a program that calls `torch.manual_seed` and repeats itself draws the same numbers again: states, devices and draws
+   are counted in the order of the program. (Threads that draw from one state share its numbers in the order in which
+   they come.)
+3. a state to which `resume` gave the counter and the number of a saved one goes on as that one would have.
+
+A state with a `seed` of its own takes part in none of this: its draws are a function of seed, rank, device and counter.
+Two of them with one seed draw the same.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import reprlib
 import threading
 import warnings
 import weakref
@@ -16,32 +34,60 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fx_passes import runs
 from fx_passes.mirror import Mirror, mix
+from fx_passes.runs import Run
 
 # Devices whose draws a graph may replay without Python.
 _MIRRORED = {"cuda"}
 
 
 def check_c(c: Any, name: str = "c") -> float:
-    """The number c as a float; ValueError if it is not a number above 0 (infinity is allowed)."""
+    """The number c as a float; TypeError or ValueError if it is not a number above 0 (infinity is allowed)."""
+    value = c.item() if isinstance(c, Tensor) and c.numel() == 1 and c.device.type != "meta" else c
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number above 0 or float('inf'), but it is {shown(c)}")
     try:
-        value = float(c)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be a number above 0 or float('inf'), but it is {c!r}") from None
-    if math.isnan(value) or value <= 0:
-        raise ValueError(f"{name} must be above 0 (float('inf') is the exact backward), but it is {value}")
-    return value
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must fit into a float (float('inf') is allowed), but it is {shown(c)}") from None
+    if math.isnan(number) or number <= 0:
+        raise ValueError(f"{name} must be above 0 (float('inf') is the exact backward), but it is {number}")
+    return number
 
 
-def _rank() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", "0") or 0)
+def check_seed(seed: Any) -> int | None:
+    """A seed as `torch.manual_seed` takes it, or None; TypeError or ValueError otherwise."""
+    if seed is None:
+        return None
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int or None, but it is {shown(seed)}")
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"seed must be in [-2^63, 2^64), but it is {shown(seed)}")
+    return seed
+
+
+def check_counter(counter: Any, name: str = "counter") -> int:
+    """A number of draws, or of a state; TypeError or ValueError otherwise."""
+    if not isinstance(counter, int) or isinstance(counter, bool):
+        raise TypeError(f"{name} must be an int of at least 0, but it is {shown(counter)}")
+    if not 0 <= counter < 1 << 63:
+        raise ValueError(f"{name} must be in [0, 2^63), but it is {shown(counter)}")
+    return counter
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it: on one line, and short."""
+    try:
+        return reprlib.repr(value) if not isinstance(value, Tensor) else " ".join(repr(value).split())
+    except Exception:  # of the value's own __repr__; integers of more than 4300 digits have none
+        return f"a {type(value).__name__}"
 
 
 @dataclass
@@ -58,26 +104,36 @@ class State:
 
     Args:
         c: expected number of kept entries per row, above 0; `float("inf")` is the exact backward.
-        seed: fixes the draws; None takes `torch.initial_seed()`, hence what `torch.manual_seed` was given.
+        seed: fixes the draws; None follows `torch.manual_seed`.
         counter: number of draws so far.
+
+    Raises:
+        TypeError, ValueError: an argument is not allowed; the message names it.
 
     Attributes:
         c: as above; setting it also takes back every c that single sites had.
         site_c: c of the sites that have their own.
-        counter: number of draws so far; on a GPU, reading it waits for the device, setting it does not. Setting it
-            also takes over a new `torch.manual_seed`, which a captured CUDA graph cannot see by itself.
+        counter: number of draws so far in the run of the last one; on a GPU, reading it waits for the device, setting
+            it does not. Setting it also takes over a new `torch.manual_seed`, which a captured CUDA graph cannot see by
+            itself.
         kept: the counts since `pop_kept`; on a GPU, reading them waits for the device.
         slow: by site, why calls took the slower PyTorch path, and how many did for each reason.
+        calls: how many calls of eager code got a SUS backward.
+        left: why calls were left to the library's exact function, and how many were for each reason.
         id: the number by which operators find this state.
     """
 
     def __init__(self, c: float, seed: int | None = None, counter: int = 0) -> None:
         self.id = next(_ids)
-        self.seed = seed
+        self.seed = check_seed(seed)
         self._c, self._site_c = check_c(c), dict[int, float]()
-        self._counter, self._kept = counter, Kept()
+        self._counter, self._kept = check_counter(counter), Kept()
         self.slow: dict[int, Counter[str]] = {}
-        self._base: int | None = None
+        self.calls = 0
+        self.left: Counter[str] = Counter()
+        self._run: Run | None = None
+        self._number: int | None = None
+        self._places: weakref.WeakKeyDictionary[Run, _Place] = weakref.WeakKeyDictionary()  # in runs that were left
         self._mirrors: dict[torch.device, Mirror] = {}
         self._numbers: dict[torch.device | None, int] = {}  # of the streams: None is the host's
         self._captured: dict[int, float] = {}  # by site, the largest c for which a captured graph has room
@@ -143,23 +199,69 @@ class State:
 
     @counter.setter
     def counter(self, value: int) -> None:
+        value = check_counter(value)
         with self._lock:
             self._follow()
-            self._set_counter(value)
+            self._counter = value
+            for mirror in self._mirrors.values():
+                mirror.counter = value
 
-    def _set_counter(self, value: int) -> None:
-        self._counter = value
-        for mirror in self._mirrors.values():
-            mirror.counter = value
+    @property
+    def position(self) -> tuple[int, int | None]:
+        """Counter and number of this state in the run of now, for `resume`; the number is None before the first draw.
+
+        On a GPU, reading it waits for the device.
+        """
+        with self._lock:
+            self._enter(runs.current())
+            return self.counter, self._number
+
+    def resume(self, counter: int, number: int | None) -> None:
+        """Goes on as the state would have whose `position` this was.
+
+        Another live state that has this number in the run gets a new one.
+
+        Raises:
+            TypeError, ValueError: an argument is not allowed; the message names it, and nothing is changed.
+        """
+        check_counter(counter)
+        if number is not None:
+            check_counter(number, "number")
+        with self._lock:
+            run = self._enter(runs.current())
+            if number is not None and self.seed is None:
+                run.claim(number, self)
+                self._number = number
+            self.counter = counter
+
+    def _enter(self, run: Run) -> Run:
+        """Takes up the place that this state has in a run: where it was, or the beginning of new draws."""
+        if run is self._run or self.seed is not None:
+            return run
+        place = self._places.pop(run, None)
+        if place is None:
+            place = _Place(None, self._counter if self._run is None else 0, {})
+        old = {
+            device: mirror.exchange(place.counters.get(device, place.counter))
+            for device, mirror in self._mirrors.items()
+        }
+        if self._run is not None:
+            self._places[self._run] = _Place(self._number, self._counter, old)
+        self._run, self._number, self._counter = run, place.number, place.counter
+        return run
 
     def _follow(self) -> int:
-        """The number that seeds all draws. Counters start anew when `torch.manual_seed` sets another."""
-        base = torch.initial_seed() if self.seed is None else self.seed
-        changed, self._base = self._base is not None and base != self._base, base
+        """The number that seeds all draws of this state in the run of now."""
+        run = self._enter(runs.current())
+        if self.seed is not None:
+            base = self.seed
+        else:
+            if not run.has(self._number, self):
+                self._number = run.next_number(self)
+            assert self._number is not None
+            base = run.mixed(self._number)
         for mirror in self._mirrors.values():
-            mirror.follow(mix(base, _rank() + (mirror.number << 32)))
-        if changed:
-            self._set_counter(0)
+            mirror.follow(mix(base, (runs.rank() or 0) + (mirror.number << 32)))
         return base
 
     def _stream(self, device: torch.device | None) -> int:
@@ -167,11 +269,11 @@ class State:
         return self._numbers.setdefault(device, len(self._numbers))
 
     def next_seed(self) -> int:
-        """A fresh seed. It differs by rank, and it starts anew when `torch.manual_seed` sets another seed."""
+        """A fresh seed. What is promised of it stands in the docstring of this module."""
         with self._lock:
             base = self._follow()
             self._counter += 1
-            return mix(base, _rank() + (self._stream(None) << 32), self._counter)
+            return mix(base, (runs.rank() or 0) + (self._stream(None) << 32), self._counter)
 
     def prepare(self, device: torch.device, sites: Sequence[int]) -> None:
         """Makes what draws for these sites need on a device, if it is one whose graphs may be captured."""
@@ -225,11 +327,32 @@ class State:
         with self._lock:
             self.slow.setdefault(site, Counter())[reason] += 1
 
+    def note_left(self, reason: str) -> None:
+        """Counts a call that the library's exact function computes. (What Dynamo traces is not counted: see below.)"""
+        if not torch.compiler.is_dynamo_compiling():
+            with self._lock:
+                self.left[reason] += 1
+
+    def note_call(self) -> None:
+        """Counts a call that gets a SUS backward. Dynamo would guard on the number, and compile for each anew."""
+        if not torch.compiler.is_dynamo_compiling():
+            with self._lock:
+                self.calls += 1
+
     def pop_kept(self) -> Kept:
         """The counts since the last call, which starts them anew."""
         with self._lock:
             kept, self.kept = self.kept, Kept()
         return kept
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a state was in a run that it left: its number, its counter, and the counters on devices."""
+
+    number: int | None
+    counter: int
+    counters: dict[torch.device, Tensor]
 
 
 def _rebuilt(c: float, site_c: dict[int, float], seed: int | None, counter: int) -> State:
@@ -246,26 +369,44 @@ def get_state(id: int) -> State | None:
     return _states.get(id)
 
 
-@torch.library.custom_op("sus::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def draw(like: Tensor, state: int, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """c of each site (float64 [sites]) and a fresh seed (0-dim int64) of a state, on the device of `like`."""
+def _in_child() -> None:
+    """A lock that another thread holds at a fork is never released in the child."""
+    for state in list(_states.values()):
+        state._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
+def _draw(like: Tensor, state: int, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
     found = _states.get(state)
     if found is None:
         raise RuntimeError("the SUSBackend that compiled this graph no longer exists; keep a reference to it")
     return found.draw(like.device, sites)
 
 
-@draw.register_fake
-def _(like: Tensor, state: int, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _fake_draw(like: Tensor, state: int, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
     return like.new_empty((len(sites),), dtype=torch.float64), like.new_empty((), dtype=torch.int64)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(*output)
+def _vmapped_draw(
+    info: Any, in_dims: Any, like: Tensor, state: int, sites: Sequence[int]
+) -> tuple[tuple[Tensor, Tensor], tuple[None, None]]:
+    """One draw for the whole batch: entries are told apart by their place in it."""
+    return draw(like, state, sites), (None, None)
 
 
-def _backward(ctx: Any, *grads: Any) -> tuple[None, None, None]:
-    return None, None, None
+# Not by `custom_op`: an operator whose results have no gradient needs no autograd, whose node torch.func would refuse.
+_library: Any = torch.library.Library("sus", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(
+    "draw(Tensor like, int state, int[] sites) -> (Tensor, Tensor)",
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
+)
+_library.impl("draw", _draw, "CompositeExplicitAutograd")
+_library.impl("draw", torch.library.fallthrough_kernel, "Autograd")
+torch.library.register_fake("sus::draw", _fake_draw)
+torch.library.register_vmap("sus::draw", _vmapped_draw)
 
-
-draw.register_autograd(_backward, setup_context=_setup)
+# draw(like, state, sites): c of each site (float64 [sites]) and a fresh seed (0-dim int64) of a state, on the device of
+# `like`.
+draw = torch.ops.sus.draw.default

@@ -7,6 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from numbers import Real
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +18,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from fx_passes import SUSBackend
 from fx_passes.ops.functional import check_choice
 from fx_passes.report import REWRITTEN, Site
-from fx_passes.state import Kept
+from fx_passes.state import Kept, check_c, check_counter, shown
 from sus_lightning._lightning_compat import (
     AnyCallback,
     MisconfigurationException,
@@ -28,6 +29,7 @@ from sus_lightning._lightning_compat import (
 from sus_lightning.compilation import Compilation, plan
 from sus_lightning.metrics import PER
 from sus_lightning.probe import Probe, copied
+from sus_lightning.saved import Saved, check_name
 from sus_lightning.schedules import ConstantSchedule, Schedule, as_schedule, check_count, schedule_name, value_at
 from sus_lightning.strategies import check_strategy
 from sus_lightning.unseen import Unseen, watch
@@ -168,6 +170,11 @@ class SUSBackprop(AnyCallback):
         self._compilation = plan(pl_module, self.backend, self._modules, options, self._per_layer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._probed_step > trainer.global_step:
+            raise ValueError(
+                f"the saved state of {type(self).__name__}: probed_step must be at most the global step "
+                f"{trainer.global_step} at which training goes on, but it is {self._probed_step}"
+            )
         self._enable()
         if not self.variance_every_n_steps:
             return
@@ -242,10 +249,12 @@ class SUSBackprop(AnyCallback):
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:
+        counter, number = self.backend.state.position
         state: dict[str, Any] = {
             "c": self.backend.c,
             "site_c": dict(self._site_c),
-            "counter": self.backend.state.counter,
+            "counter": counter,
+            "number": number,
             "probed_step": self._probed_step,
             "variance": dict(self._variance),
         }
@@ -254,13 +263,24 @@ class SUSBackprop(AnyCallback):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.backend.c = state_dict["c"]
-        self._site_c = dict(state_dict["site_c"]) if self._per_layer else {}
-        self.backend.state.counter = state_dict["counter"]
-        self._probed_step = state_dict["probed_step"]
-        self._variance = dict(state_dict["variance"])
-        if isinstance(self.schedule, Schedule) and state_dict.get("schedule"):
+        """Takes over what `state_dict` had returned, of older versions too.
+
+        Raises:
+            TypeError, ValueError: a value is none that the callback can have had; the message names it.
+        """
+        saved, state = Saved(state_dict, type(self).__name__), self.backend.state
+        c = saved.read("c", lambda name, value: check_c(value, name), self.backend.c)
+        site_c = saved.read_dict("site_c", check_count, lambda name, value: check_c(value, name), {})
+        counter = saved.read("counter", lambda name, value: check_counter(value, name), 0)
+        number = saved.read("number", lambda name, value: None if value is None else check_counter(value, name), None)
+        probed_step = saved.read("probed_step", check_count, 0)
+        variance = saved.read_dict("variance", check_name, _check_real, {})
+        if isinstance(self.schedule, Schedule) and "schedule" in saved and state_dict["schedule"]:
             self.schedule.load_state_dict(state_dict["schedule"])
+        self.backend.c = c
+        self._site_c = site_c if self._per_layer else {}
+        state.resume(counter, number)
+        self._probed_step, self._variance = probed_step, variance
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a fit: references to the module, compiled code and batches."""
@@ -401,6 +421,12 @@ def _kept(trainer: pl.Trainer, kept: Kept) -> dict[str, float]:
 
 def _observes(schedule: Callable[[int], float]) -> bool:
     return isinstance(schedule, Schedule) and type(schedule).observe is not Schedule.observe
+
+
+def _check_real(name: str, value: Any) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, but it is {shown(value)}")
+    return float(value)
 
 
 def _check_mode(mode: Any, compiler: str) -> str | None:

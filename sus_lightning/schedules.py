@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fx_passes.state import check_c
+from fx_passes.state import check_c, shown
 
 
 class Schedule(ABC):
@@ -190,18 +190,27 @@ def schedule_name(schedule: Callable[[int], float]) -> str:
 def check_number(name: str, value: Any, *, finite: bool = False) -> float:
     """A number above 0 as float; TypeError or ValueError that names the argument otherwise."""
     if not _is_number(value):
-        raise TypeError(f"{name} must be a number above 0, but it is {value!r}")
+        raise TypeError(f"{name} must be a number above 0, but it is {shown(value)}")
     if finite and math.isinf(value):
         raise ValueError(f"{name} must be finite and above 0, but it is {value}")
     return check_c(value, name)
 
 
+def check_amount(name: str, value: Any) -> float:
+    """A finite number of at least 0 as float; TypeError or ValueError that names the argument otherwise."""
+    if not _is_number(value):
+        raise TypeError(f"{name} must be a number of at least 0, but it is {shown(value)}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, but it is {shown(value)}")
+    return float(value)
+
+
 def check_count(name: str, value: Any, *, at_least: int = 0) -> int:
     """An int of at least `at_least`; TypeError or ValueError that names the argument otherwise."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int of at least {at_least}, but it is {value!r}")
+        raise TypeError(f"{name} must be an int of at least {at_least}, but it is {shown(value)}")
     if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, but it is {value}")
+        raise ValueError(f"{name} must be at least {at_least}, but it is {shown(value)}")
     return value
 
 

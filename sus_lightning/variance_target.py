@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from sus_lightning.schedules import Schedule, check_number
+from sus_lightning.saved import Saved, check_name
+from sus_lightning.schedules import Schedule, check_amount, check_count, check_number
 
 ON = ("total", "worst")
 PER = ("model", "layer")
@@ -164,6 +166,19 @@ class VarianceTarget(Schedule):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._c, self._probes = float(state["c"]), int(state["probes"])
-        self._noise, self._spread = float(state["noise"]), float(state["spread"])
-        self._alone, self._shares = dict(state["alone"]), dict(state["shares"])
+        """Takes over what `state_dict` had returned, of older versions too.
+
+        Raises:
+            TypeError, ValueError: a value is none that this schedule can have had; nothing is changed then.
+        """
+        saved = Saved(state, type(self).__name__)
+        c = saved.read("c", partial(check_number, finite=True), self._c)
+        probes = saved.read("probes", check_count, self._probes)
+        noise = saved.read("noise", check_amount, self._noise)
+        spread = saved.read("spread", check_amount, self._spread)
+        if probes and not spread:
+            raise ValueError(f"the saved state of {type(self).__name__}: spread must be above 0 after probes")
+        alone = saved.read_dict("alone", check_name, check_amount, self._alone)
+        shares = saved.read_dict("shares", check_name, partial(check_number, finite=True), self._shares)
+        self._c, self._probes, self._noise, self._spread = c, probes, noise, spread
+        self._alone, self._shares = alone, shares

@@ -103,6 +103,39 @@ def test_generation_with_a_cache() -> None:
     assert torch.equal(found, true)
 
 
+def test_models_without_data_and_fake_ones_run_and_are_counted() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    sus = register_sus_attention(c=4)
+    for around, reason in ((torch.device("meta"), "device meta"), (FakeTensorMode(), "class FakeTensor")):
+        with around:
+            model = _model("Llama", "sus")
+            ids = torch.ones(2, 12, dtype=torch.long)
+            out = model(input_ids=ids, attention_mask=ids, use_cache=False).logits
+            out.sum().backward()
+        assert out.shape == (2, 12, 64)
+        assert reason in str(sus.report)
+    assert (sus.calls, sum(sus.state.left.values())) == (0, 4)
+
+
+def test_autocast_and_a_compiled_model_are_exact() -> None:
+    sus = register_sus_attention(c=float("inf"))
+    ids, mask = torch.randint(1, 64, (2, 12)), torch.ones(2, 12, dtype=torch.long)
+    mask[1, 8:] = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        found, true = (_step(_model("Llama", how), ids, None)[0] for how in ("sus", "sdpa"))
+    torch.testing.assert_close(found, true, rtol=5e-2, atol=5e-2)
+    assert sus.calls == 2
+    torch._dynamo.reset()
+    compiled = torch.compile(_model("Llama", "sus"), backend="aot_eager")
+    for padding in (None, mask):
+        found, grad = _step(compiled, ids, padding)
+        true, true_grad = _step(_model("Llama", "sdpa"), ids, padding)
+        torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grad, true_grad, rtol=1e-3, atol=1e-4)
+        compiled.zero_grad()
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="c must be above 0"):
         register_sus_attention(c=-1)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
+import signal
+import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fx_passes import SUSBackend, mirror, state
+from fx_passes import SUSBackend, mirror, runs, state
 from fx_passes.mirror import mix, mix_last
 from fx_passes.ops import dispatch
 from fx_passes.state import Kept, State, draw
@@ -96,24 +100,237 @@ def test_a_draw_gives_c_of_the_sites_asked_for_and_a_new_seed() -> None:
     assert (seed.dtype, seed.shape, s.counter) == (torch.int64, (), 2)
 
 
+def seeds(state: State, count: int = 2) -> list[int]:
+    return [int(draw(LIKE, state.id, [0])[1]) for _ in range(count)]
+
+
 @both
 def test_seeds_follow_manual_seed_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     s = State(3.0)
 
-    def seeds(number: int) -> list[int]:
+    def run(number: int) -> list[int]:
         torch.manual_seed(number)
-        return [int(draw(LIKE, s.id, [0])[1]) for _ in range(2)]
+        return seeds(s)
 
-    first = seeds(1)
-    second = seeds(2)
+    first, second = run(1), run(2)
     assert len({*first, *second}) == 4
     assert s.counter == 2
-    assert seeds(1) == first
+    assert run(1) == first
+    assert run(1) == first  # also when the generator had this seed already
     s.counter = 1
-    assert int(draw(LIKE, s.id, [0])[1]) == first[1]
+    assert seeds(s, 1) == first[1:]
     monkeypatch.setenv("RANK", "3")
     s.counter = 0
-    assert int(draw(LIKE, s.id, [0])[1]) == mix(1, 3, 1)
+    assert not {*seeds(s)} & {*first, *second}
+
+
+@both
+def test_states_of_a_run_draw_apart_and_repeat_with_it() -> None:
+    def run() -> list[int]:
+        torch.manual_seed(0)
+        found, old = [], State(1.0)
+        for _ in range(3):
+            found += seeds(State(1.0), 1) + seeds(old)
+            State(1.0)  # one that never draws changes nothing
+        return found
+
+    first = run()
+    assert len({*first}) == 9
+    assert run() == first
+
+
+def _forked(state: State) -> list[int]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return seeds(state)
+
+
+def _put_back(state: State, copied: bool) -> list[int]:
+    before = torch.get_rng_state()
+    before = before.clone() if copied else before
+    torch.manual_seed(0)
+    found = seeds(state)
+    torch.set_rng_state(before)
+    return found
+
+
+@pytest.mark.parametrize("consumed", [0, 700])
+@pytest.mark.parametrize("outer", [0, 1])
+@both
+def test_a_fork_of_the_generator_restarts_nothing(outer: int, consumed: int) -> None:
+    from torch.random import fork_rng  # whatever name it was imported by
+
+    def run() -> list[int]:
+        torch.manual_seed(outer)
+        s, found = State(1.0), []
+        for _ in range(3):
+            torch.rand(consumed)
+            found += seeds(s) + _forked(s)
+            with fork_rng():
+                torch.manual_seed(0)
+                again = seeds(s)
+                torch.manual_seed(0)
+                assert seeds(s) == again
+                with fork_rng():
+                    found += seeds(s)
+                    torch.manual_seed(0)
+                    found += seeds(s)
+            found += again
+            with fork_rng():
+                found += seeds(s)
+        return found
+
+    first = run()
+    assert len({*first}) == len(first) == 36
+    assert run() == first
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("outer", [0, 1])
+@both
+def test_a_generator_state_put_back_restarts_nothing(outer: int, copied: bool) -> None:
+    torch.manual_seed(outer)
+    s, found = State(1.0), []
+    for _ in range(3):
+        torch.rand(3)
+        found += seeds(s)
+        _put_back(s, copied)
+    assert len({*found}) == 6
+
+
+def test_a_process_with_ranks_or_forked_off_draws_apart() -> None:
+    torch.manual_seed(0)
+    s = State(1.0)
+    known = {*seeds(s)}
+    for _ in range(2):
+        child = _in_child(lambda: [*seeds(s), s.counter])
+        assert child.pop() == 4
+        assert not known & {*child}
+        known |= {*child}
+    assert not known & {*seeds(s)}
+
+    def reseeded() -> list[int]:
+        torch.manual_seed(0)
+        return seeds(State(1.0))
+
+    assert _in_child(reseeded) == reseeded()
+
+
+def test_a_lock_that_a_thread_holds_does_not_hang_a_child() -> None:
+    s, held, done = State(1.0), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with s._lock, runs._lock:
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    try:
+        child = _in_child(lambda: [*seeds(s), torch.get_rng_state().numel(), int(torch.manual_seed(0).initial_seed())])
+    finally:
+        done.set()
+        thread.join()
+    assert child[2:] == [torch.get_rng_state().numel(), 0]
+
+
+def _in_child(work: Callable[[], list[int]]) -> list[int]:
+    """What a function gives in a child made by `os.fork`; it must not take longer than 30 s."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        os.write(write, " ".join(map(str, work())).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    assert os.waitpid(child, 0)[1] == 0
+    return [int(word) for word in text.split()]
+
+
+@both
+def test_a_resumed_state_goes_on_as_the_saved_one() -> None:
+    torch.manual_seed(5)
+    other, s = State(1.0), State(1.0)
+    seeds(other)
+    seeds(s, 3)
+    saved, rest = s.position, seeds(s)
+    torch.manual_seed(5)
+    early, again = State(1.0), State(1.0)
+    first = seeds(early, 1)
+    seeds(State(1.0))  # has the saved number, and is gone
+    again.resume(*saved)
+    assert seeds(again) == rest
+    assert not {*seeds(early), *first} & {*rest}
+    torch.manual_seed(5)
+    holder, third = [State(1.0) for _ in range(2)], State(1.0)
+    taken = [x for state in holder for x in seeds(state, 1)]
+    third.resume(*saved)
+    assert seeds(third) == rest
+    assert len({*taken, *rest, *(x for state in holder for x in seeds(state, 3))}) == 10  # no number has two owners
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("counter", "x", TypeError, "counter must be an int of at least 0, but it is 'x'"),
+        ("counter", 1.5, TypeError, "counter must be"),
+        ("counter", None, TypeError, "counter must be"),
+        ("counter", True, TypeError, "counter must be"),
+        ("counter", -1, ValueError, "counter must be in .* but it is -1"),
+        ("counter", 1 << 63, ValueError, "counter must be in"),
+        ("number", -1, ValueError, "number must be in"),
+        ("number", "x", TypeError, "number must be"),
+    ],
+)
+def test_a_bad_counter_changes_nothing(name: str, value: Any, error: type[Exception], message: str) -> None:
+    torch.manual_seed(1)
+    s = State(1.0)
+    seeds(s)
+    with pytest.raises(error, match=message):
+        s.resume(**{"counter": 3, "number": 5, name: value})
+    assert s.position == (2, 0)
+    if name == "counter":
+        with pytest.raises(error, match=message):
+            s.counter = value
+        with pytest.raises(error, match=message):
+            State(1.0, counter=value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"c": "30"}, TypeError, "c must be a number above 0.*'30'"),
+        ({"c": True}, TypeError, "c must be a number"),
+        ({"c": 1j}, TypeError, "c must be a number"),
+        ({"c": None}, TypeError, "c must be a number"),
+        ({"c": 10**400}, ValueError, "c must fit into a float"),
+        ({"c": 10**5000}, ValueError, "c must fit into a float"),
+        ({"c": torch.tensor([1.0, 2.0])}, TypeError, "c must be a number"),
+        ({"c": torch.tensor(1.0, device="meta")}, TypeError, "c must be a number"),
+        ({"seed": 1.5}, TypeError, "seed must be an int"),
+        ({"seed": True}, TypeError, "seed must be an int"),
+        ({"seed": "1"}, TypeError, "seed must be an int"),
+        ({"seed": 1 << 64}, ValueError, "seed must be in"),
+    ],
+)
+def test_bad_arguments(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        State(**{"c": 1.0, **arguments})
+
+
+@both
+def test_a_default_device_does_not_move_the_state() -> None:
+    s = State(1.0)
+    with torch.device("meta"):
+        c, seed = draw(LIKE, s.id, [0, 1])
+        s.c = 2
+        s.counter = 7
+        s.count(3, 1, 9, CPU)
+    assert (c.device, c.tolist(), seed.device, s.counter) == (CPU, [1, 1], CPU, 7)
+    assert s.pop_kept().entries == 3
 
 
 def test_mixing_on_a_device_is_mixing_on_the_host() -> None:
@@ -156,8 +373,12 @@ def test_setting_the_counter_takes_over_a_new_manual_seed() -> None:
     s = State(3.0)
     draw(LIKE, s.id, [0])
     torch.manual_seed(2)
+    fifth = seeds(s, 5)[4]
+    torch.manual_seed(1)
+    seeds(s)
+    torch.manual_seed(2)
     s.counter = 4
-    assert int(s._mirrors[CPU].next_seed()) == mix(2, 0, 5)
+    assert int(s._mirrors[CPU].next_seed()) == fifth
 
 
 @both
@@ -179,6 +400,42 @@ def test_host_and_devices_draw_apart() -> None:
     device = [int(draw(LIKE, s.id, [0])[1]) for _ in range(2)]
     host = [s.next_seed() for _ in range(2)]
     assert len({*device, *host}) == 4
+
+
+@pytest.mark.usefixtures("mirrored")
+def test_a_stream_waits_for_the_one_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def __init__(self) -> None:
+            self.waited: list[Stream] = []
+
+        def wait_stream(self, other: Stream) -> None:
+            self.waited.append(other)
+
+    s = State(1.0)
+    draw(LIKE, s.id, [0])
+    first, second = Stream(), Stream()
+    used = [first]
+    m = s._mirrors[CPU]
+    monkeypatch.setattr(m, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: used[0])
+    monkeypatch.setattr(mirror, "capturing", lambda _: False)
+    for used[0] in (first, first, second, first):
+        m.next_seed()
+        m.count(1, 1, 1)
+    assert (first.waited, second.waited) == ([second], [first])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_two_streams_of_a_gpu_share_no_draw() -> None:
+    like, s = torch.zeros(1, device="cuda"), State(1.0)
+    streams, drawn = [torch.cuda.Stream() for _ in range(2)], []
+    for i in range(400):
+        with torch.cuda.stream(streams[i % 2]):
+            torch.cuda._sleep(20_000 * (i % 3))
+            drawn.append(draw(like, s.id, [0])[1])
+    torch.cuda.synchronize()
+    assert len({int(seed) for seed in drawn}) == s.counter == 400
 
 
 @pytest.mark.usefixtures("mirrored")

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops import schema  # registers the operators
-from fx_passes.ops.problem import FORWARDS, SAMPLERS, resolve_sampler
+from fx_passes.ops.arguments import as_c, as_seed, autocast_dtype, autocasts, broadcast, check_arguments, check_choice
+from fx_passes.ops.exact import exact_attention
+from fx_passes.ops.problem import resolve_sampler
 from fx_passes.ops.sharding import on_shards
-from fx_passes.state import State, check_c, draw
+from fx_passes.ops.transforms import NEEDS_LIBRARY, transform
+from fx_passes.state import State, draw, get_state
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _default_state = State(float("inf"))
 
 
@@ -49,11 +51,40 @@ def attend(
 
     Query, key and value may have any number of leading dimensions, as for F.scaled_dot_product_attention: they are
     broadcast, and all but the last of them are the batch. Masks and bias may have as many dimensions or fewer.
+
+    Inside of forward-mode AD and of torch.func's transforms it is exact: the operator knows no tangents.
     """
     query, key, value, attn_bias = _autocast(query, key, value, attn_bias)
     lead = _leading(query, key, value)
     query, key, value = (_four(x, lead) for x in (query, key, value))
+    if key.shape[1] != value.shape[1]:  # F.scaled_dot_product_attention lets each divide the query's heads
+        heads = query.shape[1]
+        key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+    attn_mask, attn_bias = (None if x is None else _four_mask(x, lead) for x in (attn_mask, attn_bias))
+    scale = float(query.shape[-1] or 1) ** -0.5 if scale is None else float(scale)
+    if scale <= 0:  # the library's kernel masks before it scales: -inf would become inf or NaN
+        query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
     tensors = (query, key, value, attn_bias, sinks)
+    around = transform(*tensors)
+    if around is None and not 0 <= dropout_p < 1:
+        around = "dropout_p outside of [0, 1)"
+    if around is not None:
+        if state and (counts := get_state(state)) is not None:
+            counts.note_left(around)
+        given: dict[str, Any] = {
+            "attn_mask": attn_mask,
+            "attn_bias": attn_bias,
+            "sinks": sinks,
+            "query_ids": query_ids,
+            "key_ids": key_ids,
+            "prefix": prefix,
+            "left": left,
+            "right": right,
+            "bottom_right": bottom_right,
+            "softcap": softcap,
+        }
+        exact = _exact(query, key, value, scale, dropout_p, given, library=around == NEEDS_LIBRARY)
+        return exact.reshape(*lead, *exact.shape[-2:]) if len(lead) != 2 else exact
     dropout_seed = seed
     if dropout_p > 0:
         # From the global generator, as dropout draws everywhere: checkpointing restores it before a recomputation.
@@ -62,8 +93,8 @@ def attend(
         query,
         key,
         value,
-        None if attn_mask is None else _four_mask(attn_mask, lead),
-        None if attn_bias is None else _four_mask(attn_bias, lead),
+        attn_mask,
+        attn_bias,
         sinks,
         query_ids,
         key_ids,
@@ -71,7 +102,7 @@ def attend(
         c,
         seed,
         dropout_seed,
-        query.shape[-1] ** -0.5 if scale is None else scale,
+        scale,
         left,
         right,
         bottom_right,
@@ -102,11 +133,37 @@ def attend_logits(logits: Tensor, value: Tensor, c: Tensor, seed: Tensor, **opti
 def _autocast(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     """Dtypes as F.scaled_dot_product_attention gets them: autocast casts its floating-point arguments."""
     device = query.device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return query, key, value, bias  # type: ignore[return-value]
-    dtype = torch.get_autocast_dtype(device)
-    cast = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value, bias)]
+    cast = [x if x is None else x.to(autocast_dtype(x, device)) for x in (query, key, value, bias)]
     return tuple(cast)  # type: ignore[arg-type]
+
+
+def _exact(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout_p: float, given: dict[str, Any], library: bool
+) -> Tensor:
+    """Exact attention: of the library, if that is asked for and has what is given, or else in plain operations."""
+    right, masks = given["right"], [given[name] for name in ("attn_mask", "attn_bias") if given[name] is not None]
+    known = {"attn_mask", "attn_bias", "right"}
+    others = any(isinstance(x, Tensor) or x for name, x in given.items() if name not in known)
+    if (
+        not library
+        or others
+        or given["left"] is not None
+        or right not in (None, 0)
+        or len(masks) + (right is not None) > 1
+    ):
+        return exact_attention(query, key, value, scale=scale, dropout_p=dropout_p, **given)
+    return torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        masks[0] if masks else None,
+        dropout_p,
+        right is not None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def _leading(query: Tensor, key: Tensor, value: Tensor) -> list[int]:
@@ -114,12 +171,8 @@ def _leading(query: Tensor, key: Tensor, value: Tensor) -> list[int]:
     rank = query.dim() - 2
     if rank == 0:
         return []
-    batch = _broadcast(query.shape[: rank - 1], key.shape[: key.dim() - 3], value.shape[: value.dim() - 3])
+    batch = broadcast(query.shape[: rank - 1], key.shape[: key.dim() - 3], value.shape[: value.dim() - 3])
     return [*batch, query.shape[rank - 1]]
-
-
-def _broadcast(*shapes: torch.Size) -> torch.Size:
-    return torch.broadcast_shapes(*shapes)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _four(x: Tensor, lead: list[int]) -> Tensor:
@@ -176,14 +229,18 @@ def sus_attention(
         scale: factor on query @ key^T; None is 1 / sqrt(D).
         enable_gqa: let G be a divisor of H; query head h uses key head h // (H / G). Nothing is repeated in memory.
         c: expected number of kept entries per row, above 0: entry j of row i is kept with probability
-            min(1, c * W_ij). `float("inf")` is the exact backward. A 0-dim tensor is read when the call runs.
+            min(1, c * W_ij). `float("inf")` is the exact backward. A 0-dim tensor, on the query's device or the CPU, is
+            read when the call runs.
         sampler: "systematic" (one draw per row), "independent" (one per entry, as in the paper), "tile" (whole tiles
             of 64 rows and 64 keys, each kept with a probability in proportion to its weight: for a GPU) or "auto"
             ("tile" on a GPU, else "systematic").
-        seed: fixes the draws; None draws anew in each call, following `torch.manual_seed` without use of the global
-            generator.
+        seed: fixes the draws, an int of 64 bits or such a tensor; None draws anew in each call, following
+            `torch.manual_seed` without use of the global generator.
         forward: "auto", or "library" to keep the bits of PyTorch's own kernel where another forward would be faster.
         state: number of the `fx_passes.state.State` that counts the kept entries; 0 is none.
+
+    Inside of forward-mode AD and of the transforms of torch.func (grad, jacrev, vmap, jvp) gradients are exact. So are
+    gradients of gradients.
 
     Returns:
         [..., H, M, E] in the query's dtype. A row that sees no key is zero and gets zero gradients.
@@ -197,12 +254,9 @@ def sus_attention(
     >>> q.grad.shape
     torch.Size([1, 2, 64, 16])
     """
-    _check(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, sampler, forward)
-    c_tensor = _c_tensor(c, query)
-    seed = _default_state.next_seed() if seed is None else seed
-    if not isinstance(seed, (int, Tensor)) or isinstance(seed, bool):
-        raise TypeError(f"seed must be an int, a 0-dim int64 tensor or None, but it is {seed!r}")
-    seed_tensor = seed if isinstance(seed, Tensor) else torch.tensor(_signed(seed), device=query.device)
+    check_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, sampler, forward)
+    c_tensor = as_c(c, query)
+    seed_tensor = draw(query, _default_state.id, [])[1] if seed is None else as_seed(seed, query)
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
     return attend(
         query,
@@ -214,104 +268,11 @@ def sus_attention(
         attn_bias=None if is_bool else attn_mask,
         scale=scale,
         right=0 if is_causal else None,
-        dropout_p=dropout_p,
+        dropout_p=float(dropout_p),
         sampler=sampler,
         forward=forward,
         state=state,
     )
-
-
-def _signed(seed: int) -> int:
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def _c_tensor(c: float | Tensor, query: Tensor) -> Tensor:
-    if not isinstance(c, Tensor):
-        return torch.tensor(check_c(c), dtype=torch.float64, device=query.device)
-    if c.dim() != 0:
-        raise ValueError(f"c must be a number or a 0-dim tensor, but it is a tensor of shape {tuple(c.shape)}")
-    if c.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_c(c)
-    return c.to(torch.float64)
-
-
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if name == "sampler" and value == "block":
-        raise ValueError("sampler 'block' is gone: use 'tile', which keeps whole tiles of 64 rows and 64 keys")
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but it is {value!r}")
-
-
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    sampler: str,
-    forward: str,
-) -> None:
-    check_choice("sampler", sampler, SAMPLERS)
-    check_choice("forward", forward, FORWARDS)
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, but it is {x!r}")
-        if x.dtype not in _FLOATS or x.dtype != query.dtype:
-            allowed = "float64, float32, bfloat16 or float16, the same for query, key and value"
-            raise TypeError(f"{name} must be {allowed}, but it is {x.dtype} (query is {query.dtype})")
-        if x.dim() < 2 or x.dim() != query.dim():
-            raise ValueError(
-                f"{name} must have as many dimensions as query, at least 2, but it is {tuple(x.shape)} "
-                f"and query is {tuple(query.shape)}"
-            )
-        if x.device != query.device:
-            raise ValueError(f"{name} must be on the query's device {query.device}, but it is on {x.device}")
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"key must have the query's head_dim {query.shape[-1]}, but it is {tuple(key.shape)}")
-    if key.shape[-2] != value.shape[-2]:
-        raise ValueError(f"value must have as many keys as key, {key.shape[-2]}, but it is {tuple(value.shape)}")
-    _check_heads(query, key, value, enable_gqa)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), but it is {dropout_p}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite or None, but it is {scale}")
-    if attn_mask is not None:
-        _check_mask(query, key, attn_mask, is_causal)
-
-
-def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    if query.dim() < 3:
-        return
-    heads, groups = query.shape[-3], key.shape[-3]
-    if groups != value.shape[-3]:
-        raise ValueError(f"value must have as many heads as key, {groups}, but it is {tuple(value.shape)}")
-    if heads != groups and not (enable_gqa and groups > 0 and heads % groups == 0):
-        allowed = f"a divisor of {heads}" if enable_gqa else f"{heads} (or set enable_gqa=True)"
-        raise ValueError(f"the number of key heads must be {allowed}, but it is {groups}")
-    try:
-        _broadcast(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    except RuntimeError:
-        raise ValueError(
-            f"the batch dimensions of query, key and value do not fit: {tuple(query.shape)}, {tuple(key.shape)}, "
-            f"{tuple(value.shape)}"
-        ) from None
-
-
-def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor, is_causal: bool) -> None:
-    if is_causal:
-        raise ValueError("attn_mask and is_causal=True exclude one another: put the causal mask into attn_mask")
-    if not isinstance(attn_mask, Tensor):
-        raise TypeError(f"attn_mask must be a tensor or None, but it is {attn_mask!r}")
-    if attn_mask.dtype != torch.bool and attn_mask.dtype not in _FLOATS:
-        raise TypeError(f"attn_mask must be bool or floating point, but it is {attn_mask.dtype}")
-    full = (*query.shape[:-1], key.shape[-2])
-    if attn_mask.dim() > len(full) or any(
-        size not in (1, target) for size, target in zip(attn_mask.shape[::-1], full[::-1], strict=False)
-    ):
-        raise ValueError(f"attn_mask must be broadcastable to {full}, but it is {tuple(attn_mask.shape)}")
 
 
 __all__ = ["attend", "attend_logits", "check_choice", "draw", "sus_attention"]

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops import dispatch
+from fx_passes.ops.exact import exact_attention
 from fx_passes.ops.problem import Problem, Softmax, Static, is_logsumexp
+from fx_passes.ops.transforms import has_tangent
 
 _TENSORS = 9  # tensor arguments before c
 _STATICS = 11
+_BIAS_GRAD = 5 + _TENSORS + 3  # its place among the backward's arguments
 
 
 def _problem(tensors: tuple[Tensor | None, ...], static: tuple[Any, ...]) -> Problem:
@@ -52,6 +55,11 @@ def attention(
         kept, uint8 [1]: a cache for the backward that the implementation may fill behind the first byte. Whoever
         copies the tensor loses the cache, and the backward then draws the same entries again.
     """
+    if has_tangent(query, key, value, attn_bias, sinks):
+        raise NotImplementedError(
+            "SUS attention in a compiled graph has no forward-mode derivative, and a tangent came in: compute tangents "
+            "without torch.compile (there SUS attention has exact ones), or compile without SUS"
+        )
     tensors = (query, key, value, attn_mask, attn_bias, sinks, query_ids, key_ids, prefix)
     static = (scale, left, right, bottom_right, softcap, dropout_p, sampler, forward, sample, site, state)
     out, softmax, kept = dispatch.forward(_problem(tensors, static), c, seed, dropout_seed)
@@ -102,24 +110,78 @@ def attention_backward(
     sample: bool,
     site: int,
     state: int,
-) -> list[Tensor]:
-    """Gradients of query, key, value, and of attn_bias (if `bias_grad`) and sinks where they are given."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, attn_bias and sinks.
+
+    That of attn_bias is empty unless `bias_grad`, and that of sinks where there are none. (Not a list of those that
+    are wanted: PyTorch batches backwards, for `is_grads_batched`, of operators only that return single tensors.)
+    """
     tensors = (query, key, value, attn_mask, attn_bias, sinks, query_ids, key_ids, prefix)
     static = (scale, left, right, bottom_right, softcap, dropout_p, sampler, forward, sample, site, state)
     grads = dispatch.backward(
         _problem(tensors, static), grad, out, Softmax(maximum, total), kept, c, seed, dropout_seed, bias_grad
     )
-    found = [grads.query, grads.key, grads.value, grads.attn_bias, grads.sinks]
-    return [g for g in found if g is not None]
+    bias, sinks = (grad.new_empty(0) if g is None else g for g in (grads.attn_bias, grads.sinks))
+    return grads.query, grads.key, grads.value, bias, sinks
 
 
 @attention_backward.register_fake
-def _(*args: Any) -> list[Tensor]:
-    query, key, value, bias, sinks, bias_grad = args[5], args[6], args[7], args[9], args[10], args[17]
-    wanted = (
-        [query, key, value] + ([bias] if bias is not None and bias_grad else []) + ([] if sinks is None else [sinks])
+def _(*args: Any) -> tuple[Tensor, ...]:
+    grad, query, key, value, bias, sinks = args[0], args[5], args[6], args[7], args[9], args[10]
+    wanted = (query, key, value, bias if args[_BIAS_GRAD] else None, sinks)
+    return tuple(
+        grad.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted
     )
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted]
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[0], *inputs[5 : 5 + _TENSORS])
+    ctx.bias_grad, ctx.static = inputs[_BIAS_GRAD], Static(*inputs[_BIAS_GRAD + 1 :])
+
+
+def _second_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of the gradients: those of the exact ones, which SUS gradients have as their mean."""
+    s = ctx.static
+    if s.dropout_p:
+        raise NotImplementedError(
+            "SUS attention has no second derivative with dropout: set dropout_p=0, or compute gradients of gradients "
+            "with F.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        )
+    grad, query, key, value, mask, bias, sinks, *others = ctx.saved_tensors
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        live: list[Any] = [None if x is None else _live(x) for x in (grad, query, key, value, bias, sinks)]
+        grad, query, key, value, bias, sinks = live
+        query_ids, key_ids, prefix = others
+        masks = (mask, bias, sinks, query_ids, key_ids, prefix)
+        out = exact_attention(query, key, value, *masks, s.scale, s.left, s.right, s.bottom_right, s.softcap)
+        by = (query, key, value, bias if ctx.bias_grad else None, sinks)
+        used = [(x, u) for x, u in zip(by, upstream, strict=True) if x is not None and u is not None]
+        first = torch.autograd.grad(out, [x for x, _ in used], grad, create_graph=True)
+        wanted = [x for x in live if x is not None]
+        second = torch.autograd.grad(first, wanted, [u for _, u in used], create_graph=create_graph, allow_unused=True)
+    found = iter(second)
+    by_place = {place: next(found) for place, x in zip((0, 5, 6, 7, 9, 10), live, strict=True) if x is not None}
+    return tuple(by_place.get(place) for place in range(_BIAS_GRAD + 1 + _STATICS))
+
+
+def _live(x: Tensor) -> Tensor:
+    """An alias: derivatives by it are partial ones, without what the tensor's own history adds."""
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
+def _vmapped_backward(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """One call for each gradient of a batch, such as the rows of a jacobian."""
+    calls = [
+        attention_backward(*(x if d is None else x.select(d, i) for x, d in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    stacked = tuple(torch.stack(same) for same in zip(*calls, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+attention_backward.register_autograd(_second_backward, setup_context=_setup_backward)
+attention_backward.register_vmap(_vmapped_backward)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -135,11 +197,10 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     grads = attention_backward(grad, *outputs, *inputs, bias_grad, *ctx.static)
     result: list[Tensor | None] = [None] * (_TENSORS + 3 + _STATICS)
     result[:3] = grads[:3]
-    rest = list(grads[3:])
     if bias_grad:
-        result[4] = rest.pop(0)
+        result[4] = grads[3]
     if inputs[5] is not None:
-        result[5] = rest.pop(0)
+        result[5] = grads[4]
     return tuple(result)
 
 

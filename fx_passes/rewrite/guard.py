@@ -84,16 +84,24 @@ class Watched:
     """One buffer: which tensor it was, at which version, and a copy of its values."""
 
     def __init__(self, buffer: Tensor) -> None:
-        self.last, self.version = weakref.ref(buffer), buffer._version
+        self.last, self.version = weakref.ref(buffer), _version(buffer)
         self.values = buffer.detach().clone()
 
     def holds(self, buffer: Tensor) -> bool:
-        if self.last() is buffer and self.version == buffer._version:
+        version = _version(buffer)
+        if self.last() is buffer and self.version == version and version is not None:
             return True
-        if buffer.shape != self.values.shape or not torch.equal(buffer.to(self.values.device), self.values):
+        if (buffer.shape, buffer.dtype) != (self.values.shape, self.values.dtype) or buffer.device.type == "meta":
             return False
-        self.last, self.version = weakref.ref(buffer), buffer._version
+        if not torch.equal(buffer.to(self.values.device), self.values):
+            return False
+        self.last, self.version = weakref.ref(buffer), version
         return True
+
+
+def _version(buffer: Tensor) -> int | None:
+    """The version counter; None for a tensor made in inference mode, which has none."""
+    return None if buffer.is_inference() else buffer._version
 
 
 def _shallow(gm: GraphModule) -> GraphModule:
