@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -58,7 +58,9 @@ def _clear(code: CodeType, backend: Callable[..., Any]) -> None:
         torch._C._dynamo.eval_frame.reset_code(code)
     else:
         for entry, manager in zip(ours, managers, strict=True):  # it stays in the list, empty
-            manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("its backend is not in use any more"))
+            cast(Any, manager.extra_state).invalidate(
+                entry, DeletedGuardManagerWrapper("its backend is not in use any more")
+            )
     for manager in managers:
         # Finalizers of what its guards name, functions of torch among them, keep it for ever.
         vars(manager).clear()

@@ -27,7 +27,12 @@ _MISSING = object()
 # runs the code uncompiled without an error: attention would lose SUS. What stands behind graph breaks may use them up.
 _LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 2048}
 
-_MAY_ATTEND = (nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
+_MAY_ATTEND: tuple[type[nn.Module], ...] = (
+    nn.MultiheadAttention,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+)
 _MAY_ATTEND += (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
@@ -179,7 +184,8 @@ def _copied(function: FunctionType) -> FunctionType:
     code, name = function.__code__.replace(), function.__name__
     copy = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
-    return functools.update_wrapper(copy, function)
+    functools.update_wrapper(copy, function)
+    return copy
 
 
 def _below(module: nn.Module) -> Iterator[nn.Module]:

@@ -36,11 +36,11 @@ def watch() -> Unseen | None:
     if not hasattr(TorchDispatchMode, "ignore_compile_internals"):
         return None
     unseen = Unseen()
-    unseen.__enter__()
+    unseen.__enter__()  # type: ignore[no-untyped-call]
     return unseen
 
 
-class Unseen(TorchDispatchMode):
+class Unseen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the attentions that run in this thread outside of compiled graphs with sites.
 
     It changes no number and no decision of Dynamo. What is attention is read from the operators: PyTorch's own
@@ -51,7 +51,7 @@ class Unseen(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._found: dict[tuple[int, str], tuple[nn.Module | None, str]] = {}
         self._weights: dict[int, Tensor] = {}
         self._open = True
@@ -103,7 +103,7 @@ class Unseen(TorchDispatchMode):
     def close(self) -> bool:
         """Ends the watch, if no other mode was left on top of it; whether it has ended."""
         if self._open and _get_current_dispatch_mode() is self:
-            self.__exit__(None, None, None)
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._open = False
             self._weights.clear()
         return not self._open

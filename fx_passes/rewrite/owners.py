@@ -65,7 +65,7 @@ def compile_call(owner: Owner, code: CodeType | None = None, **options: Any) -> 
     module = owner.module
 
     def entry(*args: Any, **kwargs: Any) -> Any:
-        return module._call_impl(*args, **kwargs)
+        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     entry.__code__ = entry.__code__.replace() if code is None else code
     compiled = torch.compile(entry, **options)
@@ -78,7 +78,7 @@ def compile_call(owner: Owner, code: CodeType | None = None, **options: Any) -> 
             _running.owners.pop()
 
     # Dynamo does not compile the frame of `call`, and traces `entry` where it would inline it.
-    torch._dynamo.decorators.skip_code(call.__code__)
+    torch._dynamo.decorators.skip_code(call.__code__)  # type: ignore[attr-defined]
     call._torchdynamo_inline = entry  # type: ignore[attr-defined]
     return call, entry.__code__
 
