@@ -13,7 +13,9 @@ from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.forms import Attention, Walk
 from fx_passes.canonicalise.ready import Ready, bias_is_dense, prepare
 from fx_passes.canonicalise.understand import is_attention_softmax, understand, understand_sdpa
+from fx_passes.find import flex
 from fx_passes.find.anchors import SDPA, is_anchor, products, softmaxes
+from fx_passes.find.context import fake_of
 from fx_passes.find.live import is_live
 from fx_passes.find.trace import Trace, Value
 
@@ -33,18 +35,26 @@ class Found:
 
     def describe(self, number: int) -> dict[str, Any]:
         """Form, tier and kind of mask of one of its softmaxes, for the report."""
+        called = _form_of_call(self.softs[0].home)
         if self.attention is None or self.walk is None:
-            return {"form": "sdpa" if self.softs[0].op is SDPA else "softmax"}
+            return {"form": called or ("sdpa" if self.softs[0].op is SDPA else "softmax")}
         ready = self.ready[number]
         tier = 2 if ready.tier == 2 or bias_is_dense(self.walk, ready) else 1
-        return {"form": self.attention.form, "tier": tier, "mask": ready.plan.kind}
+        return {"form": called or self.attention.form, "tier": tier, "mask": ready.plan.kind}
+
+
+def _form_of_call(node: Node | None) -> str:
+    """"flex" and the like for a call that is attention as a whole; "" for other nodes."""
+    return "flex" if node is not None and flex.is_flex(node) else ""
 
 
 def attentions(trace: Trace) -> list[Found]:
     constants = Constants(trace.context)
     found: list[Found] = []
     for node in list(trace.context.gm.graph.nodes):
-        if is_anchor(node):
+        if flex.is_flex(node):
+            found += _call(trace, constants, node)
+        elif is_anchor(node):
             found += _at(trace, constants, node, found)
     constants.forget()
     return found
@@ -60,6 +70,20 @@ def _at(trace: Trace, constants: Constants, node: Node, before: list[Found]) -> 
             log.debug("understanding %s failed", soft, exc_info=True)
             result.append(Found([soft], reason=f"the pass failed on it ({type(error).__name__}: {error})"))
     return result
+
+
+def _call(trace: Trace, constants: Constants, node: Node) -> list[Found]:
+    """The attention that a call is as a whole."""
+    whole = Value(None, (), {}, fake_of(node), home=node)
+    reason = flex.why_left(trace.context, node)
+    record = trace.record(node) if not reason else None
+    if record is None:
+        why = trace.failures.get(node)
+        return [Found([whole], reason=reason or (str(why) if isinstance(why, flex.NotPointwise) else f"the pass failed on it ({why})"))]
+    for user in node.users:
+        trace.own(user)
+    found = [f for soft in softmaxes(trace, node) for f in _of(trace, constants, soft, [])]
+    return found or [Found([whole], reason="no softmax of a product was found in it")]
 
 
 def _of(trace: Trace, constants: Constants, soft: Value, before: list[Found]) -> list[Found]:

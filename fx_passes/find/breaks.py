@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.attention import flex_attention
 from torch.nn.modules import transformer
 
 
@@ -24,3 +25,19 @@ def mend_graph_breaks() -> None:
     @torch._dynamo.substitute_in_graph(original)
     def _detect_is_causal_mask(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
         return is_causal is True
+
+    _train_flex_on_the_cpu()
+
+
+def _train_flex_on_the_cpu() -> None:
+    """torch refuses to trace flex_attention where a gradient is wanted on a CPU, for Inductor has no backward for it.
+
+    A rewritten call has one. Inductor itself still refuses a call that was left.
+    """
+    original = getattr(flex_attention, "_validate_device", None)
+    if original is None:
+        return
+
+    @torch._dynamo.substitute_in_graph(original)
+    def _validate_device(query: Tensor, key: Tensor, value: Tensor) -> None:
+        return None
