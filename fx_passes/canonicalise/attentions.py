@@ -79,7 +79,7 @@ def _call(trace: Trace, constants: Constants, node: Node) -> list[Found]:
     record = trace.record(node) if not reason else None
     if record is None:
         why = trace.failures.get(node)
-        return [Found([whole], reason=reason or (str(why) if isinstance(why, flex.NotPointwise) else f"the pass failed on it ({why})"))]
+        return [Found([whole], reason=reason or (str(why).split("\n")[0] if isinstance(why, flex.NotPointwise) else f"the pass failed on it ({why})"))]
     for user in node.users:
         trace.own(user)
     found = [f for soft in softmaxes(trace, node) for f in _of(trace, constants, soft, [])]

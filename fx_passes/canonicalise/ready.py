@@ -74,6 +74,9 @@ def _prepare(walk: Walk, attention: Attention, term: Term, scores: Scores) -> Re
         if found.biases or found.keep:
             raise NotUnderstood("is_causal together with a mask")
         found.places = Places(right=0)
+    heads = set(leaves(role.query_heads))
+    for documents in [d for d in found.documents if heads & {*all_axes(d.query.layout), *all_axes(d.key.layout)}]:
+        raise NotUnderstood("documents differ between heads")
     ready = Ready(term, scores, role, found, query, key, value)
     own, keys = set(leaves((*role.rows, *role.group))), set(leaves(role.keys))
     for factor in scores.factors:

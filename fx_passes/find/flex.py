@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fx_passes.find.context import Context, attribute, fake_of
 
@@ -37,7 +37,8 @@ _ALLOWED = {
     aten.zeros_like.default, aten.full_like.default, aten.lift_fresh.default, aten.lift_fresh_copy.default,
     aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.where.ScalarOther,
     aten.where.ScalarSelf, aten.where.Scalar, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.expand.default,
-    aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.view.default, aten.unsqueeze.default,
+    aten.floor_divide.default, aten.floor_divide.Scalar, aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor,
+    aten.__and__.Scalar, aten.__or__.Scalar, aten.__xor__.Scalar, aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.view.default, aten.unsqueeze.default,
 }  # fmt: skip
 
 
@@ -75,10 +76,6 @@ def why_left(context: Context, node: Node) -> str:
     if _is_constant_true(_graph(context, block_mask[-1])) and not (isinstance(block, int) and block > _WITHOUT_MASK):
         if not _one_block(block_mask):
             return "its BlockMask has blocks and no mask_mod, so that the blocks alone would be the mask"
-    for name, graph in (("score_mod", given["score_mod"]), ("mask_mod", block_mask[-1])):
-        reason = _scalar(_graph(context, graph))
-        if reason:
-            return f"its {name} {reason}"
     return ""
 
 
@@ -101,22 +98,6 @@ def _is_constant_true(gm: GraphModule) -> bool:
     return isinstance(out, Node) and name.endswith("new_ones") or out is True
 
 
-def _scalar(gm: GraphModule) -> str:
-    """Why a modification does more than to compute one number from others; "" where it does not."""
-    for node in gm.graph.nodes:
-        fake = fake_of(node)
-        if isinstance(fake, Tensor) and fake.dim() and node.op not in ("placeholder", "get_attr") and not _takes(node):
-            return f"makes a tensor of shape {list(fake.shape)} for each score"
-    return ""
-
-
-def _takes(node: Node) -> bool:
-    """Whether a node takes a part of a captured tensor."""
-    while node.op == "call_function" and node.target is operator.getitem:
-        node = node.args[0]  # type: ignore[assignment]
-    return node.op in ("placeholder", "get_attr")
-
-
 def _dense(
     q: Tensor, k: Tensor, v: Tensor, scale: Any, score_mod: GraphModule, more: Any, mask_mod: GraphModule, masks: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,11 +108,10 @@ def _dense(
         for i, n in enumerate((batch, heads, m, k.shape[2]))
     ]
     scores = q @ k.mT * scale
-    with _pointwise():
-        scores = _Grids(score_mod).run(scores, *grid, *more)
-        if not _is_constant_true(mask_mod):
-            visible = _Grids(mask_mod).run(*grid, *masks)
-            scores = torch.where(visible, scores, -math.inf)
+    scores = _Grids("score_mod", score_mod, 5).run(scores, *grid, *more)
+    if not _is_constant_true(mask_mod):
+        visible = _Grids("mask_mod", mask_mod, 4).run(*grid, *masks)
+        scores = torch.where(visible, scores, -math.inf)
     lse = torch.logsumexp(scores, -1) / math.log(2)
     return scores.softmax(-1) @ v.to(scores.dtype), lse, scores.amax(-1) / math.log(2)
 
@@ -153,27 +133,42 @@ class _Part:
 
 
 class _Grids(torch.fx.Interpreter):
-    """Runs a function of single numbers on grids of them: indexing takes one element for each place."""
+    """Runs a function of single numbers on grids of them: indexing takes one element for each place.
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is operator.getitem and isinstance(args[0], (Tensor, _Part)):
+    What does not depend on its first `numbers` arguments, such as a sum of a captured tensor, is computed as it is.
+    """
+
+    def __init__(self, name: str, gm: GraphModule, numbers: int) -> None:
+        super().__init__(gm)  # type: ignore[no-untyped-call]
+        self.name = name
+        places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        self.on_grid = set(places[:numbers])
+
+    def run_node(self, n: Node) -> Any:
+        if n.op == "output" or not any(x in self.on_grid for x in n.all_input_nodes):
+            return super().run_node(n)
+        self.on_grid.add(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.op == "call_function" and n.target is operator.getitem:
             return self._take(args[0], args[1])
-        if target in (aten.index, aten.index.Tensor):
+        if n.op == "call_function" and n.target in (aten.index, aten.index.Tensor):
             return self._take(args[0], tuple(args[1]))
-        if any(isinstance(x, _Part) for x in torch.utils._pytree.tree_leaves((args, kwargs))):
-            raise NotPointwise("uses a captured tensor as a whole")
-        return super().call_function(target, args, kwargs)
-
-    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if isinstance(args[0], _Part):
-            raise NotPointwise("uses a captured tensor as a whole")
-        return super().call_method(target, args, kwargs)
+        fake = fake_of(n)
+        if isinstance(fake, Tensor) and fake.dim():
+            raise NotPointwise(f"its {self.name} makes a tensor of shape {list(fake.shape)} for each score")
+        if any(isinstance(x, _Part) for x in tree_leaves((args, kwargs))):
+            raise NotPointwise(f"its {self.name} uses a part of a captured tensor as a whole")
+        try:
+            with _Pointwise():
+                return getattr(self, n.op)(n.target, args, kwargs)
+        except NotPointwise as why:
+            raise NotPointwise(f"its {self.name} {why}") from None
 
     def _take(self, source: Tensor | _Part, index: Any) -> Any:
         source = _Part(source, ()) if isinstance(source, Tensor) else source
         index = index if isinstance(index, tuple) else (index,)
         if not all(isinstance(i, (int, torch.SymInt, Tensor)) and not isinstance(i, bool) for i in index):
-            raise NotPointwise("takes a slice of a captured tensor")
+            raise NotPointwise(f"its {self.name} takes a slice of a captured tensor")
         done = (*source.index, *index)
         if len(done) < source.tensor.dim():
             return _Part(source.tensor, done)
@@ -184,7 +179,7 @@ class _Grids(torch.fx.Interpreter):
             else:
                 tensor = tensor.select(len(rest), i)
         if any(i.dtype == torch.bool for i in rest):
-            raise NotPointwise("indexes a captured tensor by a mask")
+            raise NotPointwise(f"its {self.name} indexes a captured tensor by a mask")
         return aten.index.Tensor(tensor, rest) if rest else tensor
 
 
@@ -201,9 +196,3 @@ class _Pointwise(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         raise NotPointwise(f"calls {func.overloadpacket}, which is more than a function of one score")
-
-
-@contextmanager
-def _pointwise() -> Iterator[None]:
-    with _Pointwise():
-        yield
