@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fx_passes.find.breaks import mend_graph_breaks
+from fx_passes.find.breaks import know_calls, mend_graph_breaks
 from fx_passes.ops.functional import check_choice
 from fx_passes.ops.problem import FORWARDS, SAMPLERS
 from fx_passes.report import Report
@@ -61,9 +61,12 @@ class SUSBackend:
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
             raise TypeError(f"seed must be an int or None, but it is {seed!r}")
         mend_graph_breaks()
+        know_calls()
         self.sampler, self.compiler, self.forward = sampler, compiler, forward
         self.state = State(c, seed)
         self.report = Report(state=self.state.id)
+
+    rewrites_attention = True  # read by find.breaks while Dynamo traces
 
     @property
     def c(self) -> float:
@@ -75,6 +78,7 @@ class SUSBackend:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         """Called by Dynamo for each graph. `kwargs` are torch.compile's `mode` and `options`, for Inductor."""
+        know_calls()  # of packages that were loaded since, for the next frame
         if not torch.is_grad_enabled():
             return _compile(self.compiler, gm, example_inputs, kwargs)
         guarded, parameter = Guarded(gm, example_inputs), first_parameter(gm)
@@ -131,3 +135,6 @@ def sus(
         except TypeError as error:
             raise TypeError(f"options of the backend 'sus': {error}") from None
     return _by_options[key](gm, example_inputs, **({"mode": mode} if mode else {}))
+
+
+sus.rewrites_attention = True  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fx_passes.find.breaks import mend_graph_breaks
+from fx_passes.find.breaks import know_calls, mend_graph_breaks
 from fx_passes.report import Report
 from fx_passes.rewrite import Options, rewrite_graph
 from fx_passes.rewrite.owners import count_owners, first_parameter
@@ -35,6 +35,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     1
     """
     mend_graph_breaks()
+    know_calls()
     report = Report(verb="would be rewritten")
     options = Options(State(float("inf")))
 
@@ -44,6 +45,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         found = rewrite_graph(gm, options, report, example_inputs, dry=True)
         return count_owners(gm, report, found.sites, first_parameter(gm))
 
+    look.rewrites_attention = True  # type: ignore[attr-defined]
     torch._dynamo.reset()  # what was compiled earlier would not be seen
     run = model.forward if isinstance(model, torch.nn.Module) else model
     with torch.enable_grad():

@@ -13,7 +13,7 @@ from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.forms import Attention, Walk
 from fx_passes.canonicalise.ready import Ready, bias_is_dense, prepare
 from fx_passes.canonicalise.understand import is_attention_softmax, understand, understand_sdpa
-from fx_passes.find import flex
+from fx_passes.find import calls, flex
 from fx_passes.find.anchors import SDPA, is_anchor, products, softmaxes
 from fx_passes.find.context import fake_of
 from fx_passes.find.live import is_live
@@ -35,7 +35,8 @@ class Found:
 
     def describe(self, number: int) -> dict[str, Any]:
         """Form, tier and kind of mask of one of its softmaxes, for the report."""
-        called = _form_of_call(self.softs[0].home)
+        home = self.softs[0].home
+        called = "" if home is None else calls.form_of(home)
         if self.attention is None or self.walk is None:
             return {"form": called or ("sdpa" if self.softs[0].op is SDPA else "softmax")}
         ready = self.ready[number]
@@ -43,17 +44,14 @@ class Found:
         return {"form": called or self.attention.form, "tier": tier, "mask": ready.plan.kind}
 
 
-def _form_of_call(node: Node | None) -> str:
-    """"flex" and the like for a call that is attention as a whole; "" for other nodes."""
-    return "flex" if node is not None and flex.is_flex(node) else ""
-
-
 def attentions(trace: Trace) -> list[Found]:
     constants = Constants(trace.context)
     found: list[Found] = []
     for node in list(trace.context.gm.graph.nodes):
-        if flex.is_flex(node):
+        if calls.is_call(node):
             found += _call(trace, constants, node)
+        elif node.target is calls.call_left:
+            found.append(Found([_whole(node)], reason=str(node.args[2])))
         elif is_anchor(node):
             found += _at(trace, constants, node, found)
     constants.forget()
@@ -72,18 +70,24 @@ def _at(trace: Trace, constants: Constants, node: Node, before: list[Found]) -> 
     return result
 
 
+def _whole(node: Node) -> Value:
+    """A call as one value, for the report."""
+    return Value(None, (), {}, fake_of(node), home=node)
+
+
 def _call(trace: Trace, constants: Constants, node: Node) -> list[Found]:
     """The attention that a call is as a whole."""
-    whole = Value(None, (), {}, fake_of(node), home=node)
-    reason = flex.why_left(trace.context, node)
-    record = trace.record(node) if not reason else None
+    reason = flex.why_left(trace.context, node) if flex.is_flex(node) else ""
+    record = None if reason else trace.record(node)
     if record is None:
         why = trace.failures.get(node)
-        return [Found([whole], reason=reason or (str(why).split("\n")[0] if isinstance(why, flex.NotPointwise) else f"the pass failed on it ({why})"))]
+        spoken = isinstance(why, (flex.NotPointwise, calls.NotTaken))
+        failed = str(why).split("\n")[0] if spoken else f"the pass failed on it ({type(why).__name__}: {why})"
+        return [Found([_whole(node)], reason=reason or failed)]
     for user in node.users:
         trace.own(user)
     found = [f for soft in softmaxes(trace, node) for f in _of(trace, constants, soft, [])]
-    return found or [Found([whole], reason="no softmax of a product was found in it")]
+    return found or [Found([_whole(node)], reason="no softmax of a product was found in it")]
 
 
 def _of(trace: Trace, constants: Constants, soft: Value, before: list[Found]) -> list[Found]:

@@ -102,7 +102,7 @@ def _dense(
     q: Tensor, k: Tensor, v: Tensor, scale: Any, score_mod: GraphModule, more: Any, mask_mod: GraphModule, masks: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, m, _ = q.shape
-    k, v = (_repeated(x, batch, heads) for x in (k, v))
+    k, v = (repeated(x, batch, heads) for x in (k, v))
     grid = [
         torch.arange(n, device=q.device).view([n if d == i else 1 for d in range(4)])
         for i, n in enumerate((batch, heads, m, k.shape[2]))
@@ -116,7 +116,7 @@ def _dense(
     return scores.softmax(-1) @ v.to(scores.dtype), lse, scores.amax(-1) / math.log(2)
 
 
-def _repeated(x: Tensor, batch: Any, heads: Any) -> Tensor:
+def repeated(x: Tensor, batch: Any, heads: Any) -> Tensor:
     """Key or value with the query's batch and heads."""
     b, g, n, e = x.shape
     if b != batch:

@@ -20,7 +20,7 @@ from torch.fx import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fx_passes.find import flex
+from fx_passes.find import calls, flex
 from fx_passes.find.context import Context, attribute, fake_of
 from fx_passes.find.smaller import SMALLER, masked_by_index, sets_by_mask
 
@@ -326,6 +326,8 @@ def _call(context: Context, node: Node) -> tuple[Callable[..., Any], Any, Any]:
     """A function with what a node computes, and its arguments as nodes."""
     if flex.is_flex(node):
         return flex.recorded(context, node)
+    if calls.is_call(node):
+        return calls.recorded(node)
     return _callable(context, node), node.args, node.kwargs
 
 
