@@ -165,7 +165,7 @@ class Comparison:
             return 0, 0, constant
         if is_view(value):
             return self._affine(value.args[0], before(value, layout))
-        if value.op is aten._to_copy.default:
+        if value.op in (aten._to_copy.default, aten.detach.default):  # integers have no gradient
             return self._affine(value.args[0], layout)
         if value.op in _ARANGES:
             return self._places_of_arange(value, layout)

@@ -44,6 +44,8 @@ class Places:
 
 def both(a: Places, b: Places) -> Places | None:
     """The mask of places where both are visible, or None where that is none."""
+    if Places() in (a, b):
+        return a if b == Places() else b
     banded = [p for p in (a, b) if p.left is not None or p.right is not None]
     if len({p.bottom_right for p in banded}) > 1 or (a.prefix != b.prefix and banded and (a.prefix or b.prefix)):
         return None

@@ -82,12 +82,12 @@ class Call:
     key_ids: Tensor | None = None
 
     def alibi(self) -> Tensor | None:
-        """The bias that slopes mean, [B or 1, H, M, N] in float32."""
+        """The bias that slopes mean, [B or 1, H, M, N] in float32 or float64."""
         if self.slopes is None:
             return None
         i, j = self._places()
         slopes = self.slopes if self.slopes.dim() == 2 else self.slopes[None]
-        return -slopes[:, :, None, None].float() * (i - j).abs()
+        return -slopes[:, :, None, None].to(torch.promote_types(self.query.dtype, torch.float32)) * (i - j).abs()
 
     def _places(self) -> tuple[Tensor, Tensor]:
         m, n = self.query.shape[2], self.key.shape[2]
@@ -147,7 +147,7 @@ def know(key: str, function: Callable[..., Any]) -> Known:
         defaults = {p.name: p.default for p in inspect.signature(function).parameters.values()}
         form = "xformers" if "xformers" in key else "flash varlen" if "varlen" in key else "flash"
         pair = "flash_attn.cute" in key or ("flash_attn_interface" in key and "return_attn_probs" not in defaults)
-        KNOWN[key] = Known(form, defaults, copied(function), pair and "flash_attn.flash_attn_interface" not in key)
+        KNOWN[key] = Known(form, defaults, copied(function), pair)
     return KNOWN[key]
 
 
@@ -184,7 +184,7 @@ def flat(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def call_known(key: str, **given: Any) -> Any:
+def call_known(key: str, /, **given: Any) -> Any:
     """A call of the table as one node of a graph."""
     bias = given.get("attn_bias")
     if isinstance(bias, str) or any(isinstance(x, FakeTensor) for x in given.values()):
@@ -192,7 +192,7 @@ def call_known(key: str, **given: Any) -> Any:
     return KNOWN[key].function(**given)
 
 
-def call_left(x: Tensor, key: str, reason: str) -> Tensor:
+def call_left(x: Tensor, key: str, reason: str, /) -> Tensor:
     """Stands before a call that is left, so that the report can say why."""
     return x
 
