@@ -68,8 +68,14 @@ class Comparison:
             found = place if found is None else both(found, place)
         return found
 
+    def _fixed(self, x: Any) -> Any:
+        """A number as an int. A symbolic one that is no length, such as a window, is fixed by that."""
+        x = _number(x)
+        lengths = {s for axis in (*self.rows, *self.keys) if not isinstance(axis.size, int) for s in _symbols(axis.size)}
+        return int(x) if isinstance(x, torch.SymInt) and not _symbols(x) & lengths else x
+
     def _band(self, side: str, c: Any) -> Places | None:
-        c = _number(c)
+        c = self._fixed(c)
         if isinstance(c, int):
             return Places(right=c) if side == "right" else Places(left=c)
         offset = _number(c - (self.keys[0].size - self.rows[0].size) * (1 if side == "right" else -1))
@@ -92,7 +98,7 @@ class Comparison:
         for (x, inner), (y, outer) in (sides, reversed(sides)):
             bounds = self._bounds(x, inner, want)
             if bounds and len(bounds) == 1 and bounds[0][:2] == (0, 1):
-                prefix, band = _number(bounds[0][2]), self.places(y, outer, want)
+                prefix, band = self._fixed(bounds[0][2]), self.places(y, outer, want)
                 if isinstance(prefix, int) and band is not None and not band.prefix and band.chunk is None:
                     return replace(band, prefix=prefix + 1) if prefix >= 0 else band
         return None
@@ -109,7 +115,7 @@ class Comparison:
             floor = x.op is aten.floor_divide.default or (
                 x.op is aten.div.Tensor_mode and x.kwargs.get("rounding_mode") == "floor"
             )
-            size = _number(self._constant(x.args[1])) if floor else None
+            size = self._fixed(self._constant(x.args[1])) if floor else None
             inner = self._affine(x.args[0], broadcast(side, x.args[0].shape)) if isinstance(size, int) else None
             if inner is None or inner[:2] not in ((1, 0), (0, 1)) or _number(inner[2]) != 0:
                 return None
@@ -201,6 +207,10 @@ class Comparison:
         if found is None or self.walk.constants.buffers.get(value):
             return None
         return int(found)
+
+
+def _symbols(x: torch.SymInt) -> set[Any]:
+    return set(x.node.expr.free_symbols)
 
 
 def _number(x: Any) -> Any:

@@ -289,7 +289,8 @@ def _why_not_varlen(given: dict[str, Any]) -> str:
 
 
 def _bound(x: Any) -> int | None:
-    return None if x is None or x < 0 else x
+    """A window's bound. A symbolic one is fixed: another window is another graph."""
+    return None if x is None or x < 0 else int(x)
 
 
 def _flash(

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +131,8 @@ def _apply(trace: Trace, found: Found, job: _Job, dead: list[Node]) -> int:
                 _emit(trace, found, numbers, job)
                 job.result.buffers |= found.walk.buffers
                 job.result.claims += found.walk.claims
-                dead += [n for v in found.walk.visited for n in (v.node, v.home) if n in trace.context.position]
+                visited = [n for v in found.walk.visited for n in (v.node, v.home) if n in trace.context.position]
+                dead += [*visited, *(user for n in visited for user in n.users if user.target is operator.getitem)]
             status = REWRITTEN
         except NotUnderstood as why:
             reason = str(why)

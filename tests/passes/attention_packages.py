@@ -58,7 +58,7 @@ def _batched(q, k, v, scale, causal, window, softcap=0.0, slopes=None, sinks=Non
     return torch.stack(rows)
 
 
-def _packed(q, k, v, cu_q, cu_k, scale, causal, window, softcap=0.0, slopes=None, sinks=None, dropout=0.0):
+def packed(q, k, v, cu_q, cu_k, scale, causal, window, softcap=0.0, slopes=None, sinks=None, dropout=0.0):
     """[T, H, D]"""
     left, right = _bounds(causal, window)
     ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
@@ -94,14 +94,14 @@ def _flash_attn_2() -> dict[str, Any]:
         return_attn_probs=False, block_table=None,
     ):  # fmt: skip
         more = (softmax_scale, causal, window_size, softcap, alibi_slopes)
-        return _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, *more, dropout=dropout_p)
+        return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, *more, dropout=dropout_p)
 
     def flash_attn_varlen_qkvpacked_func(
         qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
         softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
     ):  # fmt: skip
         more = (softmax_scale, causal, window_size, softcap, alibi_slopes)
-        return _packed(*qkv.unbind(1), cu_seqlens, cu_seqlens, *more, dropout=dropout_p)
+        return packed(*qkv.unbind(1), cu_seqlens, cu_seqlens, *more, dropout=dropout_p)
 
     def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, causal=False, **_):
         return _batched(q, k_cache, v_cache, None, causal, (-1, -1))
@@ -124,7 +124,7 @@ def _flash_attn_3() -> dict[str, Any]:
         window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
         sm_margin=0, return_attn_probs=False,
     ):  # fmt: skip
-        return _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size, softcap)
+        return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size, softcap)
 
     return locals()
 
@@ -177,7 +177,7 @@ def _xformers() -> dict[str, Any]:
         if isinstance(attn_bias, BlockDiagonalMask):
             causal = isinstance(attn_bias, BlockDiagonalCausalMask)
             ends = attn_bias.q_seqinfo.seqstart, attn_bias.k_seqinfo.seqstart
-            return _packed(query[0], key[0], value[0], *ends, scale, causal, (-1, -1), dropout=p)[None]
+            return packed(query[0], key[0], value[0], *ends, scale, causal, (-1, -1), dropout=p)[None]
         right = None
         if isinstance(attn_bias, (LowerTriangularMask, LowerTriangularFromBottomRightMask)):
             right = 0 if isinstance(attn_bias, LowerTriangularFromBottomRightMask) else query.shape[1] - key.shape[1]

@@ -351,3 +351,159 @@ def test_left_with_a_reason(name: str) -> None:
     site = report.sites[0]  # what the stand-in itself computes comes behind it
     assert (site.form, site.status) == ("flash", "left")
     assert reason in site.reason
+
+
+# -- torch's varlen_attn, whose own kernels need a GPU: against each document by itself
+
+VARLEN: dict[str, tuple[dict[str, Any], Tensor, int, str]] = {
+    "all": ({}, ENDS, H, "documents"),
+    "causal": ({"window_size": (-1, 0)}, ENDS, H, "causal + documents"),
+    "window": ({"window_size": (4, 0), "scale": 0.3}, ENDS, H, "causal, window 5 + documents"),
+    "GQA": ({"window_size": (-1, 0), "enable_gqa": True}, ENDS, 2, "causal + documents"),
+    "other lengths": ({}, OTHER_ENDS, H, "documents"),
+    "other lengths, causal": ({"window_size": (-1, 0)}, OTHER_ENDS, H, "documents + mask"),
+}
+
+
+@pytest.mark.parametrize("name", VARLEN)
+def test_varlen(name: str) -> None:
+    options, ends, groups, mask = VARLEN[name]
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        window = options.get("window_size", (-1, -1))
+        return packages.packed(q, k, v, ENDS, ends, options.get("scale"), False, window)
+
+    site = check(
+        lambda q, k, v: varlen_attn(q, k, v, ENDS, ends, 19, 19, **options),
+        plain,
+        *tensors((N, H, D), (N, groups, D), (N, groups, D)),
+    )
+    assert (site.form, site.status, site.tier, site.mask) == ("varlen", "rewritten", 1, mask)
+
+
+# -- what flex_attention returns besides the output
+
+
+def test_sinks_through_the_logsumexp() -> None:
+    def f(flex: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        out, aux = flex(q, k, v, None, CAUSAL, return_aux=AuxRequest(lse=True))
+        lse = aux.lse.unsqueeze(-1)
+        total = torch.logsumexp(torch.cat([lse, sinks.view(1, -1, 1, 1).expand_as(lse)], -1), -1, keepdim=True)
+        return out * torch.exp(lse - total)
+
+    def g(flex: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        out, lse = flex(q, k, v, None, CAUSAL, return_lse=True)
+        return out * torch.sigmoid(lse - sinks[None, :, None])[..., None]
+
+    for how in (f, g):
+        site = check_flex(how, *qkv(), SINKS)
+        assert (site.status, site.tier, site.mask) == ("rewritten", 1, "causal")
+
+
+CAUSAL = create_block_mask(causal, None, None, N, N, device="cpu")
+
+
+def test_logsumexp_that_is_used() -> None:
+    def f(flex: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, aux = flex(q, k, v, softcap, CAUSAL, return_aux=AuxRequest(lse=True))
+        return out, aux.lse
+
+    assert check_flex(f, *qkv()).status == "rewritten"
+
+
+# -- dynamic shapes
+
+
+def test_dynamic_sizes() -> None:
+    def causal_documents(flex: Any, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        def mask_mod(b, h, i, j):
+            return (ids[i] == ids[j]) & (i >= j)
+
+        n = q.shape[2]
+        return flex(q, k, v, None, BlockMask.from_kv_blocks(*blocks(n), BLOCK_SIZE=128, mask_mod=mask_mod, seq_lengths=(n, n)))
+
+    def blocks(n: int) -> tuple[Tensor, Tensor]:
+        return torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+
+    site = check_flex(causal_documents, *qkv(), DOCS, dynamic=True)
+    assert (site.status, site.mask) == ("rewritten", "causal + documents")
+
+
+def test_flash_with_dynamic_sizes_and_more_keys_than_queries() -> None:
+    f = called("flash_attn", "flash_attn_func", {"causal": True, "window_size": (6, 0)})
+    site = check(f, f, *tensors(*SHORT), dynamic=True)
+    assert (site.status, site.mask) == ("rewritten", "causal, window 7")
+
+
+def test_a_dynamic_window_is_compiled_for_each_value() -> None:
+    backend = SUSBackend(c=float("inf"), compiler="eager")
+    torch._dynamo.reset()
+    function = sys.modules["flash_attn"].flash_attn_func
+    compiled = torch.compile(lambda q, k, v, w: function(q, k, v, window_size=(w, 0)), backend=backend, dynamic=True)
+    args = tuple(x.requires_grad_() for x in tensors(*BNHD))
+    for w in (6, 3):
+        torch.testing.assert_close(compiled(*args, w), function(*args, window_size=(w, 0)))
+
+
+# -- left, with its reason
+
+
+def stacked(s, b, h, i, j):
+    return s + torch.stack([s, s]).sum()
+
+
+def summed(s, b, h, i, j):
+    return s - s.sum()
+
+
+def no_mask_mod() -> BlockMask:
+    indices = torch.arange(3, dtype=torch.int32).expand(1, 1, 3, 3).contiguous()
+    return BlockMask.from_kv_blocks(torch.ones(1, 1, 3, dtype=torch.int32), indices, BLOCK_SIZE=16, seq_lengths=(N, N))
+
+
+@pytest.mark.parametrize(
+    ("score_mod", "block_mask", "reason"),
+    [
+        (stacked, None, "score_mod makes a tensor of shape [2]"),
+        (summed, None, "score_mod calls aten.sum"),
+        (None, no_mask_mod(), "has blocks and no mask_mod"),
+    ],
+    ids=["stacked", "summed", "blocks alone"],
+)
+def test_flex_left_with_a_reason(score_mod: Any, block_mask: Any, reason: str) -> None:
+    site = check_flex(lambda flex, q, k, v: flex(q, k, v, score_mod, block_mask), *qkv())
+    assert (site.form, site.status) == ("flex", "left")
+    assert reason in site.reason
+
+
+def test_a_score_that_is_squared_is_tier_2() -> None:
+    site = check_flex(lambda flex, q, k, v: flex(q, k, v, lambda s, b, h, i, j: s * s, CAUSAL), *qkv())
+    assert (site.status, site.tier) == ("rewritten", 2)
+
+
+def test_calls_without_gradient_stay() -> None:
+    f = called("flash_attn", "flash_attn_func", {"causal": True})
+    backend = SUSBackend(compiler="eager")
+    torch._dynamo.reset()
+    with torch.no_grad():
+        out = torch.compile(f, backend=backend)(*tensors(*BNHD))
+    torch.testing.assert_close(out, f(*tensors(*BNHD)))
+    assert not backend.report.sites
+
+
+def test_other_backends_see_nothing_of_it() -> None:
+    """Dynamo's substitutes act for backends that rewrite attention only."""
+    SUSBackend(compiler="eager")
+    nodes: list[str] = []
+
+    def look(gm: Any, _: Any) -> Any:
+        nodes.extend(str(n.target) for n in gm.graph.nodes)
+        return gm
+
+    f = called("flash_attn", "flash_attn_func", {"causal": True})
+    torch._dynamo.reset()
+    torch.compile(f, backend=look)(*(x.requires_grad_() for x in tensors(*BNHD)))
+    assert nodes
+    assert not any("call_known" in name for name in nodes)
+    with pytest.raises(Exception, match="does not support backward on CPU"):
+        torch.compile(lambda q, k, v: flex_attention(q, k, v), backend=look)(*(x.requires_grad_() for x in qkv()))
