@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fx_passes.ops.documents import ids_of_lengths, ids_of_positions
 from fx_passes.ops.functional import attend, check_choice
 from fx_passes.ops.problem import FORWARDS, SAMPLERS
 from fx_passes.state import State, draw
 
 Band = tuple[int | None, int | None]
 _ATTRIBUTE = "_sus_band"  # of a mask: the band (left, right) that holds besides it
+_IDS = "_sus_documents"  # of a mask or of positions: the numbers of the documents, or None
 
 
 class register_sus_attention:
@@ -74,10 +76,14 @@ class register_sus_attention:
         position_bias: Tensor | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Signature and result of transformers' attention functions: [B, H, M, D] to [B, M, H, E]."""
         band, mask, bias = _masks(module, query, attention_mask, is_causal, position_bias)
+        ids = _documents(query, key, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
         c, seed = draw(query, self.state.id, [0])
         out = attend(
             query,
@@ -88,6 +94,8 @@ class register_sus_attention:
             attn_mask=mask,
             attn_bias=bias,
             sinks=s_aux,
+            query_ids=ids[0],
+            key_ids=ids[1],
             scale=scaling,
             left=band[0],
             right=band[1],
@@ -113,6 +121,36 @@ def _masks(
     return band, None, given if position_bias is None else given + position_bias
 
 
+def _documents(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Numbers of the documents that a batch packs: from their lengths, from the mask, or from positions that restart.
+
+    As transformers' flash attention does, but for the mask; there, positions count in a batch of one entry only.
+    """
+    if cu_seq_lens_q is not None and query.shape[0] == 1:
+        query_ids = ids_of_lengths(cu_seq_lens_q, query.shape[2])
+        same = cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q
+        return query_ids, query_ids if same else ids_of_lengths(cu_seq_lens_k, key.shape[2])  # type: ignore[arg-type]
+    ids: Tensor | None = getattr(mask, _IDS, None)
+    if ids is None and position_ids is not None and position_ids.shape == (1, query.shape[2]) == (1, key.shape[2]):
+        ids = _restarts(position_ids) if query.shape[0] == 1 else None
+    return (None, None) if ids is None else (ids, ids)
+
+
+def _restarts(position_ids: Tensor) -> Tensor | None:
+    """Numbers of documents, or None for a single one; remembered, for all layers get the same positions."""
+    if not hasattr(position_ids, _IDS):
+        ids = ids_of_positions(position_ids)
+        setattr(position_ids, _IDS, ids if bool((ids[:, -1] > 0).any()) else None)
+    return getattr(position_ids, _IDS)  # type: ignore[no-any-return]
+
+
 def sus_mask(
     batch_size: int,
     q_length: int,
@@ -132,7 +170,9 @@ def sus_mask(
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     function = causal_mask_function if mask_function is None else mask_function
-    band = _band(function)
+    band, documents = _band(function), _packed(function)
+    if len(documents) > 1:
+        band = None
     aligned = q_length == kv_length and isinstance(q_offset, int) and q_offset == kv_offset == 0
     if band is None or not aligned:
         more = {**more, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -143,6 +183,7 @@ def sus_mask(
     else:
         mask = attention_mask[:, None, None, :kv_length].bool()
     setattr(mask, _ATTRIBUTE, band)
+    setattr(mask, _IDS, documents[0] if documents else None)
     return mask
 
 
@@ -155,6 +196,8 @@ def _band(function: Callable[..., Any]) -> Band | None:
     if function is m.bidirectional_mask_function:
         return None, None
     inside = inspect.getclosurevars(function).nonlocals
+    if function.__qualname__ == _packed_name():
+        return None, None  # documents are no band: `_packed` has them
     if function.__qualname__ == m.sliding_window_overlay(1).__qualname__:
         return inside["sliding_window"] - 1, None
     if function.__qualname__ == m.and_masks().__qualname__:
@@ -164,3 +207,21 @@ def _band(function: Callable[..., Any]) -> Band | None:
         lefts, rights = ([b[i] for b in bands if b is not None and b[i] is not None] for i in (0, 1))
         return min(lefts, default=None), min(rights, default=None)  # type: ignore[type-var]
     return None
+
+
+def _packed_name() -> str | None:
+    from transformers import masking_utils as m
+
+    make = getattr(m, "packed_sequence_mask_function", None)
+    return None if make is None else str(make(torch.zeros(1, 1)).__qualname__)
+
+
+def _packed(function: Callable[..., Any]) -> list[Tensor]:
+    """Numbers of documents [B, N] in a mask function, as far as it joins them with a band."""
+    from transformers import masking_utils as m
+
+    if function.__qualname__ == m.and_masks().__qualname__:
+        return [ids for f in inspect.getclosurevars(function).nonlocals["mask_functions"] for ids in _packed(f)]
+    if function.__qualname__ == _packed_name():
+        return [inspect.getclosurevars(function).nonlocals["packed_sequence_mask"]]
+    return []

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops import schema  # registers the operators
+from fx_passes.ops.documents import as_ids
 from fx_passes.ops.problem import FORWARDS, SAMPLERS
 from fx_passes.state import State, check_c, draw
 
@@ -154,6 +155,8 @@ def sus_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
     c: float | Tensor = 30.0,
     sampler: str = "systematic",
     seed: int | Tensor | None = None,
@@ -172,6 +175,10 @@ def sus_attention(
         is_causal: row i sees keys 0 .. i (top-left, as F.scaled_dot_product_attention has it).
         scale: factor on query @ key^T; None is 1 / sqrt(D).
         enable_gqa: let G be a divisor of H; query head h uses key head h // (H / G). Nothing is repeated in memory.
+        query_ids: int32 or int64 [M] or [..., M] (without heads), numbers of documents that are packed into one
+            sequence: a query sees keys of its own number only. Where numbers ascend, pairs of different documents
+            cost no time.
+        key_ids: [N] or [..., N]; None is `query_ids`.
         c: expected number of kept entries per row, above 0: entry j of row i is kept with probability
             min(1, c * W_ij). `float("inf")` is the exact backward. A 0-dim tensor is read when the call runs.
         sampler: "systematic" (one draw per row), "independent" (one per entry, as in the paper) or "block" (64 rows
@@ -200,6 +207,7 @@ def sus_attention(
         raise TypeError(f"seed must be an int, a 0-dim int64 tensor or None, but it is {seed!r}")
     seed_tensor = seed if isinstance(seed, Tensor) else torch.tensor(_signed(seed), device=query.device)
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
+    query_ids, key_ids = as_ids(query, key, query_ids, key_ids)
     return attend(
         query,
         key,
@@ -208,6 +216,8 @@ def sus_attention(
         seed_tensor,
         attn_mask=attn_mask if is_bool else None,
         attn_bias=None if is_bool else attn_mask,
+        query_ids=query_ids,
+        key_ids=key_ids,
         scale=scale,
         right=0 if is_causal else None,
         dropout_p=dropout_p,
