@@ -43,11 +43,16 @@ def attend(
     forward: str = "auto",
     site: int = 0,
     state: int = 0,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Any:
     """Attention with a sparse backward; traceable by AOTAutograd. See `Problem` and `Static` for the arguments.
 
     Query, key and value may have any number of leading dimensions, as for F.scaled_dot_product_attention: they are
     broadcast, and all but the last of them are the batch. Masks and bias may have as many dimensions or fewer.
+
+    Returns:
+        [..., H, M, E]; with `return_lse` also the logsumexp of each row's logits, [..., H, M] in float32 (float64 for
+        float64 inputs), with a gradient. It is 0 where a row sees no key.
     """
     query, key, value, attn_bias = _autocast(query, key, value, attn_bias)
     lead = _leading(query, key, value)
@@ -57,7 +62,7 @@ def attend(
     if dropout_p > 0:
         # From the global generator, as dropout draws everywhere: checkpointing restores it before a recomputation.
         dropout_seed = torch.randint(-(1 << 62), 1 << 62, (), device=query.device)
-    out: Tensor = schema.attention(
+    out, maximum, total, _ = schema.attention(
         query,
         key,
         value,
@@ -81,11 +86,15 @@ def attend(
         torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
         site,
         state,
-    )[0]
-    return out.reshape(*lead, *out.shape[-2:]) if len(lead) != 2 else out
+    )
+    out = out.reshape(*lead, *out.shape[-2:]) if len(lead) != 2 else out
+    if not return_lse:
+        return out
+    lse = maximum + total.log()
+    return out, lse.reshape(*lead, lse.shape[-1]) if len(lead) != 2 else lse
 
 
-def attend_logits(logits: Tensor, value: Tensor, c: Tensor, seed: Tensor, **options: Any) -> Tensor:
+def attend_logits(logits: Tensor, value: Tensor, c: Tensor, seed: Tensor, **options: Any) -> Any:
     """``softmax(logits, -1) @ value`` with a sparse backward, for logits of any origin (tier 2).
 
     It is `attend` with an empty head_dim and the logits as bias: their gradient is dense in memory, with about c

@@ -48,6 +48,8 @@ class Emitter:
     def __init__(
         self, build: Builder, c: Node, places: dict[int, int], seed: Node, options: dict[str, Any], autocast: bool
     ) -> None:
+        self.lse: Node | None = None  # of the term emitted last, where `wants_lse`
+        self.wants_lse = False
         self.build, self.c, self.places, self.seed = build, c, places, seed
         self.options, self.autocast = options, autocast
 
@@ -67,6 +69,11 @@ class Emitter:
         dtype = attention.out.dtype
         out = self._call(ready, number, self._compute_dtype(ready))
         groups = [role.batch, role.query_heads, role.rows, role.out]
+        if self.wants_lse:
+            layout = ready.term.source.layout[:-1]
+            lse = build.call(operator.getitem, out, 1)
+            self.lse = build.unmerge(lse, groups[:3], layout, ready.term.source.value.shape[:-1])
+            out = build.call(operator.getitem, out, 0)
         mixed = set(leaves(ready.term.mixed))
         if mixed:
             factors = [f for f in ready.on_out if mixed & set(f.axes)]
@@ -173,6 +180,10 @@ class Emitter:
     def _attend(self, first: Node, second: Node, third: Node | None, options: dict[str, Any]) -> Node:
         f = attend_logits if third is None else attend_with_lost_rows if "lost" in options else attend
         c = self.build.call(aten.select.int, self.c, 0, self.places[options["site"]])
+        if self.wants_lse:
+            if f is attend_with_lost_rows:
+                raise NotUnderstood("its logsumexp is used, and rows may see no key")
+            options = {**options, "return_lse": True}
         operands = (first, second, c, self.seed) if third is None else (first, second, third, c, self.seed)
         if self.autocast:
             return self.build.call(attend_as_is, f.__name__, *operands, **options)

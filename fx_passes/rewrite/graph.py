@@ -25,7 +25,7 @@ from fx_passes.report import LEFT, REWRITTEN, Key, Report
 from fx_passes.rewrite.bodies import Draws, bodies, operands
 from fx_passes.rewrite.build import Builder
 from fx_passes.rewrite.emit import Emitter
-from fx_passes.rewrite.replace import end_of_views, remove_dead, replace
+from fx_passes.rewrite.replace import end_of_views, other_results, remove_dead, replace, replace_lse
 from fx_passes.rewrite.sites import Sites
 from fx_passes.state import State
 
@@ -159,8 +159,13 @@ def _emit(trace: Trace, found: Found, numbers: list[int], job: _Job) -> None:
     kept = [(v, v.node, v.version) for v in _values(trace)]
     try:
         c_of = dict(zip(numbers, places, strict=True))
-        new = Emitter(build, c, c_of, seed, shared, autocast).emit(attention, found.ready, numbers)
+        emitter = Emitter(build, c, c_of, seed, shared, autocast)
+        statistics = other_results(trace, found.softs[0])
+        emitter.wants_lse = bool(statistics)
+        new = emitter.emit(attention, found.ready, numbers)
         replace(trace, build, target, new)
+        if emitter.lse is not None:
+            replace_lse(trace, build, found.softs[0], emitter.lse, statistics)
     except Exception:
         for v, node, version in kept:
             v.node, v.version = node, version

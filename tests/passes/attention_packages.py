@@ -47,7 +47,7 @@ def _bounds(causal, window):
     return left, (0 if causal else right)
 
 
-def _batched(q, k, v, scale, causal, window, softcap=0.0, slopes=None, sinks=None, dropout=0.0):
+def batched(q, k, v, scale, causal, window, softcap=0.0, slopes=None, sinks=None, dropout=0.0):
     """[B, N, H, D]"""
     left, right = _bounds(causal, window)
     rows = []
@@ -74,19 +74,19 @@ def _flash_attn_2() -> dict[str, Any]:
         q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
         deterministic=False, return_attn_probs=False,
     ):  # fmt: skip
-        return _batched(q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, dropout=dropout_p)
+        return batched(q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, dropout=dropout_p)
 
     def flash_attn_qkvpacked_func(
         qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
         deterministic=False, return_attn_probs=False,
     ):  # fmt: skip
-        return _batched(*qkv.unbind(2), softmax_scale, causal, window_size, softcap, alibi_slopes, dropout=dropout_p)
+        return batched(*qkv.unbind(2), softmax_scale, causal, window_size, softcap, alibi_slopes, dropout=dropout_p)
 
     def flash_attn_kvpacked_func(
         q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
         deterministic=False, return_attn_probs=False,
     ):  # fmt: skip
-        return _batched(q, *kv.unbind(2), softmax_scale, causal, window_size, softcap, alibi_slopes, dropout=dropout_p)
+        return batched(q, *kv.unbind(2), softmax_scale, causal, window_size, softcap, alibi_slopes, dropout=dropout_p)
 
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
@@ -104,7 +104,7 @@ def _flash_attn_2() -> dict[str, Any]:
         return packed(*qkv.unbind(1), cu_seqlens, cu_seqlens, *more, dropout=dropout_p)
 
     def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, causal=False, **_):
-        return _batched(q, k_cache, v_cache, None, causal, (-1, -1))
+        return batched(q, k_cache, v_cache, None, causal, (-1, -1))
 
     return locals()
 
@@ -115,7 +115,7 @@ def _flash_attn_3() -> dict[str, Any]:
         window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
         sm_margin=0,
     ):  # fmt: skip
-        out = _batched(q, k, v, softmax_scale, causal, window_size, softcap)
+        out = batched(q, k, v, softmax_scale, causal, window_size, softcap)
         return out, out.new_zeros(q.shape[0], q.shape[2], q.shape[1])
 
     def flash_attn_varlen_func(
@@ -136,7 +136,7 @@ def _flash_attn_4() -> dict[str, Any]:
         score_mod_bwd=None, mask_mod=None, aux_tensors=None, aux_scalars=None, block_sparse_tensors=None,
         block_sparse_tensors_bwd=None, return_lse=False, gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
     ):  # fmt: skip
-        out = _batched(q, k, v, softmax_scale, causal, window_size, softcap, sinks=learnable_sink)
+        out = batched(q, k, v, softmax_scale, causal, window_size, softcap, sinks=learnable_sink)
         return out, out.new_zeros(q.shape[0], q.shape[2], q.shape[1])
 
     return locals()

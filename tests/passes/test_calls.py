@@ -408,7 +408,21 @@ def test_logsumexp_that_is_used() -> None:
         out, aux = flex(q, k, v, softcap, CAUSAL, return_aux=AuxRequest(lse=True))
         return out, aux.lse
 
-    assert check_flex(f, *qkv()).status == "rewritten"
+    site = check_flex(f, *qkv())
+    assert (site.status, site.tier) == ("rewritten", 1)
+
+
+def test_flash_4_logsumexp_that_is_used() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = sys.modules["flash_attn.cute"].flash_attn_func(q, k, v, causal=True)
+        return out * torch.sigmoid(lse).transpose(1, 2)[..., None]
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q.transpose(1, 2) @ k.transpose(1, 2).mT * D**-0.5).masked_fill(~torch.ones(N, N).tril().bool(), -math.inf)
+        out = packages.batched(q, k, v, None, True, (-1, -1))
+        return out * torch.sigmoid(scores.logsumexp(-1)).transpose(1, 2)[..., None]
+
+    assert check(f, plain, *tensors(*BNHD)).status == "rewritten"
 
 
 # -- dynamic shapes
