@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from unittest import mock
 
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fx_passes import eager_calls
+from fx_passes.find import calls
 from fx_passes.ops.functional import check_choice, sus_attention
 from fx_passes.ops.problem import FORWARDS, SAMPLERS
 from fx_passes.state import State, draw
@@ -20,7 +22,8 @@ from fx_passes.state import State, draw
 class sus_backward(TorchFunctionMode):
     """Gives F.scaled_dot_product_attention a SUS backward inside a ``with`` block, in eager code.
 
-    It acts on direct calls and on modules that call it, such as nn.TransformerEncoderLayer in training. Attention
+    It also acts on flex_attention, flash-attn, xformers and torch's varlen_attn, in the thread that is inside of the
+    block. It acts on direct calls and on modules that call it, such as nn.TransformerEncoderLayer in training. Attention
     written by hand is not seen: compile with `SUSBackend` for that. Calls where no gradient is recorded stay as they
     are. The backward may run after the block.
 
@@ -50,6 +53,7 @@ class sus_backward(TorchFunctionMode):
         self.state = State(c, seed)
         self.sampler, self.forward = sampler, forward
         self.calls = 0
+        self.left: dict[str, int] = {}  # calls of other packages that went to their own function, by reason
 
     @property
     def c(self) -> float:
@@ -63,6 +67,11 @@ class sus_backward(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.is_grad_enabled() and calls.is_varlen(func):
+            try:
+                return self._call(calls.VARLEN, calls.varlen_arguments(args, kwargs))
+            except calls.NotTaken:
+                return func(*args, **kwargs)
         if torch.is_grad_enabled() and func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         if torch.is_grad_enabled() and func is F.multi_head_attention_forward:
@@ -77,3 +86,38 @@ class sus_backward(TorchFunctionMode):
         c, seed = draw(query, self.state.id, [0])
         attention = partial(sus_attention, c=c[0], seed=seed, sampler=self.sampler, forward=self.forward)
         return attention(*args, **kwargs, state=self.state.id)
+
+    def __enter__(self) -> sus_backward:
+        eager_calls.enter(self._call)
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
+        eager_calls.leave()
+
+    def _call(self, key: str, given: dict[str, Any]) -> Any:
+        """A call of flex_attention, flash-attn, xformers or varlen_attn."""
+        try:
+            result = self._flex(**given) if key == eager_calls.FLEX else eager_calls.handle(key, given, self._attend_call)
+        except calls.NotTaken as why:
+            self._note_left(str(why))
+            raise
+        self.calls += 1
+        return result
+
+    def _note_left(self, reason: str) -> None:
+        """A call goes to its own function."""
+        self.left[reason] = self.left.get(reason, 0) + 1
+
+    def _attend_call(self, call: calls.Call) -> tuple[Tensor, Tensor]:
+        c, seed = draw(call.query, self.state.id, [0])
+        options = {"sampler": self.sampler, "forward": self.forward, "state": self.state.id}
+        return eager_calls.attend_call(call, c[0], seed, **options)
+
+    @cached_property
+    def _flex(self) -> Callable[..., Any]:
+        from fx_passes.backend import SUSBackend
+
+        backend = SUSBackend(self.c, self.sampler, "eager", forward=self.forward)
+        backend.state = self.state
+        return eager_calls.compiled_flex(backend)

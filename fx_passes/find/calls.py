@@ -44,6 +44,9 @@ _TRIANGULAR = {"LowerTriangularMask": False, "LowerTriangularFromBottomRightMask
 _PACKED = {"BlockDiagonalMask": False, "BlockDiagonalCausalMask": True}
 
 
+VARLEN = "torch_attn._varlen_attn"
+
+
 class NotTaken(Exception):
     """Why a call is left as it is, in words for the user."""
 
@@ -208,24 +211,32 @@ def key_of(node: Node) -> str | None:
         return None
     if node.target is call_known:
         return str(node.args[0])
-    return _VARLEN if str(node.target).split(".default")[0] in (_VARLEN, f"torch.ops.{_VARLEN}") else None
+    return VARLEN if is_varlen(node.target) else None
 
 
-_VARLEN = "torch_attn._varlen_attn"
+def is_varlen(function: Any) -> bool:
+    """Whether a function is the operator behind torch's varlen_attn."""
+    return isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and str(function) in (
+        VARLEN, f"{VARLEN}.default"
+    )
 
 
 def form_of(node: Node) -> str:
     if is_flex(node):
         return "flex"
     key = str(node.args[1]) if node.target is call_left else key_of(node)
-    return "varlen" if key == _VARLEN else KNOWN[key].form if key in KNOWN else ""
+    return "varlen" if key == VARLEN else KNOWN[key].form if key in KNOWN else ""
 
 
 def arguments_of(node: Node) -> dict[str, Any]:
     """Arguments by name, as nodes."""
     if node.target is call_known:
         return dict(node.kwargs)
-    return {**dict(zip(_varlen_names(), node.args, strict=False)), **node.kwargs}
+    return varlen_arguments(node.args, node.kwargs)
+
+
+def varlen_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(_varlen_names(), args, strict=False)), **kwargs}
 
 
 @functools.cache
@@ -246,8 +257,12 @@ def dense_of(key: str, given: dict[str, Any]) -> Any:
     """What a call of the table computes, M x N, in the layout in which it returns it."""
     call, back = read(key, given)
     out, lse = dense(call)
-    out = back(out)
-    if key == _VARLEN:
+    return result(key, back(out), lse)
+
+
+def result(key: str, out: Tensor, lse: Tensor) -> Any:
+    """What a call of the table returns."""
+    if key == VARLEN:
         return out, lse[0], out.new_zeros((2,), dtype=torch.uint64)
     return (out, lse) if KNOWN[key].with_lse else out
 
