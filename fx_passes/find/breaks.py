@@ -62,16 +62,16 @@ def rewrites() -> bool:
     return backend is not None
 
 
-_seen: set[str] = set()
+_seen: dict[str, Callable[..., Any]] = {}
 
 
 def know_calls() -> None:
     """Has Dynamo put calls of loaded packages into its graphs as one node each, where a backend rewrites attention."""
     for key, function in calls.loaded():
-        if key not in _seen:
-            _seen.add(key)
-            calls.know(key, function)
-            torch._dynamo.substitute_in_graph(function, skip_signature_check=True)(_traced(key, calls.KNOWN[key]))
+        if _seen.get(key) is not function:
+            _seen[key] = function
+            known = calls.know(key, function)
+            torch._dynamo.substitute_in_graph(function, skip_signature_check=True)(_traced(key, known))
 
 
 def _traced(key: str, known: calls.Known) -> Callable[..., Any]:

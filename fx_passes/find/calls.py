@@ -112,10 +112,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Known:
-    """One function: the form that the report names, its parameters with their defaults, and what it returns."""
+    """One function: the form that the report names, its parameters with their defaults, and what it returns.
+
+    `function` is a copy of `original`, in whose place Dynamo and `sus_backward` put others.
+    """
 
     form: str
     defaults: dict[str, Any]
+    original: Callable[..., Any]
     function: Callable[..., Any]
     with_lse: bool = False
 
@@ -146,11 +150,11 @@ def loaded() -> Iterator[tuple[str, Callable[..., Any]]]:
 
 def know(key: str, function: Callable[..., Any]) -> Known:
     """The entry of a function, made when it is first seen."""
-    if key not in KNOWN:
+    if key not in KNOWN or KNOWN[key].original is not function:
         defaults = {p.name: p.default for p in inspect.signature(function).parameters.values()}
         form = "xformers" if "xformers" in key else "flash varlen" if "varlen" in key else "flash"
         pair = "flash_attn.cute" in key or ("flash_attn_interface" in key and "return_attn_probs" not in defaults)
-        KNOWN[key] = Known(form, defaults, copied(function), pair)
+        KNOWN[key] = Known(form, defaults, function, copied(function), pair)
     return KNOWN[key]
 
 
