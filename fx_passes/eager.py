@@ -23,7 +23,8 @@ class sus_backward(TorchFunctionMode):
     """Gives F.scaled_dot_product_attention a SUS backward inside a ``with`` block, in eager code.
 
     It also acts on flex_attention, flash-attn, xformers and torch's varlen_attn, in the thread that is inside of the
-    block. It acts on direct calls and on modules that call it, such as nn.TransformerEncoderLayer in training. Attention
+    block. It acts on direct calls and on modules that call it, such as nn.TransformerEncoderLayer in training.
+    Attention
     written by hand is not seen: compile with `SUSBackend` for that. Calls where no gradient is recorded stay as they
     are. The backward may run after the block.
 
@@ -98,7 +99,9 @@ class sus_backward(TorchFunctionMode):
     def _call(self, key: str, given: dict[str, Any]) -> Any:
         """A call of flex_attention, flash-attn, xformers or varlen_attn."""
         try:
-            result = self._flex(**given) if key == eager_calls.FLEX else eager_calls.handle(key, given, self._attend_call)
+            result = (
+                self._flex(**given) if key == eager_calls.FLEX else eager_calls.handle(key, given, self._attend_call)
+            )
         except calls.NotTaken as why:
             self._note_left(str(why))
             raise

@@ -1,8 +1,8 @@
 """Attention calls of other packages and flex_attention inside of `sus_backward`, in eager code.
 
 They are no torch functions, which a mode would see, and users hold them by name: `from flash_attn import
-flash_attn_func`. So the code of the function itself is exchanged while any thread is inside of a block. The new code asks
-whether the thread that calls is inside of one, and runs the old code where it is not. The last thread that leaves puts
+flash_attn_func`. So the code of the function itself is exchanged while any thread is inside of a block. The new code
+asks whether the thread that calls is inside of one, and runs the old code where it is not. The last thread that leaves puts
 the old code back.
 """
 
@@ -31,7 +31,7 @@ Handler = Callable[[str, dict[str, Any]], Any]
 
 
 def enter(handler: Handler) -> None:
-    """From now on, known calls of this thread go to `handler(key, arguments by name)`; it may raise `calls.NotTaken`."""
+    """From now on, known calls of this thread go to `handler(key, arguments by name)`, which may raise NotTaken."""
     global _users
     _handlers().append(handler)
     with _lock:
@@ -70,13 +70,14 @@ def _handlers() -> list[Handler]:
 def _asking(key: str) -> CodeType:
     """Code that hands its arguments to `dispatch`. It runs with the globals of the function that it stands in."""
     names: dict[str, Any] = {}
-    source = f"def asks(*args, **kwargs):\n    return __import__({__name__!r}, fromlist=['_']).dispatch({key!r}, args, kwargs)"
+    module = f"__import__({__name__!r}, fromlist=['_'])"
+    source = f"def asks(*args, **kwargs):\n    return {module}.dispatch({key!r}, args, kwargs)"
     exec(source, names)
     code: CodeType = names["asks"].__code__
     return code
 
 
-@torch._dynamo.disable
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
 def dispatch(key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call of an exchanged function."""
     known = calls.KNOWN[key]
@@ -132,8 +133,8 @@ def compiled_flex(backend: Any) -> Callable[..., Any]:
 
     def flex(**given: Any) -> Any:
         with ExitStack() as without_modes:
-            for _ in range(overrides._len_torch_function_stack()):
-                without_modes.enter_context(overrides._pop_mode_temporarily())  # type: ignore[no-untyped-call]
+            for _ in range(torch._C._len_torch_function_stack()):
+                without_modes.enter_context(overrides._pop_mode_temporarily())
             try:
                 return compiled(**given)
             except Exception as error:  # what Dynamo cannot trace

@@ -171,7 +171,7 @@ def sus_mask(
 
     function = causal_mask_function if mask_function is None else mask_function
     band, documents = _band(function), _packed(function)
-    if len(documents) > 1:
+    if len(documents) > 1 or (_remapped(function) and not documents):
         band = None
     aligned = q_length == kv_length and isinstance(q_offset, int) and q_offset == kv_offset == 0
     if band is None or not aligned:
@@ -196,8 +196,10 @@ def _band(function: Callable[..., Any]) -> Band | None:
     if function is m.bidirectional_mask_function:
         return None, None
     inside = inspect.getclosurevars(function).nonlocals
-    if function.__qualname__ == _packed_name():
+    if function.__qualname__ == _qualname("packed_sequence_mask_function"):
         return None, None  # documents are no band: `_packed` has them
+    if function.__qualname__ == _qualname("remap_positions_for_packed_sequence"):
+        return _band(inside["mask_function"])  # within a document, distances of positions are those of places
     if function.__qualname__ == m.sliding_window_overlay(1).__qualname__:
         return inside["sliding_window"] - 1, None
     if function.__qualname__ == m.and_masks().__qualname__:
@@ -209,11 +211,19 @@ def _band(function: Callable[..., Any]) -> Band | None:
     return None
 
 
-def _packed_name() -> str | None:
+def _qualname(name: str) -> str | None:
+    """The qualified name of the mask functions that a function of transformers.masking_utils makes."""
     from transformers import masking_utils as m
 
-    make = getattr(m, "packed_sequence_mask_function", None)
-    return None if make is None else str(make(torch.zeros(1, 1)).__qualname__)
+    return f"{name}.<locals>.inner_mask" if hasattr(m, name) else None
+
+
+def _remapped(function: Callable[..., Any]) -> bool:
+    """Whether a mask function looks at positions in place of places somewhere."""
+    if function.__qualname__ == _qualname("remap_positions_for_packed_sequence"):
+        return True
+    inside = inspect.getclosurevars(function).nonlocals.get("mask_functions", ())
+    return any(_remapped(f) for f in inside)
 
 
 def _packed(function: Callable[..., Any]) -> list[Tensor]:
@@ -222,6 +232,6 @@ def _packed(function: Callable[..., Any]) -> list[Tensor]:
 
     if function.__qualname__ == m.and_masks().__qualname__:
         return [ids for f in inspect.getclosurevars(function).nonlocals["mask_functions"] for ids in _packed(f)]
-    if function.__qualname__ == _packed_name():
+    if function.__qualname__ == _qualname("packed_sequence_mask_function"):
         return [inspect.getclosurevars(function).nonlocals["packed_sequence_mask"]]
     return []

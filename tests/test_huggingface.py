@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
+from fx_passes import huggingface  # noqa: E402
 from fx_passes.huggingface import register_sus_attention, sus_mask  # noqa: E402
 
 SMALL = {
@@ -136,17 +137,30 @@ def test_packed_batches_are_those_of_each_document(
     expected = torch.cat([alone(input_ids=part[None], use_cache=False).logits[0] for part in parts])
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
     weight = torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view_as(out)
-    grads = [torch.autograd.grad((x * weight).sum(), list(m.parameters())) for x, m in ((out, packed), (expected, alone))]
+    grads = [
+        torch.autograd.grad((x * weight).sum(), list(m.parameters())) for x, m in ((out, packed), (expected, alone))
+    ]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
     sus.c = 2
-    moved = torch.autograd.grad((packed(**batch, use_cache=use_cache).logits[0] * weight).sum(), list(packed.parameters()))
+    moved = torch.autograd.grad(
+        (packed(**batch, use_cache=use_cache).logits[0] * weight).sum(), list(packed.parameters())
+    )
     assert any(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(moved, grads[0], strict=True))
 
 
-def test_packed_batches_have_no_mask_over_queries_and_keys() -> None:
-    from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function
+def test_packed_batches_have_no_mask_over_queries_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    real = huggingface.attend
 
-    ids = torch.tensor([[0, 0, 0, 1, 1, 2]])
-    mask = sus_mask(1, 6, 6, mask_function=and_masks(causal_mask_function, packed_sequence_mask_function(ids)))
-    assert mask.shape == (1, 1, 1, 6)
+    def watched(*args: Any, **options: Any) -> Any:
+        shapes.append((options["attn_mask"].shape, options["query_ids"].tolist(), options["left"], options["right"]))
+        return real(*args, **options)
+
+    monkeypatch.setattr(huggingface, "attend", watched)
+    batch = _flattened()
+    batch.pop("labels")
+    register_sus_attention(c=4)
+    _model("Mistral", "sus", sliding_window=7)(**batch, use_cache=False).logits.sum().backward()
+    ids = [[i for i, n in enumerate(LENGTHS) for _ in range(n)]]
+    assert shapes == [((1, 1, 1, sum(LENGTHS)), ids, 6, 0)] * 2

@@ -1,4 +1,6 @@
-"""Masks that compare places, proven by their form: ``i >= j``, ``i - j < 4096``, ``(j < 7) | (i >= j)``, ``i // 64 == j // 64``.
+"""Masks that compare places, proven by their form.
+
+Such as ``i >= j``, ``i - j < 4096``, ``(j < 7) | (i >= j)`` and ``i // 64 == j // 64``.
 
 Nothing is evaluated, so that the size of the mask does not matter, and symbolic sizes need no check at run time.
 """
@@ -71,7 +73,9 @@ class Comparison:
     def _fixed(self, x: Any) -> Any:
         """A number as an int. A symbolic one that is no length, such as a window, is fixed by that."""
         x = _number(x)
-        lengths = {s for axis in (*self.rows, *self.keys) if not isinstance(axis.size, int) for s in _symbols(axis.size)}
+        lengths = {
+            s for axis in (*self.rows, *self.keys) if not isinstance(axis.size, int) for s in _symbols(axis.size)
+        }
         return int(x) if isinstance(x, torch.SymInt) and not _symbols(x) & lengths else x
 
     def _band(self, side: str, c: Any) -> Places | None:

@@ -321,9 +321,7 @@ def _filled_zeros(walk: Walk, bias: Bias) -> Mask | None:
     return None
 
 
-def _parts(
-    walk: Walk, mask: Mask, rows: Dim, keys: Dim, sizes: Sizes | None, by_form: bool = False
-) -> list[_Part]:
+def _parts(walk: Walk, mask: Mask, rows: Dim, keys: Dim, sizes: Sizes | None, by_form: bool = False) -> list[_Part]:
     if mask.value.dtype.is_floating_point and mask.origin is not None:
         found = [Seen(Operand(mask.value, mask.layout), False, mask.fill)]
     else:

@@ -31,8 +31,8 @@ def mend_graph_breaks() -> None:
         return is_causal is True
 
     _train_flex_on_the_cpu()
-    torch._dynamo.allow_in_graph(calls.call_known)
-    torch._dynamo.allow_in_graph(calls.call_left)
+    torch._dynamo.allow_in_graph(calls.call_known)  # type: ignore[no-untyped-call]
+    torch._dynamo.allow_in_graph(calls.call_left)  # type: ignore[no-untyped-call]
 
 
 def _train_flex_on_the_cpu() -> None:
@@ -51,7 +51,7 @@ def _train_flex_on_the_cpu() -> None:
             refuse(query, key, value)
 
 
-@torch._dynamo.assume_constant_result
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def rewrites() -> bool:
     """Whether the graph that Dynamo traces goes to a backend that rewrites attention."""
     from torch._dynamo.symbolic_convert import InstructionTranslator

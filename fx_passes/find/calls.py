@@ -159,7 +159,7 @@ def know(key: str, function: Callable[..., Any]) -> Known:
 
 
 def why_not(key: str, given: dict[str, Any]) -> str:
-    """Why a call's arguments are not those of an attention that can be rewritten; "" where they are. Dynamo traces it."""
+    """Why a call's arguments are none that can be rewritten; "" where they are. Dynamo traces it."""
     if key.endswith("with_kvcache"):
         return _CACHED
     if given.get("block_table") is not None or given.get("page_table") is not None:
@@ -221,7 +221,8 @@ def key_of(node: Node) -> str | None:
 def is_varlen(function: Any) -> bool:
     """Whether a function is the operator behind torch's varlen_attn."""
     return isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and str(function) in (
-        VARLEN, f"{VARLEN}.default"
+        VARLEN,
+        f"{VARLEN}.default",
     )
 
 
@@ -245,7 +246,7 @@ def varlen_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str,
 
 @functools.cache
 def _varlen_names() -> tuple[str, ...]:
-    import torch.nn.attention.varlen  # noqa: F401
+    import torch.nn.attention.varlen
 
     return tuple(a.name for a in torch.ops.torch_attn._varlen_attn.default._schema.arguments)
 
@@ -283,7 +284,7 @@ def read(key: str, given: dict[str, Any]) -> tuple[Call, Callable[[Tensor], Tens
         lengths = (given["cu_seqlens"],) * 2
     if given.get("cu_seq_q") is not None:
         lengths = given["cu_seq_q"], given["cu_seq_q"] if given.get("cu_seq_k") is None else given["cu_seq_k"]
-    if isinstance(given.get("attn_bias"), str) or key in KNOWN and KNOWN[key].form == "xformers":
+    if isinstance(given.get("attn_bias"), str) or (key in KNOWN and KNOWN[key].form == "xformers"):
         call, back = _xformers(query, key_, value, given)
     else:
         call, back = _flash(query, key_, value, given, lengths[0] is not None)
@@ -294,11 +295,11 @@ def read(key: str, given: dict[str, Any]) -> tuple[Call, Callable[[Tensor], Tens
 
 def _operands(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     if given.get("qkv") is not None:
-        return tuple(given["qkv"].select(-3, i) for i in range(3))  # type: ignore[return-value]
+        return tuple(given["qkv"].select(-3, i) for i in range(3))
     if given.get("kv") is not None:
         return given["q"], given["kv"].select(-3, 0), given["kv"].select(-3, 1)
     names = ("q", "k", "v") if given.get("q") is not None else ("query", "key", "value")
-    return tuple(given[name] for name in names)  # type: ignore[return-value]
+    return tuple(given[name] for name in names)
 
 
 def _why_not_varlen(given: dict[str, Any]) -> str:
@@ -371,8 +372,12 @@ def _in_documents(call: Call, queries: Tensor, keys: Tensor) -> Call:
     if keys is queries or (call.left is None and call.right is None):
         return call
     # Places count from the end of each document: a mask over queries and keys.
-    i = torch.arange(call.query.shape[2], device=queries.device) - queries[1:].long().take(query_ids[0].clamp(max=queries.shape[0] - 2))
-    j = torch.arange(call.key.shape[2], device=keys.device) - keys[1:].long().take(key_ids[0].clamp(max=keys.shape[0] - 2))
+    i = torch.arange(call.query.shape[2], device=queries.device) - queries[1:].long().take(
+        query_ids[0].clamp(max=queries.shape[0] - 2)
+    )
+    j = torch.arange(call.key.shape[2], device=keys.device) - keys[1:].long().take(
+        key_ids[0].clamp(max=keys.shape[0] - 2)
+    )
     distance = j[None] - i[:, None]
     mask = distance == distance
     if call.right is not None:

@@ -7,7 +7,7 @@ and what they record is read like attention that was written by hand:
     flex_attention(q, k, v, score_mod, block_mask, scale)   # before
     where(mask_mod(b, h, i, j), score_mod(scale * q @ k.mT, b, h, i, j), -inf).softmax(-1) @ v   # as recorded
 
-`mask_mod` decides which keys are visible, as it does in flex's eager form; the blocks of a BlockMask are derived from it.
+`mask_mod` decides which keys are visible, as in flex's eager form; the blocks of a BlockMask are derived from it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _ALLOWED = {
     aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.where.ScalarOther,
     aten.where.ScalarSelf, aten.where.Scalar, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.expand.default,
     aten.floor_divide.default, aten.floor_divide.Scalar, aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor,
-    aten.__and__.Scalar, aten.__or__.Scalar, aten.__xor__.Scalar, aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.view.default, aten.unsqueeze.default,
+    aten.__and__.Scalar, aten.__or__.Scalar, aten.__xor__.Scalar, aten.zeros.default,
+    aten.ones.default, aten.empty.memory_format, aten.view.default, aten.unsqueeze.default,
 }  # fmt: skip
 
 
@@ -73,9 +74,9 @@ def why_left(context: Context, node: Node) -> str:
     block_mask = given["block_mask"]
     block = next((x for x in reversed(block_mask[:-1]) if x is not None), 0)
     block = fake_of(block) if isinstance(block, Node) else block
-    if _is_constant_true(_graph(context, block_mask[-1])) and not (isinstance(block, int) and block > _WITHOUT_MASK):
-        if not _one_block(block_mask):
-            return "its BlockMask has blocks and no mask_mod, so that the blocks alone would be the mask"
+    trivial = _is_constant_true(_graph(context, block_mask[-1]))
+    if trivial and not (isinstance(block, int) and block > _WITHOUT_MASK) and not _one_block(block_mask):
+        return "its BlockMask has blocks and no mask_mod, so that the blocks alone would be the mask"
     return ""
 
 
@@ -95,7 +96,7 @@ def _graph(context: Context, attr: Any) -> GraphModule:
 def _is_constant_true(gm: GraphModule) -> bool:
     out = next(n for n in gm.graph.nodes if n.op == "output").args[0]
     name = str(getattr(out, "target", ""))
-    return isinstance(out, Node) and name.endswith("new_ones") or out is True
+    return out is True or (isinstance(out, Node) and name.endswith("new_ones"))
 
 
 def _dense(
@@ -139,7 +140,7 @@ class _Grids(torch.fx.Interpreter):
     """
 
     def __init__(self, name: str, gm: GraphModule, numbers: int) -> None:
-        super().__init__(gm)  # type: ignore[no-untyped-call]
+        super().__init__(gm)
         self.name = name
         places = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.on_grid = set(places[:numbers])
@@ -159,7 +160,7 @@ class _Grids(torch.fx.Interpreter):
         if any(isinstance(x, _Part) for x in tree_leaves((args, kwargs))):
             raise NotPointwise(f"its {self.name} uses a part of a captured tensor as a whole")
         try:
-            with _Pointwise():
+            with _Pointwise():  # type: ignore[no-untyped-call]
                 return getattr(self, n.op)(n.target, args, kwargs)
         except NotPointwise as why:
             raise NotPointwise(f"its {self.name} {why}") from None

@@ -217,7 +217,7 @@ def sus_attention(
     seed_tensor = seed if isinstance(seed, Tensor) else torch.tensor(_signed(seed), device=query.device)
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
     query_ids, key_ids = as_ids(query, key, query_ids, key_ids)
-    return attend(
+    result: Tensor = attend(
         query,
         key,
         value,
@@ -234,6 +234,7 @@ def sus_attention(
         forward=forward,
         state=state,
     )
+    return result
 
 
 def _signed(seed: int) -> int:

@@ -155,8 +155,8 @@ def _with_total(
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What a backward gets that also has a gradient of the totals, and so of the logsumexp.
 
-    That gradient, times the weight, is added to the gradient of each logit, W (dO . V - dO . O). One more column does it:
-    1 in dO, 0 in V and minus the gradient in O.
+    That gradient, times the weight, is added to the gradient of each logit, W (dO . V - dO . O). One more column does
+    it: 1 in dO, 0 in V and minus the gradient in O.
     """
     out, maximum, total, kept = outputs
     query, key, value, *rest = inputs

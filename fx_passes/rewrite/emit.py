@@ -248,8 +248,12 @@ class Emitter:
             nodes = [build.arrange(side, [role.batch, axes], (False, True)) for side, axes in sides]
             pairs.append([build.call(aten.to.dtype, x, torch.int64) for x in nodes])
         if not pairs and self._rows_and_keys(found.keep, role):
-            pairs.append([build.call(torch.zeros, 1, build.total(axes), dtype=torch.int64, device=device)
-                          for axes in (role.rows, role.keys)])
+            pairs.append(
+                [
+                    build.call(torch.zeros, 1, build.total(axes), dtype=torch.int64, device=device)
+                    for axes in (role.rows, role.keys)
+                ]
+            )
         while len(pairs) > 1:
             both = build.call(both_ids, *pairs.pop(), *pairs.pop())
             pairs.append([build.call(operator.getitem, both, i) for i in (0, 1)])

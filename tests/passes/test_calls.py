@@ -418,7 +418,9 @@ def test_flash_4_logsumexp_that_is_used() -> None:
         return out * torch.sigmoid(lse).transpose(1, 2)[..., None]
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = (q.transpose(1, 2) @ k.transpose(1, 2).mT * D**-0.5).masked_fill(~torch.ones(N, N).tril().bool(), -math.inf)
+        scores = (q.transpose(1, 2) @ k.transpose(1, 2).mT * D**-0.5).masked_fill(
+            ~torch.ones(N, N).tril().bool(), -math.inf
+        )
         out = packages.batched(q, k, v, None, True, (-1, -1))
         return out * torch.sigmoid(scores.logsumexp(-1)).transpose(1, 2)[..., None]
 
@@ -434,7 +436,9 @@ def test_dynamic_sizes() -> None:
             return (ids[i] == ids[j]) & (i >= j)
 
         n = q.shape[2]
-        return flex(q, k, v, None, BlockMask.from_kv_blocks(*blocks(n), BLOCK_SIZE=128, mask_mod=mask_mod, seq_lengths=(n, n)))
+        return flex(
+            q, k, v, None, BlockMask.from_kv_blocks(*blocks(n), BLOCK_SIZE=128, mask_mod=mask_mod, seq_lengths=(n, n))
+        )
 
     def blocks(n: int) -> tuple[Tensor, Tensor]:
         return torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)

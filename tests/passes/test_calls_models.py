@@ -1,4 +1,4 @@
-"""Whole models whose attention is a call: transformers with flex_attention, blocks as torchtitan writes them, memory."""
+"""Models whose attention is a call: transformers with flex_attention, blocks as torchtitan writes them; memory."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def test_transformers_with_flex_attention(name: str) -> None:
         return made.double().train()
 
     inputs: dict[str, Any] = {
-        "input_ids": torch.randint(1, 64, (1 if batch == "packed" else 2, 40), generator=torch.Generator().manual_seed(1)),
+        "input_ids": torch.randint(
+            1, 64, (1 if batch == "packed" else 2, 40), generator=torch.Generator().manual_seed(1)
+        ),
         "use_cache": False,
     }
     keep = torch.ones(1, dtype=torch.float64)
