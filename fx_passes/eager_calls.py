@@ -1,9 +1,9 @@
 """Attention calls of other packages and flex_attention inside of `sus_backward`, in eager code.
 
-They are no torch functions, which a mode would see, and users hold them by name: `from flash_attn import
-flash_attn_func`. So the code of the function itself is exchanged while any thread is inside of a block. The new code
-asks whether the thread that calls is inside of one, and runs the old code where it is not. The last thread that leaves puts
-the old code back.
+They are no torch functions, which a mode would see, and users hold them by name, as after an import of
+`flash_attn_func`. So the code of the function itself is exchanged while any thread is inside of a block. The new code
+asks whether the thread that calls is inside of one, and runs the old code where it is not. The last thread that leaves
+puts the old code back.
 """
 
 from __future__ import annotations

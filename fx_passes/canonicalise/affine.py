@@ -36,6 +36,7 @@ class Comparison:
 
     def __init__(self, walk: Walk, rows: Dim, keys: Dim) -> None:
         self.walk, self.rows, self.keys = walk, leaves(rows), leaves(keys)
+        self.positions: list[Value] | None = None  # where a list: tensors whose values are taken for places
 
     def places(self, value: Value, layout: Layout, want: bool) -> Places | None:
         """The keys visible where ``value == want``; None where that is not known to be a mask of places."""
@@ -179,6 +180,8 @@ class Comparison:
             return self._affine(value.args[0], layout)
         if value.op in _ARANGES:
             return self._places_of_arange(value, layout)
+        if value.op is aten.index.Tensor and self.positions is not None:
+            return self._position(value, layout)
         if value.op is aten.neg.default:
             x = self._affine(value.args[0], layout)
             return None if x is None else (-x[0], -x[1], -x[2])
@@ -190,6 +193,15 @@ class Comparison:
             sign = 1 if value.op is aten.add.Tensor else -1
             return x[0] + sign * y[0], x[1] + sign * y[1], x[2] + sign * y[2]
         return None
+
+    def _position(self, value: Value, layout: Layout) -> tuple[int, int, Any] | None:
+        """``positions[b, i]`` as i: whoever asks has to see that their distances are the same."""
+        indices = value.args[1]
+        last = indices[-1]
+        if len(indices) != len(value.args[0].shape) or any(x is None for x in indices) or self.positions is None:
+            return None
+        self.positions.append(value)
+        return self._affine(last, broadcast(layout, last.shape))
 
     def _places_of_arange(self, value: Value, layout: Layout) -> tuple[int, int, Any] | None:
         given = value.args[: _ARANGES[value.op]]

@@ -87,6 +87,9 @@ def _call(trace: Trace, constants: Constants, node: Node) -> list[Found]:
     for user in node.users:
         trace.own(user)
     found = [f for soft in softmaxes(trace, node) for f in _of(trace, constants, soft, [])]
+    for item in found:
+        if item.walk is not None and node in trace.context.relations:
+            item.walk.relations.append(trace.context.relations[node])
     return found or [Found([_whole(node)], reason="no softmax of a product was found in it")]
 
 

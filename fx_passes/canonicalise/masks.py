@@ -23,6 +23,7 @@ from fx_passes.canonicalise.places import Places, both, places_of
 from fx_passes.canonicalise.views import before, is_cast, is_view
 from fx_passes.canonicalise.weights import FILLS, choices
 from fx_passes.find.calls import is_call
+from fx_passes.find.relations import aligned, relation
 from fx_passes.find.sizes import Sizes, number
 from fx_passes.find.trace import Value
 
@@ -187,13 +188,48 @@ def _plan(
         placed = tuple(p.seen for p in hard_parts if p.matrix is not None)
         claim = Claim(walk.constants, placed, rows, keys, places, none_lost)
         hard_parts = [p for p in hard_parts if p.matrix is None]
+    rest: list[Seen] = []
     for part in hard_parts:
         documents = None if result.lost else _documents(part.seen, rows, keys)
         if documents is None:
-            result.keep.append(part.seen)
+            rest.append(part.seen)
         else:
             result.documents.append(documents)
+    for seen in rest:
+        places = _by_positions(walk, seen, rows, keys, result.documents)
+        together = None if places is None else both(result.places, places)
+        if together is None:
+            result.keep.append(seen)
+        else:
+            result.places = together
     return result, claim
+
+
+def _by_positions(walk: Walk, seen: Seen, rows: Dim, keys: Dim, documents: list[Documents]) -> Places | None:
+    """A band of positions that restart with each document: within one, it is a band of places."""
+    value, layout = seen.operand.value, seen.operand.layout
+    if value.home is None or not is_call(value.home):
+        return None
+    comparison = Comparison(walk, rows, keys)
+    comparison.positions = []
+    places = comparison.places(value, layout, seen.keep)
+    sources = {x.args[0] for x in comparison.positions}
+    if places is None or len(sources) != 1 or places.prefix or places.chunk or places.bottom_right:
+        return None
+    (source,) = sources
+    for one in documents:
+        ids = [x.value for x in (one.query, one.key)]
+        if any(x.op is not aten.index.Tensor or x.args[0] is not ids[0].args[0] for x in ids):
+            continue
+        entries = {tuple(x.args[1][:-1]) for x in (*comparison.positions, *ids)}
+        nodes = source.node, ids[0].args[0].node
+        if len(entries) != 1 or any(node is None for node in nodes) or any(x.version for x in (source, ids[0].args[0])):
+            continue
+        found = relation(walk.context, nodes, aligned)  # type: ignore[arg-type]
+        if found is not None:
+            walk.relations.append(found)
+            return places
+    return None
 
 
 def _by_form(parts: list[_Part]) -> tuple[Places, list[_Part]]:

@@ -19,7 +19,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
+from fx_passes.find.context import Context
 from fx_passes.find.flex import is_flex, repeated
+from fx_passes.find.relations import equal, relation
 from fx_passes.ops.documents import ids_of_lengths
 
 _FLASH = (
@@ -251,11 +253,19 @@ def _varlen_names() -> tuple[str, ...]:
     return tuple(a.name for a in torch.ops.torch_attn._varlen_attn.default._schema.arguments)
 
 
-def recorded(node: Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+def recorded(context: Context, node: Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """A function that computes what a node does from tensors, and the nodes that are its arguments."""
     key = key_of(node)
     assert key is not None
-    return lambda **given: dense_of(key, given), (), arguments_of(node)
+    given = arguments_of(node)
+    for queries, keys in (("cu_seqlens_q", "cu_seqlens_k"), ("cu_seq_q", "cu_seq_k")):
+        a, b = given.get(queries), given.get(keys)
+        if isinstance(a, Node) and isinstance(b, Node) and a is not b:
+            found = relation(context, (a, b), equal)
+            if found is not None:  # two copies of the same lengths
+                context.relations[node] = found
+                given[keys] = a
+    return lambda **given: dense_of(key, given), (), given
 
 
 def dense_of(key: str, given: dict[str, Any]) -> Any:

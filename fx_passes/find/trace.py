@@ -327,7 +327,7 @@ def _call(context: Context, node: Node) -> tuple[Callable[..., Any], Any, Any]:
     if flex.is_flex(node):
         return flex.recorded(context, node)
     if calls.is_call(node):
-        return calls.recorded(node)
+        return calls.recorded(context, node)
     return _callable(context, node), node.args, node.kwargs
 
 

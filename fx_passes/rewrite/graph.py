@@ -20,6 +20,7 @@ from fx_passes.canonicalise.attentions import Found, attentions
 from fx_passes.canonicalise.axes import NotUnderstood
 from fx_passes.canonicalise.masks import Claim
 from fx_passes.find.context import Context, fake_of
+from fx_passes.find.relations import Relation
 from fx_passes.find.trace import Trace, Value
 from fx_passes.report import LEFT, REWRITTEN, Key, Report
 from fx_passes.rewrite.bodies import Draws, bodies, operands
@@ -58,13 +59,15 @@ def _source() -> bytes:
 class Result:
     """What a rewrite did: how many softmaxes, all sites found, and what it relies on.
 
-    `buffers` are placeholders whose values must stay; `claims` must hold at the sizes of each call.
+    `buffers` are placeholders whose values must stay; `claims` must hold at the sizes of each call, and `relations`
+    between its inputs.
     """
 
     rewritten: int = 0
     sites: list[Key] = field(default_factory=list)
     buffers: set[Node] = field(default_factory=set)
     claims: list[Claim] = field(default_factory=list)
+    relations: list[Relation] = field(default_factory=list)
 
 
 @dataclass
@@ -131,6 +134,7 @@ def _apply(trace: Trace, found: Found, job: _Job, dead: list[Node]) -> int:
                 _emit(trace, found, numbers, job)
                 job.result.buffers |= found.walk.buffers
                 job.result.claims += found.walk.claims
+                job.result.relations += found.walk.relations
                 visited = [n for v in found.walk.visited for n in (v.node, v.home) if n in trace.context.position]
                 dead += [*visited, *(user for n in visited for user in n.users if user.target is operator.getitem)]
             status = REWRITTEN

@@ -525,3 +525,54 @@ def test_other_backends_see_nothing_of_it() -> None:
     assert not any("call_known" in name for name in nodes)
     with pytest.raises(Exception, match="does not support backward on CPU"):
         torch.compile(lambda q, k, v: flex_attention(q, k, v), backend=look)(*(x.requires_grad_() for x in qkv()))
+
+
+# -- positions that restart with each document, as transformers' masks have them
+
+
+def restarting(flex: Any, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
+    def mask_mod(b, h, i, j):
+        near = (positions[b, j] <= positions[b, i]) & (positions[b, j] > positions[b, i] - 4)
+        return near & (ids[b, i] == ids[b, j])
+
+    indices = torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    block = BlockMask.from_kv_blocks(
+        torch.ones(1, 1, 1, dtype=torch.int32), indices, BLOCK_SIZE=128, mask_mod=mask_mod, seq_lengths=(N, N)
+    )
+    return flex(q, k, v, None, block)
+
+
+def test_positions_that_restart_are_places() -> None:
+    ids = DOCS_OF_BATCH
+    starts = torch.stack([torch.searchsorted(row, row) for row in ids])
+    positions = torch.arange(N) - starts
+    site = check_flex(restarting, *qkv(), positions, ids)
+    assert (site.status, site.mask) == ("rewritten", "causal, window 4 + documents")
+    site = check_flex(restarting, *qkv(), positions * 2, ids)
+    assert (site.status, site.mask) == ("rewritten", "documents + mask")
+
+
+def test_other_positions_at_a_later_call_are_seen() -> None:
+    ids = DOCS_OF_BATCH
+    positions = torch.arange(N) - torch.stack([torch.searchsorted(row, row) for row in ids])
+    backend = SUSBackend(c=float("inf"), compiler="eager")
+    torch._dynamo.reset()
+    args = tuple(x.requires_grad_() for x in qkv())
+    compiled = torch.compile(partial(restarting, flex_attention), backend=backend)
+    for p in (positions, positions * 2, positions, positions + 5, positions.flip(-1)):
+        torch.testing.assert_close(compiled(*args, p, ids), restarting(eager_flex, *args, p, ids))
+    assert [s.mask for s in backend.report.sites] == ["causal, window 4 + documents"]
+
+
+def test_two_copies_of_the_same_lengths() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        return sys.modules["flash_attn"].flash_attn_varlen_func(q, k, v, queries, keys, 19, 19, causal=True)
+
+    site = check(f, f, *tensors(*PACKED), ENDS, ENDS.clone())
+    assert (site.status, site.mask) == ("rewritten", "causal + documents")
+    backend = SUSBackend(c=float("inf"), compiler="eager")
+    torch._dynamo.reset()
+    args = tuple(x.requires_grad_() for x in tensors(*PACKED))
+    compiled = torch.compile(f, backend=backend)
+    for keys in (ENDS.clone(), OTHER_ENDS, ENDS.clone()):
+        torch.testing.assert_close(compiled(*args, ENDS, keys), f(*args, ENDS, keys))
