@@ -225,7 +225,7 @@ def _by_positions(walk: Walk, seen: Seen, rows: Dim, keys: Dim, documents: list[
         nodes = source.node, ids[0].args[0].node
         if len(entries) != 1 or any(node is None for node in nodes) or any(x.version for x in (source, ids[0].args[0])):
             continue
-        found = relation(walk.context, nodes, aligned)  # type: ignore[arg-type]
+        found = relation(walk.context, nodes, aligned)
         if found is not None:
             walk.relations.append(found)
             return places

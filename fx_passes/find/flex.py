@@ -184,7 +184,7 @@ class _Grids(torch.fx.Interpreter):
         return aten.index.Tensor(tensor, rest) if rest else tensor
 
 
-class _Pointwise(TorchDispatchMode):
+class _Pointwise(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Stops at operations that do not act on each place of a grid by itself."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

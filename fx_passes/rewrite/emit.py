@@ -213,7 +213,7 @@ class Emitter:
             options["prefix"] = build.call(torch.full, (1,), places.prefix, dtype=torch.int64, device=device)
         options |= {"bottom_right": True} if places.bottom_right else {}
         ids = self._ids(ready, device)
-        conditions = [seen for seen in found.keep if ids is None or not self._joins_ids(ids, seen, role)]
+        conditions = [seen for seen in found.keep if ids is None or found.lost or not self._joins_ids(ids, seen, role)]
         if ids is not None:
             options |= {"query_ids": ids[0], "key_ids": ids[1]}
         for seen in conditions:
@@ -247,7 +247,7 @@ class Emitter:
             sides = ((documents.query, role.rows), (documents.key, role.keys))
             nodes = [build.arrange(side, [role.batch, axes], (False, True)) for side, axes in sides]
             pairs.append([build.call(aten.to.dtype, x, torch.int64) for x in nodes])
-        if not pairs and self._rows_and_keys(found.keep, role):
+        if not pairs and not found.lost and self._rows_and_keys(found.keep, role):
             pairs.append(
                 [
                     build.call(torch.zeros, 1, build.total(axes), dtype=torch.int64, device=device)
