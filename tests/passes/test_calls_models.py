@@ -52,14 +52,15 @@ SMALL = {
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0,
 }  # fmt: skip
 HUGGING_FACE: dict[str, tuple[str, dict[str, Any], str, set[str]]] = {
-    "Llama": ("Llama", {}, "none", {"causal"}),
+    # Where a mask is traced, transformers looks for packed documents in any batch without padding.
+    "Llama": ("Llama", {}, "none", {"causal + documents"}),
     "Llama, padded": ("Llama", {}, "padded", {"causal + mask"}),
     "Llama, packed": ("Llama", {}, "packed", {"causal + documents"}),
-    "Mistral": ("Mistral", {"sliding_window": 7}, "none", {"causal, window 7"}),
+    "Mistral": ("Mistral", {"sliding_window": 7}, "none", {"causal, window 7 + documents"}),
     "Mistral, packed": ("Mistral", {"sliding_window": 7}, "packed", {"causal, window 7 + documents"}),
     "Gemma2": (
         "Gemma2", {"sliding_window": 7, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}, "none",
-        {"causal", "causal, window 7"},
+        {"causal + documents", "causal, window 7 + documents"},
     ),
     "Qwen3": ("Qwen3", {}, "packed", {"causal + documents"}),
 }  # fmt: skip
