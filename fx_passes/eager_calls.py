@@ -8,6 +8,7 @@ puts the old code back.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from fx_passes.ops.functional import attend
 from fx_passes.ops.transforms import transform
 
 FLEX = "torch.nn.attention.flex_attention.flex_attention"
+_NAME = "__sus_dispatch"
 _lock = threading.Lock()
 _inside = threading.local()
 _users = 0
@@ -43,10 +45,10 @@ def enter(handler: Handler) -> None:
     with _lock:
         _users += 1
         for key, function in _functions():
-            if key not in _exchanged and not function.__code__.co_freevars:
+            if key not in _exchanged and _exchangeable(function.__code__):
                 calls.know(key, function)
                 _exchanged[key] = function, function.__code__
-                function.__code__ = _asking(key)
+                function.__code__ = _asking(key, function)
 
 
 def leave() -> None:
@@ -67,32 +69,40 @@ def _functions() -> Iterator[tuple[str, FunctionType]]:
     yield from calls.loaded()  # type: ignore[misc]
 
 
+def _exchangeable(code: CodeType) -> bool:
+    return not code.co_freevars and not code.co_posonlyargcount and not code.co_flags & inspect.CO_VARARGS
+
+
 def _handlers() -> list[Handler]:
     if not hasattr(_inside, "handlers"):
         _inside.handlers = []
     return _inside.handlers  # type: ignore[no-any-return]
 
 
-def _asking(key: str) -> CodeType:
-    """Code that hands its arguments to `dispatch`. It runs with the globals of the function that it stands in."""
+def _asking(key: str, function: FunctionType) -> CodeType:
+    """Code with the function's parameters that hands them to `dispatch`. It runs with the function's globals."""
+    function.__globals__[_NAME] = dispatch  # it stays: a thread may be about to call it
+    signature, empty = inspect.signature(function), inspect.Parameter.empty
+    parameters = [p.replace(default=empty, annotation=empty) for p in signature.parameters.values()]
+    named = signature.replace(parameters=parameters, return_annotation=empty)
+    given = ", ".join(f"**{p.name}" if p.kind is p.VAR_KEYWORD else f"{p.name}={p.name}" for p in parameters)
     names: dict[str, Any] = {}
-    module = f"__import__({__name__!r}, fromlist=['_'])"
-    source = f"def asks(*args, **kwargs):\n    return {module}.dispatch({key!r}, args, kwargs)"
-    exec(source, names)
+    exec(f"def asks{named}:\n    return {_NAME}({key!r}, {given})", names)
     code: CodeType = names["asks"].__code__
     return code
 
 
-@torch._dynamo.disable  # type: ignore[untyped-decorator]
-def dispatch(key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def dispatch(key: str, /, **given: Any) -> Any:
     """A call of an exchanged function."""
-    known = calls.KNOWN[key]
-    if not _handlers() or not torch.is_grad_enabled() or len(args) > len(known.defaults):
-        return known.function(*args, **kwargs)
+    function = calls.KNOWN[key].function
+    if torch.compiler.is_dynamo_compiling():  # the graph's backend may rewrite it
+        return function(**given)
+    if not _handlers() or not torch.is_grad_enabled():
+        return function(**given)
     try:
-        return _handlers()[-1](key, {**dict(zip(known.defaults, args, strict=False)), **kwargs})
+        return _handlers()[-1](key, given)
     except calls.NotTaken:
-        return known.function(*args, **kwargs)
+        return function(**given)
 
 
 def attend_call(call: calls.Call, c: Tensor, seed: Tensor, **options: Any) -> tuple[Tensor, Tensor]:

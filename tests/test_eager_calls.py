@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from fx_passes import sus_backward
+from fx_passes import SUSBackend, sus_backward
 from tests.passes import attention_packages as packages
 from tests.passes.harness import run, tensors
 from tests.passes.test_calls import BNHD, CALLS, DOCS, ENDS, VARLEN, B, D, H, N, called, causal, eager_flex, softcap
@@ -78,7 +78,7 @@ def test_without_gradient_nothing_changes() -> None:
         f(*tensors(*BNHD))
         with torch.no_grad():
             f(*(x.requires_grad_() for x in tensors(*BNHD)))
-    assert sus.calls == 0
+    assert (sus.calls, sus.left) == (0, {})
 
 
 def test_functions_are_as_before_when_the_last_thread_has_left() -> None:
@@ -113,3 +113,35 @@ def test_an_error_in_a_block_leaves_functions_as_before() -> None:
     with pytest.raises(RuntimeError), sus_backward():
         torch.zeros(2) @ torch.zeros(3)
     assert flex_attention.__code__ is code
+
+
+def test_a_graph_around_a_block_is_whole() -> None:
+    """As it is without the block; where a backend rewrites attention, that does."""
+    (x,) = tensors((1, 2, 128, 16))
+    x.requires_grad_()
+    for backend, changed in (("eager", False), (SUSBackend(c=2, compiler="eager"), True)):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda q: flex_attention(q, q, q), backend=backend, fullgraph=True)
+        with sus_backward(c=2) as sus, torch.set_grad_enabled(changed):
+            outs = [compiled(x if changed else x.detach()) for _ in range(2)]
+        torch.testing.assert_close(outs[0], eager_flex(x, x, x), rtol=1e-9, atol=1e-9)
+        assert (sus.calls, sus.left) == (0, {})
+        if changed:
+            grads = [torch.autograd.grad(out.sin().sum(), x)[0] for out in outs]
+            assert not torch.equal(*grads)
+
+
+def test_what_the_function_refuses_and_what_it_takes() -> None:
+    f = sys.modules["flash_attn"].flash_attn_func
+    args = tuple(x.requires_grad_() for x in tensors(*BNHD))
+    with sus_backward(c=2) as sus:
+        for wrong in ({"nothing": 1}, {"q": args[0]}):
+            with pytest.raises(TypeError, match="got (an unexpected|multiple)"):
+                f(*args, **wrong)
+        f(*(x[:, :0] for x in args))
+        torch.func.grad(lambda q: f(q, *args[1:]).sum())(args[0].detach())
+        with torch.autograd.forward_ad.dual_level():
+            f(torch.autograd.forward_ad.make_dual(args[0], args[0].detach()), *args[1:])
+    assert sus.calls == 0
+    reasons = {"empty tensors": 1, "inside a transform of torch.func": 1}
+    assert sus.left == {**reasons, "inside forward-mode AD or nested gradients": 1}

@@ -49,6 +49,7 @@ def mend_graph_breaks() -> None:
     _give_no_hint()
     _enter_torch_nn()
     _train_flex_on_the_cpu()
+    torch._dynamo.assume_constant_result(rewrites)
     torch._dynamo.allow_in_graph(calls.call_known)  # type: ignore[no-untyped-call]
     torch._dynamo.allow_in_graph(calls.call_left)  # type: ignore[no-untyped-call]
 
@@ -128,7 +129,6 @@ def _train_flex_on_the_cpu() -> None:
             refuse(query, key, value)
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def rewrites() -> bool:
     """Whether the graph that Dynamo traces goes to a backend that rewrites attention."""
     from torch._dynamo.symbolic_convert import InstructionTranslator

@@ -48,3 +48,20 @@ def test_unbiased() -> None:
     z = ((samples.mean(0) - target) / error)[error > 1e-4]
     assert z.numel() > 1000
     assert 0.8 < float(z.square().mean()) < 1.25
+
+
+def test_gradients_of_gradients() -> None:
+    g = torch.Generator().manual_seed(1)
+    q, k, v, bias = (torch.randn(1, 2, 5, n, generator=g, dtype=torch.float64).requires_grad_() for n in (4, 4, 4, 5))
+    sinks = torch.randn(2, generator=g, dtype=torch.float64).requires_grad_()
+    c = torch.tensor(float("inf"), dtype=torch.float64)
+    found = attend(q, k, v, c, torch.tensor(1), attn_bias=bias, sinks=sinks, right=0, return_lse=True)
+    logits = (q @ k.mT * 0.5 + bias).masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -torch.inf)
+    logits = torch.cat([logits, sinks[None, :, None, None].expand(1, 2, 5, 1)], -1)
+    true = logits.softmax(-1)[..., :-1] @ v, logits.logsumexp(-1)
+    inputs, seconds = (q, k, v, bias, sinks), []
+    for out, lse in (found, true):
+        first = torch.autograd.grad(out.sin().sum() + (lse.cos() * lse).sum(), inputs, create_graph=True)
+        seconds.append(torch.autograd.grad(sum((x**2).sum() for x in first), inputs))
+    for a, b in zip(*seconds, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
