@@ -1,0 +1,262 @@
+"""What probes say about any c: time of a step, added variance, and how much training advances in a second.
+
+All times are relative to the exact backward's (1 is as fast as exact), measured in the same probe, so that a machine
+that is busy now and idle later changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+# Relative variance falls about as c ** -1.5 (docs/metrics.md); how well that is known, as a standard deviation.
+SLOPE, _SLOPE_KNOWN = 1.5, 0.4
+_SLOPES = tuple(0.3 + 0.1 * i for i in range(28))
+# The sparse part's share of the time at 64 kept entries, over that of the rest: from nothing to 20 times.
+_SPARSE = (0.0, *(0.005 * 1.4**i for i in range(25)))
+_KEPT = 64.0
+_HALF_LIFE_VARIANCE, _HALF_LIFE_TIME = 8.0, 32.0  # in probes: attention sharpens, machines stay
+_NEAR = math.log(6.0)  # points within this factor of c count most: times and variances are simple only nearby
+_FAR = 0.02  # weight of points far away
+_STUDENT = 3.0  # degrees of freedom: a pass that took ten times as long says little
+
+
+def penalty(relative_variance: float, noise_scale: float) -> float:
+    """How many times as many steps training needs where SUS adds variance: 1 + r x / (1 + x).
+
+    The number of steps to a loss grows as 1 + x with the gradient noise scale x (in batches of one step; An Empirical
+    Model of Large-Batch Training, arXiv 1812.06162), and a relative variance r makes x larger by the factor 1 + r.
+
+    Args:
+        relative_variance: r, at least 0.
+        noise_scale: x; where it is not known (NaN, or below 0) it is taken as infinite, the largest penalty.
+
+    >>> penalty(0.1, 1.0), penalty(0.1, float("nan"))
+    (1.05, 1.1)
+    """
+    share = 1.0 if not noise_scale >= 0 or math.isinf(noise_scale) else noise_scale / (1 + noise_scale)
+    return 1 + relative_variance * share
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One c in one probe.
+
+    Attributes:
+        c: finite and above 0.
+        variance: that SUS added to the gradient, squared; NaN where not measured.
+        seconds: of a forward and backward, over the exact backward's in the same probe; NaN where not measured.
+        samples: passes that `seconds` is the median of.
+        kept: kept entries per query row; NaN where not known.
+        dense: the exact backward ran, since SUS would have kept most of all entries.
+    """
+
+    c: float
+    variance: float
+    seconds: float
+    samples: int = 1
+    kept: float = math.nan
+    dense: bool = False
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One probe.
+
+    Attributes:
+        passes: one for each c that was measured, at least one.
+        spread: the batch gradient's variance.
+        squared_gradient: unbiased estimate of the true gradient's square: may be negative.
+        exact_samples: exact passes whose median the times are relative to.
+    """
+
+    passes: tuple[Pass, ...]
+    spread: float
+    squared_gradient: float = math.nan
+    exact_samples: int = 1
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """At one c: log of the relative time and of the penalty, and the standard error of the former."""
+
+    log_time: float
+    log_penalty: float
+    error: float
+
+    @property
+    def gain(self) -> float:
+        """Progress per second over the exact backward's, as a logarithm."""
+        return -self.log_time - self.log_penalty
+
+
+class Landscape:
+    """Time and variance as functions of c, fitted to probes.
+
+    Time: a line in the kept entries, ``a + b * kept(c)``, but 1 from the smallest c on at which the exact backward ran.
+    Variance: ``A * c ** -p``. Neither b / a nor p is known from a few noisy probes, so that estimates are averages over
+    their likely values, for b / a by a likelihood with heavy tails, for p from the noise's own scatter. Both count
+    points near `center` most, and are then only required to hold there.
+
+    Args:
+        probes: the oldest first, at least one.
+        center: the c in use or of interest.
+    """
+
+    def __init__(self, probes: Sequence[Probed], center: float) -> None:
+        self.noise_scale = _noise_scale(probes)
+        self._kept = _Kept(point for probe in probes for point in probe.passes)
+        self._dense = min((p.c for probe in probes for p in probe.passes if p.dense), default=math.inf)
+        self._variances = _fit_variance(probes, center)
+        self._times, self._error = self._fit_time(probes, center)
+
+    def at(self, c: float) -> Estimate:
+        """What is to be expected at c; infinity is the exact backward."""
+        if math.isinf(c):
+            return Estimate(0.0, 0.0, self._error)
+        log_penalty = sum(w * math.log(penalty(a * c**-p, self.noise_scale)) for w, p, a in self._variances)
+        if c >= self._dense or not self._times:
+            return Estimate(0.0, log_penalty, self._error)
+        ratio = self._kept(c) / _KEPT
+        logs = [(w, level + math.log1p(b * ratio)) for w, b, level in self._times]
+        mean = sum(w * value for w, value in logs)
+        variance = sum(w * (value - mean) ** 2 for w, value in logs)
+        return Estimate(mean, log_penalty, math.sqrt(self._error**2 + variance))
+
+    def relative_variance(self, c: float) -> float:
+        return 0.0 if math.isinf(c) else sum(w * a * c**-p for w, p, a in self._variances)
+
+    def _fit_time(self, probes: Sequence[Probed], center: float) -> tuple[list[tuple[float, float, float]], float]:
+        """(probability, b / a at 64 kept entries, log a) of each shape, and the standard error of the level."""
+        points: list[tuple[float, float, float]] = []  # weight, log of the kept entries over 64, log of the time
+        effective = 0.0
+        for age, probe in enumerate(reversed(probes)):
+            used = [p for p in probe.passes if p.seconds > 0 and math.isfinite(p.seconds) and not p.dense]
+            if not used:
+                continue
+            # All passes of a probe are relative to the same exact ones, whose error they share.
+            old = 0.5 ** (age / _HALF_LIFE_TIME)
+            samples = sum(_effective(p.samples) for p in used)
+            whole = old / (1 / samples + 1 / _effective(probe.exact_samples))
+            effective += whole
+            for p in used:
+                weight = whole * _effective(p.samples) / samples * _nearness(p.c, center)
+                points.append((weight, self._kept(p.c) / _KEPT, math.log(p.seconds)))
+        if not points:
+            return [], math.inf
+        sigma, fits = 0.1, list[tuple[float, float, float]]()
+        for _ in range(3):
+            fits = [_fit_level(points, b, sigma) for b in _SPARSE]
+            _, b, level = max(fits)
+            squares = [(w, (y - level - math.log1p(b * k)) ** 2) for w, k, y in points]
+            total = sum(w for w, _ in squares)
+            # The prior: two passes with a scatter of 10%.
+            sigma = math.sqrt((sum(w * min(s, 9 * sigma**2) for w, s in squares) + 2 * 0.01) / (total + 2))
+        top = max(likelihood for likelihood, _, _ in fits)
+        weights = [math.exp(likelihood - top) for likelihood, _, _ in fits]
+        total = sum(weights)
+        times = [(w / total, b, level) for w, (_, b, level) in zip(weights, fits, strict=True) if w > 1e-6 * total]
+        return times, sigma / math.sqrt(effective)
+
+
+class _Kept:
+    """Kept entries per row at any c: between the measured ones along a power law; c itself where none was measured."""
+
+    def __init__(self, points: Iterable[Pass]) -> None:
+        by_c: dict[float, list[float]] = {}
+        for p in points:
+            if p.kept > 0 and not p.dense:
+                by_c.setdefault(p.c, []).append(math.log(p.kept))
+        self._known = sorted((math.log(c), sum(logs) / len(logs)) for c, logs in by_c.items())
+
+    def __call__(self, c: float) -> float:
+        known, x = self._known, math.log(c)
+        if not known:
+            return c
+        if len(known) == 1:
+            return math.exp(known[0][1] + x - known[0][0])
+        upper = next((i for i, (at, _) in enumerate(known) if at >= x), len(known) - 1)
+        (x0, y0), (x1, y1) = known[max(upper, 1) - 1], known[max(upper, 1)]
+        slope = min(1.0, max(0.0, (y1 - y0) / (x1 - x0)))  # kept(c) is at most proportional to c
+        return math.exp(y0 + slope * (x - x0))
+
+
+def _fit_level(points: Sequence[tuple[float, float, float]], b: float, sigma: float) -> tuple[float, float, float]:
+    """The best level of the times for one shape: its log likelihood, the shape, the level."""
+    residuals = [(w, y - math.log1p(b * kept)) for w, kept, y in points]
+    level = _weighted_median(residuals)
+    for _ in range(4):
+        steady = [(w / (1 + ((r - level) / sigma) ** 2 / _STUDENT), r) for w, r in residuals]
+        level = sum(w * r for w, r in steady) / sum(w for w, _ in steady)
+    likelihood = -(_STUDENT + 1) / 2 * sum(
+        w * math.log1p(((r - level) / sigma) ** 2 / _STUDENT) for w, r in residuals
+    )
+    return likelihood, b, level
+
+
+def _fit_variance(probes: Sequence[Probed], center: float) -> list[tuple[float, float, float]]:
+    """(probability, p, A) with the relative variance A * c ** -p.
+
+    Averages of variances, not of logarithms or ratios, which are biased where single probes scatter.
+    """
+    points: list[tuple[float, float, float]] = []  # weight, log c, variance
+    spread = spreads = 0.0
+    for age, probe in enumerate(reversed(probes)):
+        old = 0.5 ** (age / _HALF_LIFE_VARIANCE)
+        if probe.spread > 0 and math.isfinite(probe.spread):
+            spread, spreads = spread + old * probe.spread, spreads + old
+        for p in probe.passes:
+            if math.isfinite(p.variance) and p.variance >= 0 and not p.dense:
+                points.append((old * _nearness(p.c, center), math.log(p.c), p.variance))
+    if not points or not spread:
+        return [(1.0, SLOPE, 0.0)]
+    total = sum(w for w, _, _ in points)
+    mean_log = sum(w * x for w, x, _ in points) / total
+    fits, scatter = [], 0.2
+    for p in _SLOPES:
+        a = sum(w * v * math.exp(p * (x - mean_log)) for w, x, v in points) / total
+        if not a > 0:
+            return [(1.0, SLOPE, 0.0)]
+        # Of a gamma distribution, whose standard deviation is proportional to its mean.
+        likelihood = -total * math.log(a)
+        squares = sum(w * (v * math.exp(p * (x - mean_log)) / a - 1) ** 2 for w, x, v in points)
+        fits.append((p, a, likelihood, squares))
+    scatter = (min(squares for *_, squares in fits) + 2 * scatter) / (total + 2)
+    logs = [likelihood / scatter - ((p - SLOPE) / _SLOPE_KNOWN) ** 2 / 2 for p, _, likelihood, _ in fits]
+    weights = [math.exp(value - max(logs)) for value in logs]
+    unit = spread / spreads
+    return [
+        (w / sum(weights), p, a * math.exp(p * mean_log) / unit) for w, (p, a, _, _) in zip(weights, fits, strict=True)
+    ]
+
+
+def _noise_scale(probes: Sequence[Probed]) -> float:
+    """Of averages, since single probes scatter; NaN where |G|^2 is not known to be positive."""
+    spread = product = 0.0
+    for age, probe in enumerate(reversed(probes)):
+        if math.isfinite(probe.squared_gradient) and math.isfinite(probe.spread):
+            old = 0.5 ** (age / _HALF_LIFE_VARIANCE)
+            spread, product = spread + old * probe.spread, product + old * probe.squared_gradient
+    return spread / product if product > 0 else math.nan
+
+
+def _nearness(c: float, center: float) -> float:
+    if math.isinf(center):
+        return 1.0
+    return _FAR + (1 - _FAR) * math.exp(-0.5 * (math.log(c / center) / _NEAR) ** 2)
+
+
+def _effective(samples: int) -> float:
+    """A median of many passes is not better than the machine is steady."""
+    return min(1.0 if samples < 3 else 0.64 * samples, 8.0) if samples != 2 else 2.0
+
+
+def _weighted_median(values: Iterable[tuple[float, float]]) -> float:
+    ordered = sorted((value, weight) for weight, value in values)
+    half, seen = sum(weight for _, weight in ordered) / 2, 0.0
+    for value, weight in ordered:
+        seen += weight
+        if seen >= half:
+            return value
+    return ordered[-1][0]
