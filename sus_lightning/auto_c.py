@@ -16,6 +16,7 @@ AT = "at/"  # prefix of the values that a probe measured at another c: "at/64.0/
 
 _REMEMBERED = 64  # probes
 _PER_OCTAVE = 4  # values of c that are compared
+_FULL = 0.98  # of all entries
 _BETTER = 0.01  # of progress per second: c stays where less is to be gained
 _LEAVE, _RETURN = 0.01, 0.02  # gain over the exact backward below which SUS is left, above which it is taken again
 _FEW = 6  # probes
@@ -64,7 +65,7 @@ class AutoC(Schedule):
         on: str = "total",
         per: str = "model",
         start: float = 256.0,
-        minimum: float = 8.0,
+        minimum: float = 16.0,
         maximum: float = 4096.0,
         largest_step: float = 4.0,
     ) -> None:
@@ -148,6 +149,26 @@ class AutoC(Schedule):
         best = self.expected
         return best is not None and (best.gain + 2 * best.error < _SURE or self._count >= 12)
 
+    def verdict(self, keys: int = 0, backward_share: float = math.nan) -> str:
+        """Why it has settled at infinity, in one line.
+
+        Args:
+            keys: of an attention row.
+            backward_share: of attention's backward in a training step, 0 to 1.
+        """
+        at = f" at n = {keys}" if keys else ""
+        if backward_share < 1 - 1 / (1 + _SURE):
+            return f"SUS would not speed this model up{at}: attention's backward is {backward_share:.0%} of a step"
+        best = self.expected
+        if best is None:
+            return f"SUS would not speed this model up{at}"
+        return (
+            f"SUS would not speed this model up{at}: at c = {self._finite:g}, the best, a step takes "
+            f"{math.exp(best.log_time):.2f} of the exact one's time and training needs "
+            f"{math.exp(best.log_penalty):.2f} times as many steps"
+            + (f" (attention's backward is {backward_share:.0%} of a step)" if backward_share >= 0 else "")
+        )
+
     def _choose(self) -> None:
         landscape = Landscape(self._probes, self._finite)
         tried = [p.c for probe in self._probes for p in probe.passes] + [self._finite]
@@ -199,7 +220,7 @@ class AutoC(Schedule):
             seconds / exact if exact > 0 and seconds > 0 and math.isfinite(seconds / exact) else math.nan,
             max(1, int(at.get("step_samples", 1))),
             at.get("kept_per_row", math.nan),
-            at.get("kept_fraction", 0.0) > 0.99,
+            at.get("kept_fraction", 0.0) > _FULL,
         )
 
     def _share(self, variance: Mapping[str, float], spread: float) -> None:

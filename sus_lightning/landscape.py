@@ -49,7 +49,8 @@ class Pass:
         seconds: of a forward and backward, over the exact backward's in the same probe; NaN where not measured.
         samples: passes that `seconds` is the median of.
         kept: kept entries per query row; NaN where not known.
-        dense: the exact backward ran, since SUS would have kept most of all entries.
+        full: nearly all entries were kept, or the exact backward ran since most would have been: neither time nor
+            variance says anything about a smaller c.
     """
 
     c: float
@@ -57,7 +58,7 @@ class Pass:
     seconds: float
     samples: int = 1
     kept: float = math.nan
-    dense: bool = False
+    full: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Estimate:
 class Landscape:
     """Time and variance as functions of c, fitted to probes.
 
-    Time: a line in the kept entries, ``a + b * kept(c)``, but 1 from the smallest c on at which the exact backward ran.
+    Time: a line in the kept entries, ``a + b * kept(c)``, but one level from the smallest c on at which all were kept.
     Variance: ``A * c ** -p``. Neither b / a nor p is known from a few noisy probes, so that estimates are averages over
     their likely values, for b / a by a likelihood with heavy tails, for p from the noise's own scatter. Both count
     points near `center` most, and are then only required to hold there.
@@ -107,7 +108,7 @@ class Landscape:
     def __init__(self, probes: Sequence[Probed], center: float) -> None:
         self.noise_scale = _noise_scale(probes)
         self._kept = _Kept(point for probe in probes for point in probe.passes)
-        self._dense = min((p.c for probe in probes for p in probe.passes if p.dense), default=math.inf)
+        self._full_from, self._full = _fit_full(probes)
         self._variances = _fit_variance(probes, center)
         self._times, self._error = self._fit_time(probes, center)
 
@@ -116,7 +117,9 @@ class Landscape:
         if math.isinf(c):
             return Estimate(0.0, 0.0, self._error)
         log_penalty = sum(w * math.log(penalty(a * c**-p, self.noise_scale)) for w, p, a in self._variances)
-        if c >= self._dense or not self._times:
+        if c >= self._full_from:
+            return Estimate(self._full[0], log_penalty, self._full[1])
+        if not self._times:
             return Estimate(0.0, log_penalty, self._error)
         ratio = self._kept(c) / _KEPT
         logs = [(w, level + math.log1p(b * ratio)) for w, b, level in self._times]
@@ -132,7 +135,7 @@ class Landscape:
         points: list[tuple[float, float, float]] = []  # weight, log of the kept entries over 64, log of the time
         effective = 0.0
         for age, probe in enumerate(reversed(probes)):
-            used = [p for p in probe.passes if p.seconds > 0 and math.isfinite(p.seconds) and not p.dense]
+            used = [p for p in probe.passes if p.seconds > 0 and math.isfinite(p.seconds) and not p.full]
             if not used:
                 continue
             # All passes of a probe are relative to the same exact ones, whose error they share.
@@ -160,13 +163,27 @@ class Landscape:
         return times, sigma / math.sqrt(effective)
 
 
+def _fit_full(probes: Sequence[Probed]) -> tuple[float, tuple[float, float]]:
+    """The smallest c at which all was kept, and log of the time from there on with its standard error."""
+    full = [(p, probe) for probe in probes for p in probe.passes if p.full and 0 < p.seconds < math.inf]
+    if not full:
+        return math.inf, (0.0, math.inf)
+    points = [
+        (1 / (1 / _effective(p.samples) + 1 / _effective(probe.exact_samples)), math.log(p.seconds))
+        for p, probe in full
+    ]
+    level, total = _weighted_median(points), sum(w for w, _ in points)
+    scatter = (sum(w * min((y - level) ** 2, 0.25) for w, y in points) + 2 * 0.01) / (total + 2)
+    return min(p.c for p, _ in full), (level, math.sqrt(scatter / total))
+
+
 class _Kept:
     """Kept entries per row at any c: between the measured ones along a power law; c itself where none was measured."""
 
     def __init__(self, points: Iterable[Pass]) -> None:
         by_c: dict[float, list[float]] = {}
         for p in points:
-            if p.kept > 0 and not p.dense:
+            if p.kept > 0 and not p.full:
                 by_c.setdefault(p.c, []).append(math.log(p.kept))
         self._known = sorted((math.log(c), sum(logs) / len(logs)) for c, logs in by_c.items())
 
@@ -189,9 +206,7 @@ def _fit_level(points: Sequence[tuple[float, float, float]], b: float, sigma: fl
     for _ in range(4):
         steady = [(w / (1 + ((r - level) / sigma) ** 2 / _STUDENT), r) for w, r in residuals]
         level = sum(w * r for w, r in steady) / sum(w for w, _ in steady)
-    likelihood = -(_STUDENT + 1) / 2 * sum(
-        w * math.log1p(((r - level) / sigma) ** 2 / _STUDENT) for w, r in residuals
-    )
+    likelihood = -(_STUDENT + 1) / 2 * sum(w * math.log1p(((r - level) / sigma) ** 2 / _STUDENT) for w, r in residuals)
     return likelihood, b, level
 
 
@@ -207,27 +222,28 @@ def _fit_variance(probes: Sequence[Probed], center: float) -> list[tuple[float, 
         if probe.spread > 0 and math.isfinite(probe.spread):
             spread, spreads = spread + old * probe.spread, spreads + old
         for p in probe.passes:
-            if math.isfinite(p.variance) and p.variance >= 0 and not p.dense:
+            if math.isfinite(p.variance) and p.variance >= 0 and not p.full:
                 points.append((old * _nearness(p.c, center), math.log(p.c), p.variance))
     if not points or not spread:
         return [(1.0, SLOPE, 0.0)]
     total = sum(w for w, _, _ in points)
     mean_log = sum(w * x for w, x, _ in points) / total
     fits, scatter = [], 0.2
-    for p in _SLOPES:
-        a = sum(w * v * math.exp(p * (x - mean_log)) for w, x, v in points) / total
+    for slope in _SLOPES:
+        a = sum(w * v * math.exp(slope * (x - mean_log)) for w, x, v in points) / total
         if not a > 0:
             return [(1.0, SLOPE, 0.0)]
         # Of a gamma distribution, whose standard deviation is proportional to its mean.
         likelihood = -total * math.log(a)
-        squares = sum(w * (v * math.exp(p * (x - mean_log)) / a - 1) ** 2 for w, x, v in points)
-        fits.append((p, a, likelihood, squares))
+        squares = sum(w * (v * math.exp(slope * (x - mean_log)) / a - 1) ** 2 for w, x, v in points)
+        fits.append((slope, a, likelihood, squares))
     scatter = (min(squares for *_, squares in fits) + 2 * scatter) / (total + 2)
-    logs = [likelihood / scatter - ((p - SLOPE) / _SLOPE_KNOWN) ** 2 / 2 for p, _, likelihood, _ in fits]
+    logs = [likelihood / scatter - ((slope - SLOPE) / _SLOPE_KNOWN) ** 2 / 2 for slope, _, likelihood, _ in fits]
     weights = [math.exp(value - max(logs)) for value in logs]
     unit = spread / spreads
     return [
-        (w / sum(weights), p, a * math.exp(p * mean_log) / unit) for w, (p, a, _, _) in zip(weights, fits, strict=True)
+        (w / sum(weights), slope, a * math.exp(slope * mean_log) / unit)
+        for w, (slope, a, _, _) in zip(weights, fits, strict=True)
     ]
 
 

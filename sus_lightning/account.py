@@ -1,0 +1,267 @@
+"""The account of a fit: what SUS did, what it gained, and what it cost, in one block and one picture."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from sus_lightning.landscape import penalty
+from sus_lightning.timing import compile_seconds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_POINTS = 1000  # of a series; a longer one is thinned
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The account of one fit. What was not measured is NaN, and "not measured" in print.
+
+    Attributes:
+        rewritten, left: attention sites with a SUS backward, and without.
+        steps: optimizer steps.
+        c: (step, c) where c changed, the first step included.
+        kept_per_row, kept_fraction: entries kept per query row, and of all that a dense backward uses.
+        relative_variance: by SUS, mean over the probes; of the batch's own.
+        worst_relative_variance: mean over the probes of the largest among the attention projections.
+        noise_scale: gradient noise scale in batches of one step, over all probes.
+        step_speedup: seconds of a step's forward and backward, exact over SUS, median of the probes.
+        net_speedup: the same divided by the penalty for the variance.
+        seconds, probe_seconds, compile_seconds: of the fit, and of it in probes and in torch.compile.
+        probes: how many there were.
+    """
+
+    rewritten: int
+    left: int
+    steps: int
+    c: tuple[tuple[int, float], ...]
+    kept_per_row: float
+    kept_fraction: float
+    relative_variance: float
+    worst_relative_variance: float
+    noise_scale: float
+    step_speedup: float
+    net_speedup: float
+    seconds: float
+    probe_seconds: float
+    compile_seconds: float
+    probes: int
+
+    def numbers(self) -> dict[str, float]:
+        """What is a number, for loggers; c is the last one."""
+        values = {name: value for name, value in asdict(self).items() if name != "c"}
+        return {name: float(v) for name, v in {**values, "c": self.c[-1][1] if self.c else math.nan}.items()}
+
+    def __str__(self) -> str:
+        training = self.seconds - self.compile_seconds if self.compile_seconds >= 0 else self.seconds
+        share = f" ({self.probe_seconds / training:.1%} of training)" if training > 0 else ""
+        rows = [
+            ("attentions", f"{self.rewritten} of {self.rewritten + self.left} with a SUS backward"),
+            ("c", _path(self.c)),
+            ("kept entries", _said(self.kept_per_row, "{:.1f} per row, ") + _said(self.kept_fraction, "{:.2%} of all")),
+            (
+                "added variance",
+                _said(self.relative_variance, "{:.2%} of the batch's own; ")
+                + _said(self.worst_relative_variance, "worst kind {:.2%}", "kinds not known"),
+            ),
+            ("speed-up of a step", _said(self.step_speedup, "{:.2f}x (forward and backward)")),
+            ("net of the variance", _said(self.net_speedup, "{:.2f}x") + f" (noise scale {self.noise_scale:.3g})"),
+            ("time", f"{_time(self.seconds)} for {self.steps} steps"),
+            ("  in probes", f"{_time(self.probe_seconds)} for {self.probes}{share}"),
+            ("  in compilation", _said(self.compile_seconds, "{}", formatted=_time)),
+        ]
+        return "\n".join(["SUS backprop in this fit:", *(f"  {name:20} {text}" for name, text in rows)])
+
+
+@dataclass
+class Account:
+    """Collects, while a fit runs, what its `Summary` and picture are made of.
+
+    Attributes:
+        probes: what each probe gave: step, c, relative_variance, step_speedup and so on.
+        c: (step, c) where c changed.
+        losses: (step, loss) at the steps that are logged.
+    """
+
+    probes: list[dict[str, float]] = field(default_factory=list)
+    c: list[tuple[int, float]] = field(default_factory=list)
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    entries: float = 0.0
+    rows: float = 0.0
+    dense: float = 0.0
+    seconds: float = 0.0
+    probe_seconds: float = 0.0
+    compile_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._running: tuple[float, float] | None = None
+
+    def start(self) -> None:
+        """The clock of the fit runs."""
+        self._running = time.perf_counter(), compile_seconds()
+
+    def stop(self) -> None:
+        """The clock stops; it may be started again."""
+        if self._running is not None:
+            began, compiled = self._running
+            self.seconds += time.perf_counter() - began
+            now = compile_seconds()
+            self.compile_seconds += now - compiled if now >= compiled else now  # torch._dynamo.reset() sets it to 0
+            self._running = None
+
+    def note_c(self, step: int, c: float) -> None:
+        if not self.c or self.c[-1][1] != c:
+            self.c.append((step, c))
+            _thin(self.c)
+
+    def note_loss(self, step: int, loss: float) -> None:
+        self.losses.append((step, loss))
+        _thin(self.losses)
+
+    def note_kept(self, entries: float, rows: float, dense: float) -> None:
+        self.entries, self.rows, self.dense = self.entries + entries, self.rows + rows, self.dense + dense
+
+    def note_probe(self, step: int, c: float, values: Mapping[str, float], on: str = "total") -> dict[str, float]:
+        """Takes the values of a probe; returns ``step_speedup`` and ``net_speedup``, what is to be logged besides.
+
+        Args:
+            step: optimizer steps so far.
+            c: at which it measured.
+            values: what `Probe` returned.
+            on: "worst" where the penalty is that of the worst attention kind.
+        """
+        wanted = ("relative_variance", "worst_relative_variance", "batch_variance", "squared_gradient")
+        probe = {"step": float(step), "c": c, **{name: values.get(name, math.nan) for name in wanted}}
+        self.probe_seconds += values.get("probe_seconds", 0.0)
+        speedup = values.get("exact_step_seconds", math.nan) / (values.get("step_seconds", math.nan) or math.nan)
+        variance = probe["worst_relative_variance" if on == "worst" else "relative_variance"]
+        self.probes.append(probe)
+        speedups = {"step_speedup": 1.0, "net_speedup": 1.0}  # c = inf is the exact backward
+        if not math.isinf(c):
+            speedups = {"step_speedup": speedup, "net_speedup": speedup / penalty(variance, self.noise_scale)}
+        probe.update(speedups)
+        _thin(self.probes)
+        return {name: value for name, value in speedups.items() if math.isfinite(value)}
+
+    @property
+    def noise_scale(self) -> float:
+        """In batches of a step; NaN where the true gradient's square is not known to be positive."""
+        known = [p for p in self.probes if math.isfinite(p["batch_variance"]) and math.isfinite(p["squared_gradient"])]
+        squared = sum(p["squared_gradient"] for p in known)
+        return sum(p["batch_variance"] for p in known) / squared if squared > 0 else math.nan
+
+    def summary(self, rewritten: int, left: int, steps: int) -> Summary:
+        return Summary(
+            rewritten=rewritten,
+            left=left,
+            steps=steps,
+            c=tuple(self.c),
+            kept_per_row=self.entries / self.rows if self.rows else math.nan,
+            kept_fraction=self.entries / self.dense if self.dense else math.nan,
+            relative_variance=_mean(self.series("relative_variance")),
+            worst_relative_variance=_mean(self.series("worst_relative_variance")),
+            noise_scale=self.noise_scale,
+            step_speedup=_median(self.series("step_speedup")),
+            net_speedup=_median(self.series("net_speedup")),
+            seconds=self.seconds,
+            probe_seconds=self.probe_seconds,
+            compile_seconds=self.compile_seconds,
+            probes=len(self.probes),
+        )
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) over the probes, where it is finite."""
+        return [(int(p["step"]), p[name]) for p in self.probes if math.isfinite(p[name])]
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in asdict(Account(**state)).items():
+            setattr(self, name, [tuple(x) if name != "probes" else x for x in value] if name in _SERIES else value)
+
+
+_SERIES = ("probes", "c", "losses")
+
+
+def plot(account: Account) -> Figure:
+    """Loss, c, variance and speed-up against the step.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("SUSBackprop.plot() needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    (loss, c), (variance, speed) = figure.subplots(2, 2, sharex=True)
+    last = max([0, *(step for step, _ in (*account.losses, *account.c)), *(int(p["step"]) for p in account.probes)])
+    loss.plot(*_axes(account.losses))
+    finite = [(step, value if math.isfinite(value) else math.nan) for step, value in account.c]
+    if finite:
+        c.step(*_axes([*finite, (last, finite[-1][1])]), where="post", marker="." if len(finite) < 50 else None)
+        c.set_yscale("log", base=2)
+    for step, end in _infinite(account.c, last):
+        c.axvspan(step, end, color="0.9", label="exact (c = inf)")
+    for name, label in (("relative_variance", "all parameters"), ("worst_relative_variance", "worst attention kind")):
+        steps, values = _axes(account.series(name))
+        variance.plot(steps, [100 * v for v in values], marker=".", label=label)
+    for name, label in (("step_speedup", "of a step"), ("net_speedup", "net of the variance")):
+        speed.plot(*_axes(account.series(name)), marker=".", label=label)
+    speed.axhline(1, color="0.5", linewidth=0.8)
+    loss.set(title="Training loss")
+    c.set(title="c (kept entries per row)")
+    variance.set(title="Variance added by SUS, % of the batch's own", xlabel="step", ylim=(0, None))
+    speed.set(title="Speed-up over the exact backward", xlabel="step", ylim=(0, None))
+    for axes in (variance, speed):
+        axes.legend()
+    return figure
+
+
+def _infinite(c: Sequence[tuple[int, float]], last: int) -> list[tuple[int, int]]:
+    ends = [step for step, _ in c[1:]] + [last]
+    return [(step, end) for (step, value), end in zip(c, ends, strict=True) if math.isinf(value)]
+
+
+def _axes(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _thin(points: list[Any]) -> None:
+    """Drops every other point of a series that has become long; the last one stays."""
+    if len(points) > _POINTS:
+        del points[-2::-2]
+
+
+def _mean(points: Sequence[tuple[int, float]]) -> float:
+    return sum(y for _, y in points) / len(points) if points else math.nan
+
+
+def _median(points: Sequence[tuple[int, float]]) -> float:
+    return median(y for _, y in points) if points else math.nan
+
+
+def _path(c: Sequence[tuple[int, float]]) -> str:
+    if not c:
+        return "not measured"
+    shown = c if len(c) <= 6 else [*c[:3], *c[-3:]]
+    texts = [f"{value:g}" + (f" (step {step})" if step else "") for step, value in shown]
+    if len(c) > 6:
+        texts.insert(3, "...")
+    return " -> ".join(texts)
+
+
+def _said(value: float, template: str, missing: str = "not measured", formatted: Any = None) -> str:
+    if math.isnan(value):
+        return missing
+    return template.format(value if formatted is None else formatted(value))
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
