@@ -2,11 +2,13 @@
 """What c="auto" chooses on a real model, and how much training advances per second there and at fixed c.
 
     python benchmarks/auto_c.py --n 2048 --steps 120 --every 10
-    python benchmarks/auto_c.py --smollm2 --n 2048 --batch-size 1 --steps 13 --every 3 --rounds 4
+    OMP_NUM_THREADS=1 python benchmarks/auto_c.py --cpu-time --smollm2 --batch-size 1 --steps 4 --every 1 --rounds 2
 
 Trains with `SUSBackprop()` on the example's data; after the last step, on batches to come, exact and SUS passes at the
-chosen c and at 30, 100, 300 take turns in one process: the medians of their ratios are the speed-ups of a step, and the
-same passes give the variance. Net speed-up: divided by the penalty 1 + r x / (1 + x). Writes benchmarks/results/.
+chosen c and at 30, 100, 300 take turns in one process, in an order that rotates: the medians of their ratios are the
+speed-ups of a step, and the same passes give the variance. Net speed-up: divided by the penalty 1 + r x / (1 + x).
+With --cpu-time all clocks, the controller's too, count the CPU's time in place of the wall's, for machines that others
+use: only with one thread. Writes benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ import argparse
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -26,7 +30,7 @@ from torch.utils.data import DataLoader
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
 
-from sus_lightning import SUSBackprop  # noqa: E402
+from sus_lightning import SUSBackprop, timing  # noqa: E402
 from sus_lightning.landscape import penalty  # noqa: E402
 
 FIXED = (30.0, 100.0, 300.0)
@@ -42,25 +46,21 @@ class Compare(L.Callback):
         if batch_idx + 1 < trainer.num_training_batches:
             return
         probe, backend, chosen = self.sus._probe, self.sus.backend, self.sus.schedule(trainer.global_step)
-        finite = self.sus.schedule._finite
-        backend.c = finite
-        at: dict[float, dict[int, float]] = {c: {} for c in FIXED if c != finite}
+        compared = list(dict.fromkeys((self.sus.schedule._finite, *FIXED)))
+        backend.c = math.inf  # the probe's first draw is one more exact pass
         earlier = batch
         for i, following in enumerate(self.data):
+            at: dict[float, dict[int, float]] = {c: {} for c in compared[i % len(compared) :] + compared}
             values = probe(following, batch_idx, [(earlier, batch_idx)], at=at)
             earlier = following
-            kept = {k: v for k, v in values.items() if "_of/" not in k}
-            self.rounds.append(kept)
-            print(
-                f"round {i}: exact {values['exact_step_seconds']:.2f} s, c = {finite:g} {values['step_seconds']:.2f} s",
-                *(f"c = {c:g} {values[f'at/{c!r}/step_seconds']:.2f} s" for c in at),
-                flush=True,
-            )
+            self.rounds.append({k: v for k, v in values.items() if "_of/" not in k})
+            times = ", ".join(f"c = {c:g} {values[f'at/{c!r}/step_seconds']:.2f} s" for c in compared)
+            print(f"round {i}: exact {values['exact_step_seconds']:.2f} s, {times}", flush=True)
         backend.c = chosen
 
 
-def at_c(rounds: list[dict[str, float]], c: float, finite: float, noise_scale: float) -> dict[str, float]:
-    prefix = "" if c == finite else f"at/{c!r}/"
+def at_c(rounds: list[dict[str, float]], c: float, noise_scale: float) -> dict[str, float]:
+    prefix = f"at/{c!r}/"
     spread = sum(r["batch_variance"] for r in rounds)
     variance = sum(r[prefix + "sus_variance"] for r in rounds) / spread
     speedup = median(r["exact_step_seconds"] / r[prefix + "step_seconds"] for r in rounds)
@@ -84,7 +84,12 @@ def main() -> None:
     p.add_argument("--every", type=int, default=10, help="steps between probes: fewer than the default's 200")
     p.add_argument("--rounds", type=int, default=12)
     p.add_argument("--compiler", default="inductor")
+    p.add_argument("--cpu-time", action="store_true")
     a = p.parse_args()
+    if a.cpu_time:
+        if torch.get_num_threads() > 1:
+            raise SystemExit("--cpu-time needs one thread: OMP_NUM_THREADS=1")
+        timing.time = SimpleNamespace(perf_counter=time.process_time)
     L.seed_everything(0)
     count = (a.steps + a.rounds) * a.batch_size
     if a.smollm2:
@@ -107,7 +112,7 @@ def main() -> None:
     squared = sum(r["squared_gradient"] for r in rounds)
     noise_scale = sum(r["batch_variance"] for r in rounds) / squared if squared > 0 else math.inf
     finite = schedule._finite
-    rows = [at_c(rounds, c, finite, noise_scale) for c in dict.fromkeys((finite, *FIXED))]
+    rows = [at_c(rounds, c, noise_scale) for c in dict.fromkeys((finite, *FIXED))]
     rows.append({"c": "inf", "step_speedup": 1.0, "relative_variance": 0.0, "penalty": 1.0, "net_speedup": 1.0})
     chosen = "inf" if math.isinf(schedule(a.steps)) else finite
     auto = next(row["net_speedup"] for row in rows if row["c"] == chosen)

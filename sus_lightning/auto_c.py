@@ -17,7 +17,7 @@ AT = "at/"  # prefix of the values that a probe measured at another c: "at/64.0/
 _REMEMBERED = 64  # probes
 _PER_OCTAVE = 4  # values of c that are compared
 _FULL = 0.98  # of all entries
-_BETTER = 0.01  # of progress per second: c stays where less is to be gained
+_BETTER, _DOUBT = 0.01, 0.15  # of progress per second: c stays where less is to be gained, more if that is uncertain
 _LEAVE, _RETURN = 0.01, 0.02  # gain over the exact backward below which SUS is left, above which it is taken again
 _FEW = 6  # probes
 _SURE = 0.05  # settled at infinity: what SUS could still gain, with its error
@@ -83,6 +83,10 @@ class AutoC(Schedule):
         self.largest_step = check_number("largest_step", largest_step, finite=True)
         if self.largest_step <= 1:
             raise ValueError(f"largest_step must be above 1, but it is {largest_step}")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all probes, as for another model."""
         self._c = self.start
         self._finite = self.start  # the best c that is not infinity
         self._probes: list[Probed] = []
@@ -116,8 +120,9 @@ class AutoC(Schedule):
             wanted = [self._finite * factors[self._count % len(factors)]]
             if math.isinf(self._c):
                 wanted.append(self._finite)
-        bounded = (min(self.maximum, max(self.minimum, c)) for c in wanted)
-        return [c for c in dict.fromkeys(bounded) if c != self._c]
+        bounded = [min(self.maximum, max(self.minimum, c)) for c in wanted]
+        found = [c for c in dict.fromkeys(bounded) if c != self._c]
+        return found or [c for c in (min(self.maximum, 2 * self._finite),) if c != self._c]
 
     def observe(self, variance: Mapping[str, float]) -> None:
         """Takes the values of a probe, and chooses c.
@@ -173,11 +178,9 @@ class AutoC(Schedule):
         landscape = Landscape(self._probes, self._finite)
         tried = [p.c for probe in self._probes for p in probe.passes] + [self._finite]
         low, high = max(self.minimum, min(tried) / 2), min(self.maximum, max(tried) * 2)  # no guess beyond these
-        best = max(
-            (c for c in _grid(self.minimum, self.maximum) if low <= c <= high), key=lambda c: landscape.at(c).gain
-        )
-        there = landscape.at(best)
-        if there.gain > landscape.at(self._finite).gain + _BETTER:
+        estimates = {c: landscape.at(c) for c in _grid(self.minimum, self.maximum) if low <= c <= high}
+        best, there = max(estimates.items(), key=lambda item: item[1].gain)
+        if there.gain > landscape.at(self._finite).gain + _BETTER + _DOUBT * there.error:
             step = self.largest_step
             self._finite = round(min(self._finite * step, max(self._finite / step, best)), 6)
         else:
@@ -205,7 +208,7 @@ class AutoC(Schedule):
             tuple(passes),
             values.get("batch_variance", math.nan),
             values.get("squared_gradient", math.nan),
-            max(1, int(values.get("exact_step_samples", 1))),
+            _samples(values.get("exact_step_samples", 1)),
         )
 
     def _pass(self, c: float, at: Mapping[str, float], values: Mapping[str, float]) -> Pass:
@@ -218,7 +221,7 @@ class AutoC(Schedule):
             c,
             noise,
             seconds / exact if exact > 0 and seconds > 0 and math.isfinite(seconds / exact) else math.nan,
-            max(1, int(at.get("step_samples", 1))),
+            _samples(at.get("step_samples", 1)),
             at.get("kept_per_row", math.nan),
             at.get("kept_fraction", 0.0) > _FULL,
         )
@@ -249,6 +252,10 @@ class AutoC(Schedule):
         self._count, self._switches = int(state["count"]), int(state["switches"])
         self._probes = [Probed(**{**p, "passes": tuple(Pass(**q) for q in p["passes"])}) for p in state["probes"]]
         self._shares.load_state_dict(state)
+
+
+def _samples(value: float) -> int:
+    return max(1, int(value)) if math.isfinite(value) else 1
 
 
 def _grid(minimum: float, maximum: float) -> list[float]:

@@ -189,6 +189,8 @@ class SUSBackprop(Callback):
             self.backend = SUSBackend(old.c, old.sampler, old.compiler, old.state.seed)
             self.backend.state.counter = old.state.counter
             self._site_c = {}
+            if isinstance(self.schedule, AutoC):
+                self.schedule.reset()
         self._module = weakref.ref(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -9,6 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
 
 # Relative variance falls about as c ** -1.5 (docs/metrics.md); how well that is known, as a standard deviation.
 SLOPE, _SLOPE_KNOWN = 1.5, 0.4
@@ -19,6 +23,7 @@ _KEPT = 64.0
 _HALF_LIFE_VARIANCE, _HALF_LIFE_TIME = 8.0, 32.0  # in probes: attention sharpens, machines stay
 _NEAR = math.log(6.0)  # points within this factor of c count most: times and variances are simple only nearby
 _FAR = 0.02  # weight of points far away
+_LINE = 0.8  # probability that the time is a line for all c that were tried
 _STUDENT = 3.0  # degrees of freedom: a pass that took ten times as long says little
 
 
@@ -95,9 +100,10 @@ class Estimate:
 class Landscape:
     """Time and variance as functions of c, fitted to probes.
 
-    Time: a line in the kept entries, ``a + b * kept(c)``, but one level from the smallest c on at which all were kept.
-    Variance: ``A * c ** -p``. Neither b / a nor p is known from a few noisy probes, so that estimates are averages over
-    their likely values, for b / a by a likelihood with heavy tails, for p from the noise's own scatter. Both count
+    Time: a line in the kept entries, ``a + b * kept(c)``, up to some c, and one level from there on, as where the exact
+    backward runs instead; from the smallest c on at which all were kept it is surely that. Variance: ``A * c ** -p``.
+    Neither b / a nor the end of the line nor p is known from a few noisy probes, so that estimates are averages over
+    their likely values, for the time by a likelihood with heavy tails, for p from the noise's own scatter. Both count
     points near `center` most, and are then only required to hold there.
 
     Args:
@@ -121,8 +127,8 @@ class Landscape:
             return Estimate(self._full[0], log_penalty, self._full[1])
         if not self._times:
             return Estimate(0.0, log_penalty, self._error)
-        ratio = self._kept(c) / _KEPT
-        logs = [(w, level + math.log1p(b * ratio)) for w, b, level in self._times]
+        kept = self._kept(c) / _KEPT
+        logs = [(shape.weight, shape.log_time(c, kept)) for shape in self._times]
         mean = sum(w * value for w, value in logs)
         variance = sum(w * (value - mean) ** 2 for w, value in logs)
         return Estimate(mean, log_penalty, math.sqrt(self._error**2 + variance))
@@ -130,12 +136,12 @@ class Landscape:
     def relative_variance(self, c: float) -> float:
         return 0.0 if math.isinf(c) else sum(w * a * c**-p for w, p, a in self._variances)
 
-    def _fit_time(self, probes: Sequence[Probed], center: float) -> tuple[list[tuple[float, float, float]], float]:
-        """(probability, b / a at 64 kept entries, log a) of each shape, and the standard error of the level."""
-        points: list[tuple[float, float, float]] = []  # weight, log of the kept entries over 64, log of the time
+    def _fit_time(self, probes: Sequence[Probed], center: float) -> tuple[list[_Shape], float]:
+        """The likely shapes, and the standard error of the level."""
+        points: list[tuple[float, float, float, float]] = []  # weight, c, kept entries over 64, log of the time
         effective = 0.0
         for age, probe in enumerate(reversed(probes)):
-            used = [p for p in probe.passes if p.seconds > 0 and math.isfinite(p.seconds) and not p.full]
+            used = [p for p in probe.passes if 0 < p.seconds < math.inf and not p.full]
             if not used:
                 continue
             # All passes of a probe are relative to the same exact ones, whose error they share.
@@ -145,22 +151,77 @@ class Landscape:
             effective += whole
             for p in used:
                 weight = whole * _effective(p.samples) / samples * _nearness(p.c, center)
-                points.append((weight, self._kept(p.c) / _KEPT, math.log(p.seconds)))
+                points.append((weight, p.c, self._kept(p.c) / _KEPT, math.log(p.seconds)))
         if not points:
             return [], math.inf
-        sigma, fits = 0.1, list[tuple[float, float, float]]()
-        for _ in range(3):
-            fits = [_fit_level(points, b, sigma) for b in _SPARSE]
-            _, b, level = max(fits)
-            squares = [(w, (y - level - math.log1p(b * k)) ** 2) for w, k, y in points]
-            total = sum(w for w, _ in squares)
+        weights, c, kept, times = torch.tensor(points, dtype=torch.float64).unbind(1)
+        sparse = torch.tensor(_SPARSE, dtype=torch.float64)[:, None]
+        sigma = 0.1
+        for _ in range(2):
+            shapes, squares = _shapes(weights, c, times, torch.log1p(sparse * kept), sigma)
             # The prior: two passes with a scatter of 10%.
-            sigma = math.sqrt((sum(w * min(s, 9 * sigma**2) for w, s in squares) + 2 * 0.01) / (total + 2))
-        top = max(likelihood for likelihood, _, _ in fits)
-        weights = [math.exp(likelihood - top) for likelihood, _, _ in fits]
-        total = sum(weights)
-        times = [(w / total, b, level) for w, (_, b, level) in zip(weights, fits, strict=True) if w > 1e-6 * total]
-        return times, sigma / math.sqrt(effective)
+            sigma = math.sqrt(
+                (float(weights @ squares.clamp(max=9 * sigma**2)) + 2 * 0.01) / (float(weights.sum()) + 2)
+            )
+        shapes, _ = _shapes(weights, c, times, torch.log1p(sparse * kept), sigma)
+        return shapes, sigma / math.sqrt(effective)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """One possible time: ``level + log(1 + sparse * kept)`` below `end`, and `flat` from there on."""
+
+    weight: float  # its probability
+    sparse: float
+    level: float
+    end: float
+    flat: float
+
+    def log_time(self, c: float, kept: float) -> float:
+        return self.flat if c >= self.end else self.level + math.log1p(self.sparse * kept)
+
+
+def _shapes(weights: Tensor, c: Tensor, times: Tensor, lines: Tensor, sigma: float) -> tuple[list[_Shape], Tensor]:
+    """The likely shapes of the time with a given scatter, and the squared residuals of the likeliest.
+
+    Args:
+        weights, c, times: [points]; times are logarithms.
+        lines: [shapes, points], what each value of `_SPARSE` says about the logarithm of the time, but for its level.
+        sigma: scatter of one pass.
+    """
+    tried = sorted(set(c.tolist()))
+    ends = [math.inf, *(math.sqrt(a * b) for a, b in pairwise(tried))]
+    found: list[tuple[float, float, float, float, float]] = []
+    best, residual = -math.inf, times
+    for end in ends:
+        below = c < end
+        level, likely = _location(weights * below, times - lines, sigma)
+        flat, likely_flat = _location(weights * ~below, times[None], sigma)
+        prior = math.log(_LINE) if math.isinf(end) else math.log((1 - _LINE) / (len(ends) - 1)) - 1
+        likely = likely + likely_flat + prior
+        rows = zip(likely.tolist(), _SPARSE, level.tolist(), strict=True)
+        found += [(row[0], row[1], row[2], end, float(flat)) for row in rows]
+        i = int(likely.argmax())
+        if float(likely[i]) > best:
+            best = float(likely[i])
+            residual = torch.where(below, times - lines[i] - level[i], times - flat)
+    total = sum(math.exp(likely - best) for likely, *_ in found)
+    shapes = [_Shape(math.exp(likely - best) / total, *rest) for likely, *rest in found if likely > best - 9]
+    return shapes, residual.square()
+
+
+def _location(weights: Tensor, values: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """Of each row of [rows, points]: the location by Student's t distribution, and its log likelihood."""
+    if not float(weights.sum()):
+        return values.new_zeros(len(values)), values.new_zeros(len(values))
+    ordered, order = values.sort(1)
+    middle = (weights[order].cumsum(1) < weights.sum() / 2).sum(1, keepdim=True)
+    level = ordered.gather(1, middle.clamp(max=values.shape[1] - 1))
+    for _ in range(3):
+        steady = weights / (1 + ((values - level) / sigma) ** 2 / _STUDENT)
+        level = (steady * values).sum(1, keepdim=True) / steady.sum(1, keepdim=True)
+    likely = -(_STUDENT + 1) / 2 * (weights * torch.log1p(((values - level) / sigma) ** 2 / _STUDENT)).sum(1)
+    return level[:, 0], likely
 
 
 def _fit_full(probes: Sequence[Probed]) -> tuple[float, tuple[float, float]]:
@@ -197,17 +258,6 @@ class _Kept:
         (x0, y0), (x1, y1) = known[max(upper, 1) - 1], known[max(upper, 1)]
         slope = min(1.0, max(0.0, (y1 - y0) / (x1 - x0)))  # kept(c) is at most proportional to c
         return math.exp(y0 + slope * (x - x0))
-
-
-def _fit_level(points: Sequence[tuple[float, float, float]], b: float, sigma: float) -> tuple[float, float, float]:
-    """The best level of the times for one shape: its log likelihood, the shape, the level."""
-    residuals = [(w, y - math.log1p(b * kept)) for w, kept, y in points]
-    level = _weighted_median(residuals)
-    for _ in range(4):
-        steady = [(w / (1 + ((r - level) / sigma) ** 2 / _STUDENT), r) for w, r in residuals]
-        level = sum(w * r for w, r in steady) / sum(w for w, _ in steady)
-    likelihood = -(_STUDENT + 1) / 2 * sum(w * math.log1p(((r - level) / sigma) ** 2 / _STUDENT) for w, r in residuals)
-    return likelihood, b, level
 
 
 def _fit_variance(probes: Sequence[Probed], center: float) -> list[tuple[float, float, float]]:
