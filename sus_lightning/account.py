@@ -225,8 +225,8 @@ def plot(account: Account) -> Figure:
 
 
 def _infinite(c: Sequence[tuple[int, float]], last: int) -> list[tuple[int, int]]:
-    ends = [step for step, _ in c[1:]] + [last]
-    return [(step, end) for (step, value), end in zip(c, ends, strict=True) if math.isinf(value)]
+    ends = [*(step for step, _ in c[1:]), last]
+    return [(step, end) for (step, value), end in zip(c, ends, strict=False) if math.isinf(value)]
 
 
 def _axes(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
