@@ -1,6 +1,6 @@
 """Two processes on gloo, started by test_strategies.py: trains, and writes what each rank saw to a file.
 
-Usage: ddp_script.py FOLDER STRATEGY PROBE_INTERVAL adapt|constant
+Usage: ddp_script.py FOLDER STRATEGY PROBE_INTERVAL adapt|auto|constant
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from models import LM, Plain, loader, trainer
 from torch import nn
 
-from sus_lightning import SUSBackprop, VarianceTarget
+from sus_lightning import AutoC, SUSBackprop, VarianceTarget
 
 
 class Sharded(Plain):
@@ -51,11 +51,16 @@ def make(name: str) -> tuple[Plain, Strategy]:
     return Plain(), DDPStrategy(process_group_backend="gloo", **options)
 
 
-def main(folder: str, name: str, every: int, adapt: bool) -> None:
+def main(folder: str, name: str, every: int, mode: str) -> None:
     torch.set_num_threads(1)
     seed_everything(2, verbose=False)
     module, strategy = make(name)
-    schedule = VarianceTarget(0.05, start=6, minimum=1, per="layer") if adapt else 6
+    schedules: dict[str, Any] = {
+        "adapt": VarianceTarget(0.05, start=6, minimum=1, per="layer"),
+        "auto": AutoC(start=6, minimum=1, per="layer"),
+        "constant": 6,
+    }
+    schedule = schedules[mode]
     callback = SUSBackprop(schedule, compiler="aot_eager", variance_every_n_steps=every)
     draws: list[int] = []
     next_seed = callback.backend.state.next_seed
@@ -70,6 +75,8 @@ def main(folder: str, name: str, every: int, adapt: bool) -> None:
         "draws": draws,
         "rewritten": callback.backend.report.rewritten,
         "variance": callback._variance,
+        "schedule": schedule.state_dict() if mode != "constant" else {},
+        "summary": callback.summary.numbers(),
         "weights": {n: p.detach().double().flatten().tolist() for n, p in full.items()},
         "rank": fit.global_rank,
     }
@@ -77,4 +84,4 @@ def main(folder: str, name: str, every: int, adapt: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "adapt")
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
