@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from sus_lightning.landscape import penalty
+from sus_lightning.landscape import average_noise_scale, penalty
 from sus_lightning.timing import compile_seconds
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Summary:
         kept_per_row, kept_fraction: entries kept per query row, and of all that a dense backward uses.
         relative_variance: by SUS, mean over the probes; of the batch's own.
         worst_relative_variance: mean over the probes of the largest among the attention projections.
-        noise_scale: gradient noise scale in batches of one step, over all probes.
+        noise_scale: gradient noise scale in batches of one step, of the last probes.
         step_speedup: seconds of a step's forward and backward, exact over SUS, median of the probes.
         net_speedup: the same divided by the penalty for the variance.
         seconds, probe_seconds, compile_seconds: of the fit, and of it in probes and in torch.compile.
@@ -70,7 +70,12 @@ class Summary:
                 + _said(self.worst_relative_variance, "worst kind {:.2%}", "kinds not known"),
             ),
             ("speed-up of a step", _said(self.step_speedup, "{:.2f}x (forward and backward)")),
-            ("net of the variance", _said(self.net_speedup, "{:.2f}x") + f" (noise scale {self.noise_scale:.3g})"),
+            (
+                "net of the variance",
+                _said(self.net_speedup, "{:.2f}x")
+                + " (noise scale "
+                + _said(self.noise_scale, "{:.3g})", "not known)"),
+            ),
             ("time", f"{_time(self.seconds)} for {self.steps} steps"),
             ("  in probes", f"{_time(self.probe_seconds)} for {self.probes}{share}"),
             ("  in compilation", _said(self.compile_seconds, "{}", formatted=_time)),
@@ -150,10 +155,8 @@ class Account:
 
     @property
     def noise_scale(self) -> float:
-        """In batches of a step; NaN where the true gradient's square is not known to be positive."""
-        known = [p for p in self.probes if math.isfinite(p["batch_variance"]) and math.isfinite(p["squared_gradient"])]
-        squared = sum(p["squared_gradient"] for p in known)
-        return sum(p["batch_variance"] for p in known) / squared if squared > 0 else math.nan
+        """Of the last probes, in batches of a step; NaN where it cannot be told."""
+        return average_noise_scale([(p["batch_variance"], p["squared_gradient"]) for p in self.probes])
 
     def summary(self, rewritten: int, left: int, steps: int) -> Summary:
         return Summary(

@@ -112,7 +112,7 @@ class Landscape:
     """
 
     def __init__(self, probes: Sequence[Probed], center: float) -> None:
-        self.noise_scale = _noise_scale(probes)
+        self.noise_scale = average_noise_scale([(p.spread, p.squared_gradient) for p in probes])
         self._kept = _Kept(point for probe in probes for point in probe.passes)
         self._full_from, self._full = _fit_full(probes)
         self._variances = _fit_variance(probes, center)
@@ -297,13 +297,20 @@ def _fit_variance(probes: Sequence[Probed], center: float) -> list[tuple[float, 
     ]
 
 
-def _noise_scale(probes: Sequence[Probed]) -> float:
-    """Of averages, since single probes scatter; NaN where |G|^2 is not known to be positive."""
+def average_noise_scale(probes: Sequence[tuple[float, float]]) -> float:
+    """The gradient noise scale from the averages of the last probes, since single ones scatter.
+
+    Args:
+        probes: batch variance and unbiased estimate of the true gradient's square of each, the oldest first.
+
+    Returns:
+        In batches of one step; NaN where the average of the latter is not positive.
+    """
     spread = product = 0.0
-    for age, probe in enumerate(reversed(probes)):
-        if math.isfinite(probe.squared_gradient) and math.isfinite(probe.spread):
+    for age, (variance, squared) in enumerate(reversed(probes)):
+        if math.isfinite(squared) and math.isfinite(variance):
             old = 0.5 ** (age / _HALF_LIFE_VARIANCE)
-            spread, product = spread + old * probe.spread, product + old * probe.squared_gradient
+            spread, product = spread + old * variance, product + old * squared
     return spread / product if product > 0 else math.nan
 
 
