@@ -19,10 +19,10 @@ from fx_passes.state import State
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Finds the attentions of a model without rewriting any.
 
-    The model runs twice, forward, on the given arguments: through Dynamo, where modules keep what they were compiled
-    with, and without gradients, to count operations. Printed, the report also says what to expect of SUS: attention's
-    share of a training step, and speed-ups predicted from attention timed on this device; `Report.expectation` has
-    them for any c.
+    The model runs three times, forward, on the given arguments: through Dynamo, where modules keep what they were
+    compiled with, and twice without gradients, to count operations and to time. Printed, the report also says what to
+    expect of SUS: attention's share of a training step, and speed-ups predicted from attention timed on this device;
+    `Report.expectation` has them for any c.
 
     Args:
         model: an nn.Module or a function.

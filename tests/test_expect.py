@@ -21,9 +21,9 @@ WIDTH = H * D
 class Model(nn.Module):
     """Projections of 4 WIDTH^2 and one attention, by the library or by hand, with things that a forward changes."""
 
-    def __init__(self, by_hand: bool = False, causal: bool = False, key_heads: int = H) -> None:
+    def __init__(self, by_hand: bool = False, causal: bool = False, key_heads: int = H, dropout: float = 0.0) -> None:
         super().__init__()
-        self.by_hand, self.causal, self.key_heads = by_hand, causal, key_heads
+        self.by_hand, self.causal, self.key_heads, self.dropout = by_hand, causal, key_heads, dropout
         self.q, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.k, self.v = (nn.Linear(WIDTH, key_heads * D) for _ in range(2))
         self.norm = nn.BatchNorm1d(WIDTH)
@@ -34,7 +34,8 @@ class Model(nn.Module):
         if self.by_hand:
             y = torch.softmax(q @ k.mT / math.sqrt(D), -1) @ v
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.key_heads != H)
+            options = {"is_causal": self.causal, "enable_gqa": self.key_heads != H, "dropout_p": self.dropout}
+            y = F.scaled_dot_product_attention(q, k, v, **options)
         y = self.o(F.dropout(y.transpose(1, 2).reshape(B, N, WIDTH), 0.1))
         return self.norm(y.flatten(0, 1))
 
@@ -64,6 +65,13 @@ def test_grouped_heads_cost_what_all_heads_cost() -> None:
     assert (call.heads, call.flops) == (H, 4 * B * H * N * N * D)
 
 
+def test_with_dropout_the_library_computes_all_weights() -> None:
+    expected = expect(Model(dropout=0.1), (torch.randn(B, N, WIDTH),), {})
+    assert expected is not None
+    assert [(call.flops, call.fused) for call in expected.calls] == [(4 * B * H * N * N * D, False)]
+    assert expected.other_flops == 4 * 2 * B * N * WIDTH**2
+
+
 def test_a_softmax_that_is_no_attention_is_none() -> None:
     router = nn.Sequential(nn.Linear(WIDTH, 4), nn.Softmax(-1), nn.Linear(4, WIDTH))
     expected = expect(router, (torch.randn(B, N, WIDTH),), {})
@@ -75,7 +83,7 @@ def test_a_softmax_that_is_no_attention_is_none() -> None:
 
 
 def test_explain_leaves_the_model_and_the_generator_as_a_single_run_does() -> None:
-    """The second run, which counts, leaves no trace."""
+    """The runs that count and time leave no trace."""
     torch.manual_seed(0)
     model, x = Model(), torch.randn(B, N, WIDTH)
     state, buffers = torch.get_rng_state(), [b.clone() for b in model.buffers()]
