@@ -185,11 +185,22 @@ class Account:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, value in asdict(Account(**state)).items():
-            setattr(self, name, [tuple(x) if name != "probes" else x for x in value] if name in _SERIES else value)
+        """Takes over what `state_dict` had returned.
 
-
-_SERIES = ("probes", "c", "losses")
+        Raises:
+            ValueError: it is none; nothing is changed then.
+        """
+        try:
+            loaded = Account(**state)
+            loaded.probes = [{str(k): float(v) for k, v in probe.items()} for probe in loaded.probes]
+            loaded.c = [(int(step), float(c)) for step, c in loaded.c]
+            loaded.losses = [(int(step), float(loss)) for step, loss in loaded.losses]
+            for name in ("entries", "rows", "dense", "seconds", "probe_seconds", "compile_seconds"):
+                setattr(loaded, name, float(getattr(loaded, name)))
+            loaded.summary(0, 0, 0)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"account of the saved state must be what an account had saved, but {error!r}") from None
+        vars(self).update(vars(loaded))
 
 
 def plot(account: Account) -> Figure:

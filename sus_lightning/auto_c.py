@@ -9,7 +9,7 @@ from typing import Any
 
 from sus_lightning.landscape import Estimate, Landscape, Pass, Probed
 from sus_lightning.layer_shares import LayerShares
-from sus_lightning.schedules import Schedule, check_number
+from sus_lightning.schedules import Schedule, check_count, check_number
 from sus_lightning.variance_target import ALONE, ON, PER
 
 AT = "at/"  # prefix of the values that a probe measured at another c: "at/64.0/sus_variance"
@@ -248,10 +248,46 @@ class AutoC(Schedule):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._c, self._finite = float(state["c"]), float(state["finite"])
-        self._count, self._switches = int(state["count"]), int(state["switches"])
-        self._probes = [Probed(**{**p, "passes": tuple(Pass(**q) for q in p["passes"])}) for p in state["probes"]]
-        self._shares.load_state_dict(state)
+        """Takes over what `state_dict` had returned.
+
+        Raises:
+            TypeError, ValueError: a value is none that this schedule can have had; nothing is changed then.
+        """
+        of = f"of the saved state of {type(self).__name__}"
+        c = check_number(f"c {of}", state.get("c", self._c))
+        finite = check_number(f"finite {of}", state.get("finite", self._finite), finite=True)
+        count = check_count(f"count {of}", state.get("count", 0))
+        switches = check_count(f"switches {of}", state.get("switches", 0))
+        try:
+            probes = [_probed(probe) for probe in state.get("probes", [])]
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"probes {of} must be what its state_dict returned, but {error!r}") from None
+        shares = LayerShares()
+        for name in ("alone", "shares"):
+            values = state.get(name, {})
+            if not isinstance(values, Mapping):
+                raise TypeError(f"{name} {of} must be a dict, but it is {values!r}")
+            getattr(shares, name).update({k: _check_amount(f"{name}[{k!r}] {of}", v) for k, v in values.items()})
+        self._c, self._finite, self._count, self._switches = c, finite, count, switches
+        self._probes, self._shares = probes, shares
+
+
+def _check_amount(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0, but it is {value!r}")
+    return float(value)
+
+
+def _probed(state: Mapping[str, Any]) -> Probed:
+    """A probe from what `asdict` made of it; TypeError or ValueError where it is none."""
+    passes = tuple(Pass(**one) for one in state["passes"])
+    probed = Probed(**{**state, "passes": passes})
+    numbers = [v for one in (probed, *passes) for v in vars(one).values() if not isinstance(v, tuple)]
+    if not all(isinstance(v, (int, float)) for v in numbers):
+        raise TypeError(f"one holds {next(v for v in numbers if not isinstance(v, (int, float)))!r}")
+    if any(not 0 < p.c < math.inf or p.samples < 1 for p in passes) or probed.exact_samples < 1:
+        raise ValueError("one has a c that is not finite and above 0, or no samples")
+    return probed
 
 
 def _samples(value: float) -> int:

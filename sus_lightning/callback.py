@@ -298,6 +298,7 @@ class SUSBackprop(Callback):
         }
         if isinstance(self.schedule, Schedule):
             state["schedule"] = self.schedule.state_dict()
+            state["schedule_type"] = type(self.schedule).__name__
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -309,7 +310,12 @@ class SUSBackprop(Callback):
         if state_dict.get("account"):
             self._account.load_state_dict(state_dict["account"])
         self._variance = dict(state_dict["variance"])
-        if isinstance(self.schedule, Schedule) and state_dict.get("schedule"):
+        kind = type(self.schedule).__name__  # a run may go on with another schedule: that starts anew
+        if (
+            isinstance(self.schedule, Schedule)
+            and state_dict.get("schedule_type", kind) == kind
+            and state_dict.get("schedule")
+        ):
             self.schedule.load_state_dict(state_dict["schedule"])
 
     def _enable(self) -> None:

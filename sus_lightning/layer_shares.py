@@ -51,6 +51,3 @@ class LayerShares:
 
     def state_dict(self) -> dict[str, Any]:
         return {"alone": dict(self.alone), "shares": dict(self.shares)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.alone, self.shares = dict(state["alone"]), dict(state["shares"])

@@ -209,6 +209,13 @@ def test_an_account_survives_pickle_and_checkpoint() -> None:
     other.load_state_dict(pickle.loads(pickle.dumps(state)))
     assert other == callback._account
     assert other.summary(2, 0, 10) == callback.summary
+    for damaged in ({**state, "c": 1}, {**state, "losses": [(1, "x")]}, {"seconds": None}, {"another": 1}):
+        with pytest.raises(ValueError, match="account of the saved state"):
+            other.load_state_dict(damaged)
+    assert other == callback._account
+    auto = SUSBackprop(compiler="eager")
+    auto.load_state_dict(callback.state_dict())  # a run may go on with another schedule
+    assert auto.schedule.state_dict() == AutoC().state_dict()
     old = {k: v for k, v in callback.state_dict().items() if k not in ("account", "not_before")}
     SUSBackprop(VarianceTarget(0.05, start=6), compiler="eager").load_state_dict(old)  # a checkpoint of before
 

@@ -222,6 +222,29 @@ def test_without_times_c_is_never_infinite() -> None:
     assert math.isfinite(schedule(0))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"c": -1.0},
+        {"c": "16"},
+        {"finite": math.inf},
+        {"count": 1.5},
+        {"probes": 3},
+        {"probes": [{"passes": 1}]},
+        {"probes": [{"passes": [{"c": "x", "variance": 0.1, "seconds": 0.5}], "spread": 1.0}]},
+        {"alone": {"a": -1.0}},
+        {"shares": [1.0]},
+    ],
+    ids=str,
+)
+def test_a_damaged_state_is_named_and_changes_nothing(change: dict[str, Any]) -> None:
+    schedule, _ = run(USUAL, 2)
+    before = schedule.state_dict()
+    with pytest.raises((TypeError, ValueError), match=f"{next(iter(change))}.* of the saved state of AutoC"):
+        schedule.load_state_dict({**before, **change})
+    assert schedule.state_dict() == before
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "on": ({"on": "all"}, "on must be one of 'total', 'worst'.*'all'"),
     "per": ({"per": "head"}, "per must be one of"),
