@@ -49,6 +49,8 @@ _QUEUED = {"cuda", "xpu"}
 class StepTimes:
     """Seconds of forward and backward of the last training steps, with the c and the shapes that they had.
 
+    The first step and those in which something was compiled are left out.
+
     Args:
         clock: of the module's device.
         keep: how many steps.
@@ -57,17 +59,22 @@ class StepTimes:
     def __init__(self, clock: Clock, keep: int = 16) -> None:
         self._clock = clock
         self._begun: tuple[Any, float, Shapes] | None = None
+        self._compiled = -1.0  # seconds of compilation when the step began
+        self._first = True
         self._steps: deque[tuple[Any, Any, float, Shapes]] = deque(maxlen=keep)
 
     def start(self, c: float, batch: Any) -> None:
+        self._compiled = compile_seconds()
         self._begun = self._clock.now(), c, shapes(batch)
 
     def stop(self) -> None:
         """After the backward; a second one of the same batch (as LBFGS has) counts nothing."""
         if self._begun is not None:
             start, c, of = self._begun
-            self._steps.append((start, self._clock.now(), c, of))
-            self._begun = None
+            now = compile_seconds()
+            if not self._first and (now == self._compiled or math.isnan(now)):
+                self._steps.append((start, self._clock.now(), c, of))
+            self._begun, self._first = None, False
 
     def seconds(self, c: float, batch: Any) -> list[float]:
         """Of the steps with about this c and a batch of these shapes."""

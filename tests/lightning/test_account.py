@@ -240,16 +240,20 @@ def test_step_times_are_those_of_the_same_c_and_shapes() -> None:
             return None if end > 100 else end - start
 
     clock = Ticks()
-    times = StepTimes(clock, keep=3)  # type: ignore[arg-type]
+    times = StepTimes(clock, keep=4)  # type: ignore[arg-type]
     for c, length, seconds in ((30.0, 4, 1.0), (30.5, 4, 2.0), (64.0, 4, 3.0), (30.0, 8, 4.0)):
         times.start(c, {"x": torch.zeros(2, length)})
         clock.at += seconds
         times.stop()
         times.stop()  # LBFGS goes through the backward more than once
         clock.at += 10
-    assert times.seconds(30.0, {"x": torch.zeros(2, 4)}) == [2.0]  # the first is no longer kept
+    assert times.seconds(30.0, {"x": torch.zeros(2, 4)}) == [2.0]  # the first step of all has compiled things
     assert times.seconds(30.0, {"x": torch.zeros(2, 8)}) == [4.0]
     assert times.seconds(64.0, {"x": torch.ones(2, 4)}) == [3.0]
+    times.start(7.0, torch.zeros(1))
+    torch.compile(lambda x: x.cos() + 2, backend="eager")(torch.zeros(3))
+    times.stop()
+    assert times.seconds(7.0, torch.zeros(1)) == []
     times.start(9.0, torch.zeros(1))
     clock.at = 200.0
     times.stop()
