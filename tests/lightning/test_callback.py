@@ -431,7 +431,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "class": ({"c": ConstantSchedule}, "c must be 'auto', a number above 0"),
     "empty dict": ({"c": {}}, "milestones must be a dict"),
     "dict without 0": ({"c": {5: 3}}, "milestones must say what c is at step 0"),
-    "sampler": ({"sampler": "dense"}, "sampler must be one of 'systematic'.*'dense'"),
+    "sampler": ({"sampler": "dense"}, "sampler must be one of 'auto', 'systematic'.*'dense'"),
     "compiler": ({"compiler": "nvcc"}, "compiler must be one of 'inductor'.*'nvcc'"),
     "interval": ({"variance_every_n_steps": -1}, "variance_every_n_steps must be at least 0.*-1"),
     "interval type": ({"variance_every_n_steps": 2.5}, "variance_every_n_steps must be an int.*2.5"),
