@@ -81,7 +81,9 @@ class SUSTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint, as transformers wants it."""
-        return {"args": self._arguments, "attributes": {"saved": {"c": self.c, "counter": self._state.counter}}}
+        counter, number = self._state.position
+        saved = {"c": self.c, "counter": counter, "number": number}
+        return {"args": self._arguments, "attributes": {"saved": saved}}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_trainer": None, "_undo": [], "_registered": None}
@@ -104,14 +106,14 @@ class SUSTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             self.backend.state.counter = old.state.counter
         known = state.stateful_callbacks.get(type(self).__name__)  # of the checkpoint that is resumed from
         known = known[0] if isinstance(known, list) else known
-        saved = self.saved or (known or {}).get("attributes", {}).get("saved")
-        if saved:
-            self._state.counter = int(saved["counter"])
-        self.saved = None
+        self.saved = self.saved or (known or {}).get("attributes", {}).get("saved")
         if registered is None:
             self._install(model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.saved:  # not earlier: the Trainer restores the generators, which may be those of another run
+            self._state.resume(int(self.saved["counter"]), self.saved.get("number"))
+            self.saved = None
         c = _at(self._schedule, state.global_step)
         if c != self._state.c:
             self._state.c = c

@@ -231,7 +231,7 @@ def test_import_is_light() -> None:
         ({"c": 0}, ValueError, "c must be above 0"),
         ({"c": float("nan")}, ValueError, "c must be above 0 .*nan"),
         ({"c": None}, TypeError, "c must be a number"),
-        ({"sampler": "x"}, ValueError, "sampler must be one of 'systematic'.*'x'"),
+        ({"sampler": "x"}, ValueError, "sampler must be one of 'auto'.*'x'"),
         ({"compiler": "gcc"}, ValueError, "compiler must be one of 'inductor', 'aot_eager', 'eager'.*'gcc'"),
         ({"forward": "x"}, ValueError, "forward must be one of"),
         ({"seed": "x"}, TypeError, "seed must be an int or None.*'x'"),

@@ -16,7 +16,7 @@ from fx_passes.ops.arguments import as_c, as_seed, autocast_dtype, autocasts, br
 from fx_passes.ops.documents import as_ids
 from fx_passes.ops.exact import exact_attention
 from fx_passes.ops.problem import resolve_sampler
-from fx_passes.ops.sharding import on_shards
+from fx_passes.ops.sharding import is_dtensor, on_shards
 from fx_passes.ops.transforms import NEEDS_LIBRARY, transform
 from fx_passes.state import State, draw, get_state
 
@@ -123,7 +123,7 @@ def attend(
         site,
         state,
     )
-    return _shaped(out, maximum + total.log() if return_lse else None, lead)
+    return _shaped(out, _lse(maximum, total) if return_lse else None, lead)
 
 
 def _shaped(out: Tensor, lse: Tensor | None, lead: list[int]) -> Any:
@@ -132,6 +132,11 @@ def _shaped(out: Tensor, lse: Tensor | None, lead: list[int]) -> Any:
         out = out.reshape(*lead, *out.shape[-2:])
         lse = None if lse is None else lse.reshape(*lead, lse.shape[-1])
     return out if lse is None else (out, lse)
+
+
+def _lse(maximum: Tensor, total: Tensor) -> Tensor:
+    """The logsumexp, 0 where a row sees no key; without totals `maximum` is it (`problem.is_logsumexp`)."""
+    return maximum.masked_fill(maximum.isinf(), 0) if total.dim() == 1 else maximum + total.log()
 
 
 @on_shards
@@ -280,7 +285,8 @@ def sus_attention(
     """
     check_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, sampler, forward)
     c_tensor = as_c(c, query)
-    seed_tensor = draw(query, _default_state.id, [])[1] if seed is None else as_seed(seed, query)
+    here = query.to_local() if is_dtensor(query) else query  # type: ignore[attr-defined]
+    seed_tensor = draw(here, _default_state.id, [])[1] if seed is None else as_seed(seed, query)
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
     query_ids, key_ids = as_ids(query, key, query_ids, key_ids)
     result: Tensor = attend(

@@ -186,23 +186,30 @@ attention_backward.register_vmap(_vmapped_backward)
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[: _TENSORS + 3], *output)
-    ctx.mark_non_differentiable(output[1], output[3])
+    # The logsumexp has a gradient: through the totals, or where there are none, itself.
+    ctx.mark_non_differentiable(output[2 if _keeps_logsumexp(output[2]) else 1], output[3])
     ctx.set_materialize_grads(False)
     ctx.static = inputs[_TENSORS + 3 :]
 
 
+def _keeps_logsumexp(total: Tensor) -> bool:
+    """Whether a call's `maximum` is the logsumexp (`problem.is_logsumexp`): its total has no elements then."""
+    return total.dim() == 1
+
+
 def _backward(
-    ctx: Any, grad: Tensor | None, _maximum: None, total_grad: Tensor | None, _kept: None
+    ctx: Any, grad: Tensor | None, maximum_grad: Tensor | None, total_grad: Tensor | None, _kept: None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     inputs, outputs = saved[: _TENSORS + 3], saved[_TENSORS + 3 :]
+    lse_grad = maximum_grad if total_grad is None else total_grad * outputs[2]
     bias_grad = inputs[4] is not None and ctx.needs_input_grad[4]
     if grad is None:
         grad = torch.zeros_like(outputs[0])
     width = grad.shape[-1]
-    exact_total = total_grad is not None and torch.is_grad_enabled()  # for gradients of gradients
-    if total_grad is not None and not exact_total:
-        grad, outputs, inputs = _with_total(grad, total_grad, outputs, inputs)
+    exact_lse = lse_grad is not None and torch.is_grad_enabled()  # for gradients of gradients
+    if lse_grad is not None and not exact_lse:
+        grad, outputs, inputs = _with_lse(grad, lse_grad, outputs, inputs)
     grads = list(attention_backward(grad, *outputs, *inputs, bias_grad, *ctx.static))
     grads[2] = grads[2][..., :width]
     result: list[Tensor | None] = [None] * (_TENSORS + 3 + _STATICS)
@@ -211,31 +218,35 @@ def _backward(
         result[4] = grads[3]
     if inputs[5] is not None:
         result[5] = grads[4]
-    if exact_total:
-        for i, more in _grads_of_lse(total_grad * outputs[2], inputs, ctx.static).items():  # type: ignore[operator]
-            result[i] = more if result[i] is None else result[i] + more  # type: ignore[operator]
+    if exact_lse and lse_grad is not None:
+        for i, more in _grads_of_lse(lse_grad, inputs, ctx.static).items():
+            before = result[i]
+            result[i] = more if before is None else before + more
     return tuple(result)
 
 
 def _grads_of_lse(grad: Tensor, inputs: tuple[Any, ...], static: tuple[Any, ...]) -> dict[int, Tensor]:
     """Exact gradients, by the operands' places, that have gradients again; `grad` is that of the logsumexp."""
     live = {i: _live(inputs[i]) for i in (0, 1, 4, 5) if inputs[i] is not None and inputs[i].requires_grad}
-    _, lse = exact_attention(*(live.get(i, x) for i, x in enumerate(inputs[:_TENSORS])), *static[:5], return_lse=True)
+    operands: list[Any] = [live.get(i, x) for i, x in enumerate(inputs[:_TENSORS])]
+    scale, left, right, bottom_right, softcap = static[:5]
+    bands = {"left": left, "right": right, "bottom_right": bottom_right}
+    _, lse = exact_attention(*operands, scale=scale, softcap=softcap, **bands, return_lse=True)  # type: ignore[misc]
     found = torch.autograd.grad(lse, list(live.values()), grad, create_graph=True)
     return dict(zip(live, found, strict=True))
 
 
-def _with_total(
-    grad: Tensor, total_grad: Tensor, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
+def _with_lse(
+    grad: Tensor, lse_grad: Tensor, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What a backward gets that also has a gradient of the totals, and so of the logsumexp.
+    """What a backward gets that also has a gradient of the logsumexp.
 
     That gradient, times the weight, is added to the gradient of each logit, W (dO . V - dO . O). One more column does
     it: 1 in dO, 0 in V and minus the gradient in O.
     """
     out, maximum, total, kept = outputs
     query, key, value, *rest = inputs
-    column = -(total_grad * total)[..., None].to(out.dtype)
+    column = -lse_grad[..., None].to(out.dtype)
     more = (
         torch.cat([grad, torch.ones_like(grad[..., :1])], -1),
         torch.cat([out, column], -1),

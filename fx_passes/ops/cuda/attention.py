@@ -151,7 +151,8 @@ def _tile_backward(
     bias_grad: bool,
 ) -> tuple[Gradients, int | Tensor]:
     (kernel, capacity), device = _tile_plan(problem, kept, c), problem.query.device
-    if not capacity and kernel:
+    # A gradient of the logsumexp comes as one more column of dO and O, which the library does not take.
+    if not capacity and kernel and grad.shape[-1] == problem.query.shape[-1]:
         return library.exact_backward(problem, kernel, grad, out, softmax.maximum), tiled.dense_entries(problem)
     if not capacity:  # exact, by tiles that are all kept
         c, capacity = c.new_full((), math.inf), tile_rule.count(problem.key.shape[2], tile_rule.KEYS)

@@ -43,7 +43,7 @@ def add_tiles(
         kept, inverse = choose(q, words)
         at = kept.nonzero()
         size = max(1, _ELEMENTS // (ROWS * KEYS))
-        for part in at.split(size):
+        for part in torch.split(at, size):
             batch, head, of, tile = part.unbind(1)
             picked = _Picked(batch, head, of + rows.start // ROWS, tile, inverse[batch, head, of, tile])
             used += _add(problem, picked, grad, softmax, delta, dropout_seed, sums)
