@@ -120,7 +120,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, accumulate: i
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-3"
     saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["SUSTrainerCallback"]
-    assert saved["attributes"]["saved"] == {"c": 8, "counter": 3 * accumulate}
+    assert saved["attributes"]["saved"] == {"c": 8, "counter": 3 * accumulate, "number": 0}
     second = sus({0: 8, 4: 3})
     resumed = trainer(tmp_path / "resumed", [second], **options)
     resumed.train(resume_from_checkpoint=str(checkpoint))
