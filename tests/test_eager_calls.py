@@ -136,7 +136,7 @@ def test_what_the_function_refuses_and_what_it_takes() -> None:
     args = tuple(x.requires_grad_() for x in tensors(*BNHD))
     with sus_backward(c=2) as sus:
         for wrong in ({"nothing": 1}, {"q": args[0]}):
-            with pytest.raises(TypeError, match="got (an unexpected|multiple)"):
+            with pytest.raises(TypeError, match=r"got (an unexpected|multiple)"):
                 f(*args, **wrong)
         f(*(x[:, :0] for x in args))
         torch.func.grad(lambda q: f(q, *args[1:]).sum())(args[0].detach())
