@@ -7,6 +7,7 @@ taken. `fx_passes.rewrite.sharding` leaves such attentions as they are.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,15 +33,17 @@ def whole(x: Tensor) -> Tensor | None:
 def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
     """An attention function that takes DTensors too: [*lead, M, D] sharded along leading dimensions.
 
-    Its positional tensors are query, key and value (or logits and value), c and the seed. What is a plain tensor beside
+    Its first tensors are query, key and value (or logits and value), c and the seed. What is a plain tensor beside
     DTensors is the same on all ranks. The results are sharded as the query is.
     """
+    parameters = inspect.signature(attend).parameters.values()
+    names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(attend)
-    def call(first: Tensor, *others: Any, **options: Any) -> Any:
-        if not any(is_dtensor(x) for x in (first, *others, *options.values())):
-            return attend(first, *others, **options)
-        return _on_shards(attend, first, *others, **options)
+    def call(*args: Any, **options: Any) -> Any:
+        if not any(is_dtensor(x) for x in (*args, *options.values())):
+            return attend(*args, **options)
+        return _on_shards(attend, *args, *(options.pop(name) for name in names[len(args) :]), **options)
 
     return call
 
