@@ -27,12 +27,15 @@ _inside = threading.local()
 _users = 0
 _exchanged: dict[str, tuple[FunctionType, CodeType]] = {}
 
+dispatch: Any = None  # `_dispatch` without Dynamo, whose import takes time, from the first block on
+
 Handler = Callable[[str, dict[str, Any]], Any]
 
 
 def enter(handler: Handler) -> None:
     """From now on, known calls of this thread go to `handler(key, arguments by name)`, which may raise NotTaken."""
-    global _users
+    global _users, dispatch
+    dispatch = dispatch or torch._dynamo.disable(_dispatch)  # type: ignore[no-untyped-call]
     _handlers().append(handler)
     with _lock:
         _users += 1
@@ -77,8 +80,7 @@ def _asking(key: str) -> CodeType:
     return code
 
 
-@torch._dynamo.disable  # type: ignore[untyped-decorator]
-def dispatch(key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _dispatch(key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call of an exchanged function."""
     known = calls.KNOWN[key]
     if not _handlers() or not torch.is_grad_enabled() or len(args) > len(known.defaults):

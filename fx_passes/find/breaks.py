@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import flex_attention
 from torch.nn.modules import transformer
 
 from fx_passes.find import calls
@@ -30,6 +29,7 @@ def mend_graph_breaks() -> None:
     def _detect_is_causal_mask(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
         return is_causal is True
 
+    torch._dynamo.assume_constant_result(rewrites)  # type: ignore[no-untyped-call]
     _train_flex_on_the_cpu()
     torch._dynamo.allow_in_graph(calls.call_known)  # type: ignore[no-untyped-call]
     torch._dynamo.allow_in_graph(calls.call_left)  # type: ignore[no-untyped-call]
@@ -40,6 +40,8 @@ def _train_flex_on_the_cpu() -> None:
 
     A rewritten call has one.
     """
+    from torch.nn.attention import flex_attention
+
     original = getattr(flex_attention, "_validate_device", None)
     if original is None:
         return
@@ -51,7 +53,6 @@ def _train_flex_on_the_cpu() -> None:
             refuse(query, key, value)
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def rewrites() -> bool:
     """Whether the graph that Dynamo traces goes to a backend that rewrites attention."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
