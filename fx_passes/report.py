@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from fx_passes.state import get_state
+
+if TYPE_CHECKING:
+    from fx_passes.expect import Expectation
 
 REWRITTEN = "rewritten"
 LEFT = "left"
@@ -61,6 +65,7 @@ class Report:
     _owners: dict[Key, set[int]] = field(default_factory=dict)
     verb: str = "rewritten"
     state: int = 0  # whose calls it reports on; 0 is none
+    expectation: Expectation | None = None  # what to expect of SUS, from `explain`
 
     def number(self, key: Key) -> int:
         """The number of the site with this key: that of an earlier compilation, or the next free one."""
@@ -104,7 +109,8 @@ class Report:
         rows: list[tuple[str, ...]] = [("module", "source", "form", "tier", "mask", "status")]
         rows += [_row(site, slow.get(site.number, {})) for site in self._sites.values()]
         head = f"{self.rewritten} of {self.rewritten + self.left} attentions {self.verb}"
-        return "\n".join([head, *_table(rows)])
+        expected = [] if self.expectation is None else [str(self.expectation)]
+        return "\n".join([head, *_table(rows), *expected])
 
 
 def _row(site: Site, slow: Mapping[str, int]) -> tuple[str, ...]:

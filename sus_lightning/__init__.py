@@ -1,5 +1,6 @@
 """SUS backprop for PyTorch Lightning: a callback, schedules of c, and gradient-variance metrics."""
 
+from sus_lightning.auto_c import AutoC
 from sus_lightning.callback import SUSBackprop
 from sus_lightning.metrics import GradientVariance
 from sus_lightning.schedules import (
@@ -13,6 +14,7 @@ from sus_lightning.schedules import (
 from sus_lightning.variance_target import VarianceTarget
 
 __all__ = [
+    "AutoC",
     "ConstantSchedule",
     "CosineSchedule",
     "ExponentialSchedule",

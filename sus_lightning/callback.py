@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
-from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -17,23 +16,33 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from fx_passes import SUSBackend
 from fx_passes.ops.functional import check_choice
-from fx_passes.report import REWRITTEN, Site
-from fx_passes.state import Kept, check_c, check_counter, shown
-from sus_lightning._lightning_compat import (
-    AnyCallback,
-    MisconfigurationException,
-    accumulates,
-    logged_step,
-    logs_now,
-)
+from fx_passes.state import check_c, check_counter
+from sus_lightning._lightning_compat import AnyCallback, accumulates, logged_step, logs_now
+from sus_lightning.account import Account, Summary, plot
+from sus_lightning.arguments import check_mode, check_modules, check_progress_bar
+from sus_lightning.auto_c import AutoC
 from sus_lightning.compilation import Compilation, plan
 from sus_lightning.metrics import PER
-from sus_lightning.probe import Probe, copied
-from sus_lightning.saved import Saved, check_name
-from sus_lightning.schedules import ConstantSchedule, Schedule, as_schedule, check_count, schedule_name, value_at
+from sus_lightning.pacing import INTERVAL, Pacing
+from sus_lightning.probe import Probe, copied, to_be_logged
+from sus_lightning.rewritten import check_rewritten
+from sus_lightning.saved import Saved, check_name, check_real
+from sus_lightning.schedules import (
+    ConstantSchedule,
+    Schedule,
+    as_schedule,
+    check_count,
+    observes,
+    schedule_name,
+    value_at,
+)
+from sus_lightning.steering import attention_modules, measured_alone, measured_at, per_layer, site_c
 from sus_lightning.strategies import check_strategy
+from sus_lightning.timing import Clock, StepTimes
 from sus_lightning.unseen import Unseen, watch
-from sus_lightning.variance_target import ALONE, VarianceTarget
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class SUSBackprop(AnyCallback):
@@ -52,13 +61,16 @@ class SUSBackprop(AnyCallback):
     Logged for all loggers, and for callbacks such as ``ModelCheckpoint(monitor=...)``:
 
     - ``sus/c``, ``sus/attention_rewritten`` (attention sites in the compiled graphs), and ``sus/c_of/<module>`` where
-      ``VarianceTarget(per="layer")`` gives each attention its own;
+      the schedule gives each attention its own (``per="layer"``);
     - ``sus/kept_per_row``, ``sus/kept_fraction``: entries kept per query row, and of all that a dense backward uses,
       over the steps since they were last logged, over all ranks;
     - ``sus/relative_variance`` (0.01 is an increase by 1%), also per kind of parameter (``sus/relative_variance_of/q``,
       ``k``, ``v``, ``o``, ``qkv``, ``rest``) and, with ``variance_per="layer"``, per layer;
       ``sus/worst_relative_variance`` (largest of the attention projections), ``sus/sus_variance``,
-      ``sus/batch_variance``, ``sus/gradient_noise_scale``: see :class:`~sus_lightning.GradientVariance`.
+      ``sus/batch_variance``, ``sus/gradient_noise_scale``: see :class:`~sus_lightning.GradientVariance`;
+    - ``sus/step_speedup``: seconds of a step's forward and backward, exact over SUS, as the probe measured them, and
+      ``sus/net_speedup``: the same divided by the penalty 1 + r x / (1 + x) in steps that the variance costs;
+    - ``sus/summary_...``, when fit ends: the numbers of :attr:`summary`, which is also printed.
 
     Works with ``lightning.pytorch`` and with ``pytorch_lightning``. It can be pickled and deep-copied, before, in and
     after ``fit``; what it made is then a callback that is not attached to any fit, with the same arguments, c and
@@ -66,8 +78,8 @@ class SUSBackprop(AnyCallback):
 
     Note:
         c and the number of draws so far are saved in checkpoints: a run that was resumed draws what the run without
-        interruption would have drawn. With a schedule that has state (:class:`~sus_lightning.VarianceTarget`) so is
-        the schedule.
+        interruption would have drawn. So is the state of a schedule that has one (:class:`~sus_lightning.AutoC`,
+        :class:`~sus_lightning.VarianceTarget`); a run may go on with another schedule, which starts anew.
 
     Note:
         If no attention was rewritten after the first training step, ``fit`` stops with an error that shows what was
@@ -78,6 +90,7 @@ class SUSBackprop(AnyCallback):
         from lightning.pytorch import Trainer
         from sus_lightning import LinearSchedule, SUSBackprop, VarianceTarget
 
+        trainer = Trainer(callbacks=[SUSBackprop()])  # c chooses itself
         trainer = Trainer(callbacks=[SUSBackprop(c=30)])
         trainer = Trainer(callbacks=[SUSBackprop(c=LinearSchedule(256, 30, steps=2000))])
         trainer = Trainer(callbacks=[SUSBackprop(c=VarianceTarget(0.01))])
@@ -85,15 +98,17 @@ class SUSBackprop(AnyCallback):
 
     Args:
         c: expected number of kept entries per query row and head, above 0; ``float("inf")`` is the exact backward.
-            A schedule, a dict ``{step: c}`` or any callable of the global step sets it before each training step,
-            without recompilation.
+            "auto" is :class:`~sus_lightning.AutoC`, which chooses it for the most progress per second. A schedule, a
+            dict ``{step: c}`` or any callable of the global step sets it before each training step, without
+            recompilation.
         sampler: "auto" ("tile" on a GPU, else "systematic"), "systematic" (one draw per row), "independent" (one per
             entry, as in the paper) or "tile" (whole tiles of 64 rows and 64 keys).
         compiler: what runs the rewritten graphs: "inductor", "aot_eager" or "eager".
-        variance_every_n_steps: optimizer steps between two probes; 0 turns them off. The first probe is at step 1.
+        variance_every_n_steps: optimizer steps between two probes; 0 turns them off; ``None`` is 200, or as many more
+            as keep probes below 3% of the training time. The first probe is at step 1.
         variance_draws: SUS gradients per probe, at least 1. A probe costs ``2 + variance_draws`` forward and backward
             passes, two of them with the exact backward; with ``accumulate_grad_batches`` above 2 it costs that many
-            instead of 2.
+            instead of 2. With ``c="auto"`` it is one SUS pass more, at another c.
         seed: fixes the draws; ``None`` follows ``seed_everything``.
         mode: of ``torch.compile``, for modules that the user did not compile; ``compiler="inductor"`` only.
         modules: names of the submodules to compile; ``None`` is all children. "attention" is the blocks that repeat in
@@ -102,6 +117,7 @@ class SUSBackprop(AnyCallback):
         forward: "auto", or "library" to keep the bits of PyTorch's own attention kernel.
         variance_per: "kind" logs the relative variance in total and per kind of parameter, "layer" per layer too,
             which is one more value for each layer.
+        progress_bar: which of "step_speedup" and "net_speedup" the progress bar shows.
 
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
@@ -111,23 +127,26 @@ class SUSBackprop(AnyCallback):
 
     def __init__(
         self,
-        c: float | Schedule | dict[int, float] | Callable[[int], float] = 30.0,
+        c: float | Literal["auto"] | Schedule | dict[int, float] | Callable[[int], float] = "auto",
         sampler: str = "auto",
         compiler: str = "inductor",
-        variance_every_n_steps: int = 200,
+        variance_every_n_steps: int | None = None,
         variance_draws: int = 1,
         seed: int | None = None,
         mode: str | None = None,
         modules: list[str] | str | None = None,
         forward: str = "auto",
         variance_per: str = "kind",
+        progress_bar: list[str] | None = None,
     ) -> None:
-        self.schedule = as_schedule(c)
-        self.variance_every_n_steps = check_count("variance_every_n_steps", variance_every_n_steps)
+        self.schedule = AutoC() if isinstance(c, str) and c == "auto" else as_schedule(c)
+        every = INTERVAL if variance_every_n_steps is None else variance_every_n_steps
+        self.variance_every_n_steps = check_count("variance_every_n_steps", every)
         self.variance_draws = check_count("variance_draws", variance_draws, at_least=1)
         check_choice("variance_per", variance_per, PER)
         self.variance_per = variance_per
-        self._mode, self._modules = _check_mode(mode, compiler), _check_modules(modules)
+        self._mode, self._modules = check_mode(mode, compiler), check_modules(modules)
+        self._shown = check_progress_bar(progress_bar)
         start = self.schedule.c if isinstance(self.schedule, ConstantSchedule) else math.inf
         self.backend = SUSBackend(c=start, sampler=sampler, compiler=compiler, seed=seed, forward=forward)
         self._module: weakref.ref[pl.LightningModule] | None = None
@@ -135,14 +154,17 @@ class SUSBackprop(AnyCallback):
         self._probe: Probe | None = None
         self._unseen: Unseen | None = None
         self._earlier: deque[tuple[Any, int]] = deque()
-        self._probed_step = 0
+        self._pacing = Pacing(budgeted=variance_every_n_steps is None)
         self._variance: dict[str, float] = {}
+        self._times: StepTimes | None = None
+        self._account = Account()
+        self._summary: Summary | None = None
         self._site_c: dict[int, float] = {}  # by number of the site: known before the sites are, after a resume
-        self._checked = self._warned = False
-        if _observes(self.schedule) and not self.variance_every_n_steps:
+        self._checked = self._warned = self._told = False
+        if observes(self.schedule) and not self.variance_every_n_steps:
             raise ValueError(
                 f"variance_every_n_steps must be above 0 for c={schedule_name(self.schedule)}, which adapts c from the "
-                f"probes, but it is 0"
+                f"probes, but it is 0; give c a number to train without probes"
             )
 
     @property
@@ -150,39 +172,61 @@ class SUSBackprop(AnyCallback):
         """The c in use."""
         return self.backend.c
 
+    @property
+    def summary(self) -> Summary | None:
+        """The account of the last fit; None before one has ended."""
+        return self._summary
+
+    def plot(self) -> Figure:
+        """A picture of this fit: loss, c, variance and speed-up against the step. ``figure.savefig(path)`` keeps it.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return plot(self._account)
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         check_strategy(trainer)
         self._forget()
-        self._probed_step, self._variance = 0, {}
+        self._pacing, self._variance = Pacing(self._pacing.budgeted), {}
+        self._account, self._summary = Account(), None
         known = self._module() if self._module is not None else None
         if known is not pl_module and self.backend.report.sites:
             # The report of another module would hide that nothing is found in this one.
             self.backend = _another(self.backend)
             self._site_c = {}
+            if isinstance(self.schedule, AutoC):
+                self.schedule.reset()  # what it knows is another model's time and variance
         self._module = weakref.ref(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not in `setup`: `configure_model` and the strategy, which may create and wrap modules, run after it.
         options = {} if self._mode is None else {"mode": self._mode}
-        self.backend.apart = self._per_layer
-        self._compilation = plan(pl_module, self.backend, self._modules, options, self._per_layer)
+        self.backend.apart = per_layer(self.schedule)
+        self._compilation = plan(pl_module, self.backend, self._modules, options, per_layer(self.schedule))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._probed_step > trainer.global_step:
+        if self._pacing.probed_step > trainer.global_step:
             raise ValueError(
                 f"the saved state of {type(self).__name__}: probed_step must be at most the global step "
-                f"{trainer.global_step} at which training goes on, but it is {self._probed_step}"
+                f"{trainer.global_step} at which training goes on, but it is {self._pacing.probed_step}"
             )
         self._enable()
+        self._account.start()
         if not self.variance_every_n_steps:
             return
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
             rank_zero_warn(
                 "SUSBackprop measures no variance: training_step takes a dataloader_iter instead of a batch."
+                + (f" c stays at {self.schedule(0):g}." if observes(self.schedule) else "")
             )
             return
+        # Under manual optimization training_step holds the optimizers' steps, and with several ranks the backward
+        # their communication: the probe's own passes do not.
+        if pl_module.automatic_optimization and trainer.world_size == 1:
+            self._times = StepTimes(Clock(pl_module.device))
         self._probe = Probe(trainer, pl_module, self.backend, self.variance_draws, self.variance_per)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -204,18 +248,26 @@ class SUSBackprop(AnyCallback):
         self._set_c(step)
         if self._probe is not None:
             if self._earlier and self._is_due(step) and self._may_probe(trainer):
-                self._observe(self._probe, batch, batch_idx, step)
-                shares = {f"c_of/{name}": self.backend.state.c_of(sites[0]) for name, sites in self._shared().items()}
-                self._publish(trainer, pl_module, {**self._variance, **shares}, shown=("relative_variance",))
+                self._observe(self._probe, batch, batch_idx, step, trainer)
+                modules = attention_modules(self.schedule, self.backend.report)
+                shares = {f"c_of/{name}": self.backend.state.c_of(sites[0]) for name, sites in modules.items()}
+                self._publish(trainer, pl_module, {**self._variance, **shares}, ("relative_variance", *self._shown))
             self._keep(trainer, batch, batch_idx)
         if not self._checked and self._unseen is None:
             self._unseen = watch()
+        self._account.note_c(step, self.backend.c)
         if not trainer.barebones:
             pl_module.log("sus/c", self.backend.c, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+        if self._times is not None:
+            self._times.start(self.backend.c, batch)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
         if self._unseen is not None:
             self._unseen.close()
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._times is not None:
+            self._times.stop()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -224,10 +276,14 @@ class SUSBackprop(AnyCallback):
             self._unseen.close()
         if not self._checked and (outputs is not None or not pl_module.automatic_optimization):
             self._checked = True
-            self._check_rewritten(pl_module)
+            compiled = self._compilation.modules if self._compilation else []
+            unseen = self._unseen.names(pl_module) if self._unseen is not None else []
+            self._unseen = None
+            check_rewritten(self.backend.report, type(pl_module).__name__, compiled, unseen)
         if logs_now(trainer) and not accumulates(trainer):
             self._log_now(trainer, {"c": self.backend.c})
-            values = _kept(trainer, self.backend.state.pop_kept())
+            values = self._kept(trainer)
+            self._account.note_loss(trainer.global_step, outputs)
             if not values and not self._warned:
                 self._warned = True
                 rank_zero_warn(
@@ -239,6 +295,10 @@ class SUSBackprop(AnyCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._disable()
+        self._kept(trainer)
+        summary = self._close(trainer)
+        rank_zero_info(str(summary))
+        self._log_now(trainer, {f"summary_{k}": v for k, v in summary.numbers().items() if math.isfinite(v)})
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._disable()
@@ -246,6 +306,7 @@ class SUSBackprop(AnyCallback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._disable()
+        self._close(trainer)
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:
@@ -255,11 +316,14 @@ class SUSBackprop(AnyCallback):
             "site_c": dict(self._site_c),
             "counter": counter,
             "number": number,
-            "probed_step": self._probed_step,
+            "probed_step": self._pacing.probed_step,
+            "not_before": self._pacing.not_before,
+            "account": self._account.state_dict(),
             "variance": dict(self._variance),
         }
         if isinstance(self.schedule, Schedule):
             state["schedule"] = self.schedule.state_dict()
+            state["schedule_type"] = type(self.schedule).__name__
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -273,19 +337,26 @@ class SUSBackprop(AnyCallback):
         site_c = saved.read_dict("site_c", check_count, lambda name, value: check_c(value, name), {})
         counter = saved.read("counter", lambda name, value: check_counter(value, name), 0)
         number = saved.read("number", lambda name, value: None if value is None else check_counter(value, name), None)
-        probed_step = saved.read("probed_step", check_count, 0)
-        variance = saved.read_dict("variance", check_name, _check_real, {})
-        if isinstance(self.schedule, Schedule) and "schedule" in saved and state_dict["schedule"]:
+        steps = saved.read("probed_step", check_count, 0), saved.read("not_before", check_count, 0)
+        variance = saved.read_dict("variance", check_name, check_real, {})
+        account = Account()
+        if "account" in saved:
+            account.load_state_dict(state_dict["account"])
+        # Before the type was saved there was no AutoC.
+        of = saved.read("schedule_type", check_name, "" if isinstance(self.schedule, AutoC) else None)
+        same = of is None or of == type(self.schedule).__name__  # a run may go on with another schedule
+        if same and isinstance(self.schedule, Schedule) and "schedule" in saved and state_dict["schedule"]:
             self.schedule.load_state_dict(state_dict["schedule"])
         self.backend.c = c
-        self._site_c = site_c if self._per_layer else {}
+        self._site_c = site_c if same and per_layer(self.schedule) else {}
         state.resume(counter, number)
-        self._probed_step, self._variance = probed_step, variance
+        self._pacing, self._variance = Pacing(self._pacing.budgeted, *steps), variance
+        self._account = account
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a fit: references to the module, compiled code and batches."""
-        free: dict[str, Any] = {"_module": None, "_compilation": None, "_probe": None, "_earlier": deque()}
-        return {**vars(self), **free, "_checked": False, "_warned": False}
+        free: dict[str, Any] = dict.fromkeys(("_module", "_compilation", "_probe", "_unseen", "_times"))
+        return {**vars(self), **free, "_earlier": deque(), "_checked": False, "_warned": False, "_told": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SUSBackprop:
         copy = type(self).__new__(type(self))
@@ -307,13 +378,9 @@ class SUSBackprop(AnyCallback):
             self._compilation.clear()
         if self._unseen is not None:
             self._unseen.close()
-        self._compilation = self._probe = self._unseen = None
+        self._compilation = self._probe = self._unseen = self._times = None
         self._earlier.clear()
-        self._checked = self._warned = False
-
-    @property
-    def _per_layer(self) -> bool:
-        return isinstance(self.schedule, VarianceTarget) and self.schedule.per == "layer"
+        self._checked = self._warned = self._told = False
 
     def _set_c(self, step: int) -> None:
         state, c = self.backend.state, value_at(self.schedule, step)
@@ -321,32 +388,51 @@ class SUSBackprop(AnyCallback):
             state.c = c
             state.set_site_c(self._site_c)
 
-    def _shared(self) -> dict[str, list[int]]:
-        """Numbers of the sites of each attention module, where the schedule gives each its own c."""
-        sites: dict[str, list[int]] = {}
-        if self._per_layer:
-            for site in self.backend.report.sites:
-                if site.status == REWRITTEN:
-                    sites.setdefault(site.module or f"site {site.number}", []).append(site.number)
-        return sites
-
-    def _observe(self, probe: Probe, batch: Any, batch_idx: int, step: int) -> None:
+    def _observe(self, probe: Probe, batch: Any, batch_idx: int, step: int, trainer: pl.Trainer) -> None:
         """Probes, and lets the schedule adapt c."""
-        shared = self._shared()
-        alone = self.schedule.measure(list(shared)) if isinstance(self.schedule, VarianceTarget) else []
-        values = probe(batch, batch_idx, self._earlier, {name: shared[name] for name in alone})
-        if isinstance(self.schedule, Schedule):
-            self.schedule.observe(values)
-        if isinstance(self.schedule, VarianceTarget):
-            self._site_c = {n: self.schedule.c_of(name) for name, numbers in shared.items() for n in numbers}
-        self._variance = {name: value for name, value in values.items() if not name.startswith(ALONE)}
-        self._probed_step = step
+        schedule, c, step_seconds = self.schedule, self.backend.c, self._pacing.step_seconds(step)
+        modules = attention_modules(schedule, self.backend.report)
+        training = self._times.seconds(c, batch) if self._times is not None else []
+        alone, at = measured_alone(schedule, modules), measured_at(schedule, modules)
+        values = probe(batch, batch_idx, self._earlier, alone, at, training)
+        speedups = self._account.note_probe(step, c, values, getattr(schedule, "on", "total"))
+        if isinstance(schedule, Schedule):
+            schedule.observe({**values, **speedups})
+        self._site_c = site_c(schedule, modules)
+        self._variance = to_be_logged(values) | speedups
         self._set_c(step)
+        if isinstance(schedule, AutoC) and schedule.gains_nothing and not self._told:
+            self._told = True
+            self._say_nothing_is_gained(schedule, probe, batch, batch_idx)
+        self._pacing.probed(trainer, step, values, step_seconds)
+
+    def _say_nothing_is_gained(self, schedule: AutoC, probe: Probe, batch: Any, batch_idx: int) -> None:
+        self._disable()  # attention is counted in the module as it was given
+        try:
+            expected = probe.expectation(batch, batch_idx)
+        finally:
+            self._enable()
+        share = (expected.keys, expected.backward_share) if expected is not None and expected.calls else ()
+        rank_zero_info(schedule.verdict(*share))
+
+    def _kept(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Kept entries since the last call, over all ranks."""
+        kept = self.backend.state.pop_kept()
+        counts = torch.tensor([kept.entries, kept.rows, kept.dense], device=trainer.strategy.root_device)
+        entries, rows, dense = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        self._account.note_kept(entries, rows, dense)
+        return {"kept_per_row": entries / rows, "kept_fraction": entries / dense} if rows else {}
+
+    def _close(self, trainer: pl.Trainer) -> Summary:
+        """Ends the account."""
+        self._account.stop()
+        if self._summary is None:
+            report = self.backend.report
+            self._summary = self._account.summary(report.rewritten, report.left, trainer.global_step)
+        return self._summary
 
     def _is_due(self, step: int) -> bool:
-        """Whether a probe belongs to this step, or to an earlier one at which it was not possible."""
-        every = self.variance_every_n_steps
-        return step >= 1 and (step - 1) // every > (self._probed_step - 1) // every
+        return self._pacing.is_due(step, self.variance_every_n_steps)
 
     def _may_probe(self, trainer: pl.Trainer) -> bool:
         """Whether this batch completes an optimizer step and has the size of the others."""
@@ -362,27 +448,6 @@ class SUSBackprop(AnyCallback):
         while len(self._earlier) >= count:
             self._earlier.popleft()
         self._earlier.append((copied(batch), batch_idx))
-
-    def _check_rewritten(self, pl_module: pl.LightningModule) -> None:
-        report, modules = self.backend.report, self._compilation.modules if self._compilation else []
-        unseen = self._unseen.names(pl_module) if self._unseen is not None else []
-        self._unseen = None
-        if report.rewritten:
-            rank_zero_info(f"SUSBackprop: {report}")
-            without = [_described(site) for site in report.sites if site.status != REWRITTEN] + unseen
-            if without:
-                rank_zero_warn(
-                    f"SUSBackprop: {report.rewritten} of {report.rewritten + report.left + len(unseen)} attentions of "
-                    f"this model train with SUS; these do not: {', '.join(without)}"
-                )
-            return
-        ran = f" Attention ran in {', '.join(unseen)}." if unseen else ""
-        raise MisconfigurationException(
-            f"SUSBackprop rewrote no attention of {type(pl_module).__name__}: it would train without SUS. Compiled "
-            f"were the submodules {modules}.{ran} Attention that is computed in the LightningModule's own methods, or "
-            f"in a method other than forward of a submodule, is not seen: move it into the forward of a submodule.\n"
-            f"{report}"
-        )
 
     def _publish(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, values: dict[str, float], shown: tuple[str, ...] = ()
@@ -406,45 +471,3 @@ def _another(old: SUSBackend) -> SUSBackend:
     backend = SUSBackend(old.c, old.sampler, old.compiler, old.state.seed, old.forward)
     backend.state.counter = old.state.counter
     return backend
-
-
-def _described(site: Site) -> str:
-    place = " ".join(part for part in (site.module, f"({site.source})" if site.source else "") if part)
-    return f"{place or site.form}: {site.reason}"
-
-
-def _kept(trainer: pl.Trainer, kept: Kept) -> dict[str, float]:
-    counts = torch.tensor([kept.entries, kept.rows, kept.dense], device=trainer.strategy.root_device)
-    entries, rows, dense = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-    return {"kept_per_row": entries / rows, "kept_fraction": entries / dense} if rows else {}
-
-
-def _observes(schedule: Callable[[int], float]) -> bool:
-    return isinstance(schedule, Schedule) and type(schedule).observe is not Schedule.observe
-
-
-def _check_real(name: str, value: Any) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, but it is {shown(value)}")
-    return float(value)
-
-
-def _check_mode(mode: Any, compiler: str) -> str | None:
-    if mode is None:
-        return None
-    allowed = list(torch._inductor.list_mode_options())
-    if mode not in allowed:
-        raise ValueError(f"mode must be None or one of {', '.join(map(repr, allowed))}, but it is {mode!r}")
-    if compiler != "inductor":
-        raise ValueError(f"mode is for compiler='inductor' only, but mode is {mode!r} and compiler is {compiler!r}")
-    return str(mode)
-
-
-def _check_modules(modules: Any) -> list[str] | str | None:
-    if modules is None or (isinstance(modules, str) and modules == "attention"):
-        return modules
-    if isinstance(modules, str) or not isinstance(modules, Sequence) or not all(isinstance(m, str) for m in modules):
-        raise TypeError(f"modules must be a list of names of submodules, 'attention' or None, but it is {modules!r}")
-    if not modules:
-        raise ValueError("modules must name at least one submodule, but it is empty")
-    return list(modules)

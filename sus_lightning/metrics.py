@@ -26,7 +26,8 @@ class GradientVariance(Metric):
         batch_variance        =  mean |g_1 - g_2|^2 / 2      (two batches, or each two neighbours of more)
                               =  mean |g_1 - g_2|^2 / 4      (two halves of one batch)
         relative_variance     =  sus_variance / batch_variance
-        gradient_noise_scale  =  batch_variance / mean(g_1 . g_2)
+        squared_gradient      =  mean(g_1 . g_2)
+        gradient_noise_scale  =  batch_variance / squared_gradient
 
     Each mean is unbiased: E|g_1 - g_2|^2 = 2 tr(Sigma) for independent batches of the size that is trained with (halves
     have twice its variance, hence 4), and E[g_1 . g_2] = |G|^2 for the true gradient G. The states are those sums and
@@ -37,7 +38,7 @@ class GradientVariance(Metric):
     update were seen; the noise scale is in units of one batch, NaN where the estimate of |G|^2 is not positive.
 
     Note:
-        ``compute`` returns the four values in total, ``relative_variance_of/<kind>`` for the kinds q, k, v, o, qkv and
+        ``compute`` returns the five values in total, ``relative_variance_of/<kind>`` for the kinds q, k, v, o, qkv and
         rest of parameters (told by their names, fused qkv weights split where that can be recognised), with
         ``per="layer"`` also ``relative_variance_of/<layer>``, and ``worst_relative_variance``, the largest one among
         the attention projections of the layers.
@@ -139,11 +140,13 @@ class GradientVariance(Metric):
     def compute(self) -> dict[str, Tensor]:
         """All values by name, see the class."""
         noise, spread = self.noise / self.draws, self.spread / self.pairs
+        squared = (self.product / self.pairs).sum()
         values = {
             "relative_variance": _ratio(noise.sum(), spread.sum()),
             "sus_variance": noise.sum(),
             "batch_variance": spread.sum(),
-            "gradient_noise_scale": _ratio(spread.sum(), (self.product / self.pairs).sum()),
+            "squared_gradient": squared,
+            "gradient_noise_scale": _ratio(spread.sum(), squared),
         }
         if not self.pieces:
             return values

@@ -165,7 +165,7 @@ def as_schedule(c: Any) -> Callable[[int], float]:
     if _is_number(c):
         return ConstantSchedule(c)
     raise TypeError(
-        f"c must be a number above 0 (float('inf') is the exact backward), a schedule, a dict of step: c, or a "
+        f"c must be 'auto', a number above 0 (float('inf') is the exact backward), a schedule, a dict of step: c, or a "
         f"function of the global step, but it is {c!r}"
     )
 
@@ -179,6 +179,11 @@ def value_at(schedule: Callable[[int], float], step: int) -> float:
     value: Any = schedule(step)
     name = f"the c that the schedule {schedule_name(schedule)} returned for step {step}"
     return check_number(name, value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
+
+
+def observes(schedule: Callable[[int], float]) -> bool:
+    """Whether it takes anything from probes."""
+    return isinstance(schedule, Schedule) and type(schedule).observe is not Schedule.observe
 
 
 def schedule_name(schedule: Callable[[int], float]) -> str:

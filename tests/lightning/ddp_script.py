@@ -1,6 +1,6 @@
 """Two processes on gloo, started by test_strategies.py: trains, and writes what each rank saw to a file.
 
-Usage: ddp_script.py FOLDER STRATEGY PROBE_INTERVAL adapt|constant|exact|none
+Usage: ddp_script.py FOLDER STRATEGY PROBE_INTERVAL adapt|auto|constant|exact|none
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from models import LM, Attention, Plain, loader, trainer
 from torch import Tensor, nn
 
-from sus_lightning import SUSBackprop, VarianceTarget
+from sus_lightning import AutoC, SUSBackprop, VarianceTarget
 
 
 class Sharded(Plain):
@@ -100,12 +100,14 @@ def main(folder: str, name: str, every: int, mode: str) -> None:
     torch.set_num_threads(1)
     seed_everything(2, verbose=False)
     module, strategy = make(name)
-    schedule: Any = {
+    schedules: dict[str, Any] = {
         "adapt": VarianceTarget(0.05, start=6, minimum=1, per="layer"),
+        "auto": AutoC(start=6, minimum=1, per="layer"),
         "constant": 6,
         "exact": float("inf"),
         "none": 6,
-    }[mode]
+    }
+    schedule = schedules[mode]
     callback = SUSBackprop(schedule, compiler="aot_eager", variance_every_n_steps=every)
     draws: list[int] = []
     next_seed = callback.backend.state.next_seed
@@ -122,6 +124,8 @@ def main(folder: str, name: str, every: int, mode: str) -> None:
         "draws": draws,
         "rewritten": callback.backend.report.rewritten,
         "variance": callback._variance,
+        "schedule": schedule.state_dict() if mode in ("adapt", "auto") else {},
+        "summary": callback.summary.numbers() if callback.summary is not None else {},
         "weights": {n: p.detach().double().flatten().tolist() for n, p in full.items()},
         "rank": fit.global_rank,
     }

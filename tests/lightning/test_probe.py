@@ -217,9 +217,9 @@ def test_micro_batches_of_a_step_give_the_batch_variance() -> None:
     original, checked = callback.on_train_batch_start, []
 
     def direct(fit: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        probed_before = callback._probed_step
+        probed_before = callback._pacing.probed_step
         original(fit, pl_module, batch, batch_idx)
-        if callback._probed_step == probed_before:
+        if callback._pacing.probed_step == probed_before:
             return
         assert batch_idx % 3 == 2  # the last micro-batch of the step
         callback._disable()

@@ -45,6 +45,19 @@ def test_ranks_draw_differently_and_agree(tmp_path: Path, strategy: str) -> None
     assert first["weights"] == second["weights"]
 
 
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("model_parallel", marks=pytest.mark.slow)])
+def test_auto_is_the_same_on_all_ranks(tmp_path: Path, strategy: str) -> None:
+    first, second = two_ranks(tmp_path / "auto", strategy, 2, "auto")
+    probes = first["schedule"]["probes"]
+    assert len(probes) == 3
+    assert all(p["seconds"] > 0 and p["variance"] > 0 for probe in probes for p in probe["passes"] if not p["full"])
+    assert first["schedule"] == second["schedule"]
+    assert (first["c"], first["site_c"]) == (second["c"], second["site_c"])
+    assert first["variance"] == second["variance"]
+    assert first["weights"] == second["weights"]
+    assert first["summary"]["kept_per_row"] == second["summary"]["kept_per_row"]
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "model_parallel", "ddp_find_unused", "ddp_bucket_view", "ddp_static"])
 @pytest.mark.slow
 def test_probes_change_no_weight(tmp_path: Path, strategy: str) -> None:

@@ -1,0 +1,316 @@
+"""The account of a fit: what SUS did, what it gained, and what it cost, in one block and one picture."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fx_passes.state import shown
+from sus_lightning.landscape import average_noise_scale, penalty
+from sus_lightning.saved import Saved, check_name, check_real
+from sus_lightning.schedules import check_amount, check_count, check_number
+from sus_lightning.timing import compile_seconds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_POINTS = 1000  # of a series; a longer one is thinned
+_MEASURED = ("relative_variance", "worst_relative_variance", "batch_variance", "squared_gradient")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The account of one fit. What was not measured is NaN, and "not measured" in print.
+
+    Attributes:
+        rewritten, left: attention sites with a SUS backward, and without.
+        steps: optimizer steps.
+        c: (step, c) where c changed, the first step included.
+        kept_per_row, kept_fraction: entries kept per query row, and of all that a dense backward uses.
+        relative_variance: by SUS, mean over the probes; of the batch's own.
+        worst_relative_variance: mean over the probes of the largest among the attention projections.
+        noise_scale: gradient noise scale in batches of one step, of the last probes.
+        step_speedup: seconds of a step's forward and backward, exact over SUS, median of the probes.
+        net_speedup: the same divided by the penalty for the variance.
+        seconds, probe_seconds, compile_seconds: of the fit, and of it in probes and in torch.compile.
+        probes: how many there were.
+    """
+
+    rewritten: int
+    left: int
+    steps: int
+    c: tuple[tuple[int, float], ...]
+    kept_per_row: float
+    kept_fraction: float
+    relative_variance: float
+    worst_relative_variance: float
+    noise_scale: float
+    step_speedup: float
+    net_speedup: float
+    seconds: float
+    probe_seconds: float
+    compile_seconds: float
+    probes: int
+
+    def numbers(self) -> dict[str, float]:
+        """What is a number, for loggers; c is the last one."""
+        values = {name: value for name, value in asdict(self).items() if name != "c"}
+        return {name: float(v) for name, v in {**values, "c": self.c[-1][1] if self.c else math.nan}.items()}
+
+    def __str__(self) -> str:
+        training = self.seconds - self.compile_seconds if self.compile_seconds >= 0 else self.seconds
+        share = f" ({self.probe_seconds / training:.1%} of training)" if training > 0 else ""
+        rows = [
+            ("attentions", f"{self.rewritten} of {self.rewritten + self.left} with a SUS backward"),
+            ("c", _path(self.c)),
+            ("kept entries", _said(self.kept_per_row, "{:.1f} per row, ") + _said(self.kept_fraction, "{:.2%} of all")),
+            (
+                "added variance",
+                _said(self.relative_variance, "{:.2%} of the batch's own; ")
+                + _said(self.worst_relative_variance, "worst kind {:.2%}", "kinds not known"),
+            ),
+            ("speed-up of a step", _said(self.step_speedup, "{:.2f}x (forward and backward)")),
+            (
+                "net of the variance",
+                _said(self.net_speedup, "{:.2f}x")
+                + " (noise scale "
+                + _said(self.noise_scale, "{:.3g})", "not known)"),
+            ),
+            ("time", f"{_time(self.seconds)} for {self.steps} steps"),
+            ("  in probes", f"{_time(self.probe_seconds)} for {self.probes}{share}"),
+            ("  in compilation", _said(self.compile_seconds, "{}", formatted=_time)),
+        ]
+        return "\n".join(["SUS backprop in this fit:", *(f"  {name:20} {text}" for name, text in rows)])
+
+
+@dataclass
+class Account:
+    """Collects, while a fit runs, what its `Summary` and picture are made of.
+
+    Attributes:
+        probes: what each probe gave: step, c, relative_variance, step_speedup and so on.
+        c: (step, c) where c changed.
+        losses: (step, loss) at the steps that are logged.
+    """
+
+    probes: list[dict[str, float]] = field(default_factory=list)
+    c: list[tuple[int, float]] = field(default_factory=list)
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    entries: float = 0.0
+    rows: float = 0.0
+    dense: float = 0.0
+    seconds: float = 0.0
+    probe_seconds: float = 0.0
+    compile_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._running: tuple[float, float] | None = None
+
+    def start(self) -> None:
+        """The clock of the fit runs."""
+        self._running = time.perf_counter(), compile_seconds()
+
+    def stop(self) -> None:
+        """The clock stops; it may be started again."""
+        vars(self).update(self._elapsed())
+        self._running = None
+
+    def note_c(self, step: int, c: float) -> None:
+        if not self.c or self.c[-1][1] != c:
+            self.c.append((step, c))
+            _thin(self.c)
+
+    def note_loss(self, step: int, outputs: Any) -> None:
+        """Takes what a training step gave, where that is a loss or holds one."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self.losses.append((step, float(loss)))
+            _thin(self.losses)
+
+    def note_kept(self, entries: float, rows: float, dense: float) -> None:
+        self.entries, self.rows, self.dense = self.entries + entries, self.rows + rows, self.dense + dense
+
+    def note_probe(self, step: int, c: float, values: Mapping[str, float], on: str = "total") -> dict[str, float]:
+        """Takes the values of a probe; returns ``step_speedup`` and ``net_speedup``, what is to be logged besides.
+
+        Args:
+            step: optimizer steps so far.
+            c: at which it measured.
+            values: what `Probe` returned.
+            on: "worst" where the penalty is that of the worst attention kind.
+        """
+        probe = {"step": float(step), "c": c} | {name: values.get(name, math.nan) for name in _MEASURED}
+        self.probe_seconds += values.get("probe_seconds", 0.0)
+        speedup = values.get("exact_step_seconds", math.nan) / (values.get("step_seconds", math.nan) or math.nan)
+        variance = probe["worst_relative_variance" if on == "worst" else "relative_variance"]
+        self.probes.append(probe)
+        speedups = {"step_speedup": 1.0, "net_speedup": 1.0}  # c = inf is the exact backward
+        if not math.isinf(c):
+            speedups = {"step_speedup": speedup, "net_speedup": speedup / penalty(variance, self.noise_scale)}
+        probe.update(speedups)
+        _thin(self.probes)
+        return {name: value for name, value in speedups.items() if math.isfinite(value)}
+
+    @property
+    def noise_scale(self) -> float:
+        """Of the last probes, in batches of a step; NaN where it cannot be told."""
+        return average_noise_scale([(p["batch_variance"], p["squared_gradient"]) for p in self.probes])
+
+    def summary(self, rewritten: int, left: int, steps: int) -> Summary:
+        return Summary(
+            rewritten=rewritten,
+            left=left,
+            steps=steps,
+            c=tuple(self.c),
+            kept_per_row=self.entries / self.rows if self.rows else math.nan,
+            kept_fraction=self.entries / self.dense if self.dense else math.nan,
+            relative_variance=_mean(self.series("relative_variance")),
+            worst_relative_variance=_mean(self.series("worst_relative_variance")),
+            noise_scale=self.noise_scale,
+            step_speedup=_median(self.series("step_speedup")),
+            net_speedup=_median(self.series("net_speedup")),
+            seconds=self.seconds,
+            probe_seconds=self.probe_seconds,
+            compile_seconds=self.compile_seconds,
+            probes=len(self.probes),
+        )
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) over the probes, where it is finite."""
+        return [(int(p["step"]), p[name]) for p in self.probes if math.isfinite(p[name])]
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self) | self._elapsed()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` had returned, of older versions too.
+
+        Raises:
+            TypeError, ValueError: a value is none that an account can have had; nothing is changed then.
+        """
+        saved, loaded = Saved(state, "the account"), Account()
+        loaded.probes = saved.read("probes", _check_probes, [])
+        loaded.c = saved.read("c", partial(_check_series, check=check_number), [])
+        loaded.losses = saved.read("losses", partial(_check_series, check=check_real), [])
+        for name in ("entries", "rows", "dense", "seconds", "probe_seconds"):
+            setattr(loaded, name, saved.read(name, check_amount, 0.0))
+        loaded.compile_seconds = saved.read("compile_seconds", check_real, 0.0)  # NaN where torch does not say
+        vars(self).update(vars(loaded))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the clock, whose moments are of this process and of a fit that the copy is not part of."""
+        return {**vars(self), **self._elapsed(), "_running": None}
+
+    def _elapsed(self) -> dict[str, float]:
+        seconds, compiled = self.seconds, self.compile_seconds
+        if self._running is not None:
+            began, before = self._running
+            now = compile_seconds()
+            seconds += time.perf_counter() - began
+            compiled += now if now < before else now - before  # torch._dynamo.reset() sets it to 0
+        return {"seconds": seconds, "compile_seconds": compiled}
+
+
+def _check_series(name: str, value: Any, check: Callable[[str, Any], float]) -> list[tuple[int, float]]:
+    if not isinstance(value, Sequence) or not all(isinstance(p, Sequence) and len(p) == 2 for p in value):
+        raise TypeError(f"{name} must be a list of pairs of a step and a number, but it is {shown(value)}")
+    return [(check_count(f"a step of {name}", step), check(f"{name} at step {step}", y)) for step, y in value]
+
+
+def _check_probes(name: str, value: Any) -> list[dict[str, float]]:
+    if not isinstance(value, Sequence) or not all(isinstance(probe, Mapping) for probe in value):
+        raise TypeError(f"{name} must be a list of dicts, but it is {shown(value)}")
+    for i, probe in enumerate(value):
+        missing = [key for key in ("step", "c", *_MEASURED, "step_speedup", "net_speedup") if key not in probe]
+        if missing:
+            raise ValueError(f"{name}[{i}] must have {', '.join(missing)}")
+        check_amount(f"{name}[{i}]['step']", probe["step"])
+    return [
+        {check_name(f"a key of {name}[{i}]", k): check_real(f"{name}[{i}][{k!r}]", v) for k, v in probe.items()}
+        for i, probe in enumerate(value)
+    ]
+
+
+def plot(account: Account) -> Figure:
+    """Loss, c, variance and speed-up against the step.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("SUSBackprop.plot() needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    (loss, c), (variance, speed) = figure.subplots(2, 2, sharex=True)
+    last = max([0, *(step for step, _ in (*account.losses, *account.c)), *(int(p["step"]) for p in account.probes)])
+    loss.plot(*_axes(account.losses))
+    finite = [(step, value if math.isfinite(value) else math.nan) for step, value in account.c]
+    if finite:
+        c.step(*_axes([*finite, (last, finite[-1][1])]), where="post", marker="." if len(finite) < 50 else None)
+        c.set_yscale("log", base=2)
+    for step, end in _infinite(account.c, last):
+        c.axvspan(step, end, color="0.9", label="exact (c = inf)")
+    for name, label in (("relative_variance", "all parameters"), ("worst_relative_variance", "worst attention kind")):
+        steps, values = _axes(account.series(name))
+        variance.plot(steps, [100 * v for v in values], marker=".", label=label)
+    for name, label in (("step_speedup", "of a step"), ("net_speedup", "net of the variance")):
+        speed.plot(*_axes(account.series(name)), marker=".", label=label)
+    speed.axhline(1, color="0.5", linewidth=0.8)
+    loss.set(title="Training loss")
+    c.set(title="c (kept entries per row)")
+    variance.set(title="Variance added by SUS, % of the batch's own", xlabel="step", ylim=(0, None))
+    speed.set(title="Speed-up over the exact backward", xlabel="step", ylim=(0, None))
+    for axes in (variance, speed):
+        axes.legend()
+    return figure
+
+
+def _infinite(c: Sequence[tuple[int, float]], last: int) -> list[tuple[int, int]]:
+    ends = [*(step for step, _ in c[1:]), last]
+    return [(step, end) for (step, value), end in zip(c, ends, strict=False) if math.isinf(value)]
+
+
+def _axes(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _thin(points: list[Any]) -> None:
+    """Drops every other point of a series that has become long; the last one stays."""
+    if len(points) > _POINTS:
+        del points[-2::-2]
+
+
+def _mean(points: Sequence[tuple[int, float]]) -> float:
+    return sum(y for _, y in points) / len(points) if points else math.nan
+
+
+def _median(points: Sequence[tuple[int, float]]) -> float:
+    return median(y for _, y in points) if points else math.nan
+
+
+def _path(c: Sequence[tuple[int, float]]) -> str:
+    if not c:
+        return "not measured"
+    shown = c if len(c) <= 6 else [*c[:3], *c[-3:]]
+    texts = [f"{value:g}" + (f" (step {step})" if step else "") for step, value in shown]
+    if len(c) > 6:
+        texts.insert(3, "...")
+    return " -> ".join(texts)
+
+
+def _said(value: float, template: str, missing: str = "not measured", formatted: Any = None) -> str:
+    if math.isnan(value):
+        return missing
+    return template.format(value if formatted is None else formatted(value))
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
