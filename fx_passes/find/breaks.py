@@ -48,7 +48,7 @@ def mend_graph_breaks() -> None:
     _give_no_hint()
     _enter_torch_nn()
     _train_flex_on_the_cpu()
-    torch._dynamo.assume_constant_result(rewrites)
+    torch._dynamo.assume_constant_result(rewrites)  # type: ignore[no-untyped-call]
     torch._dynamo.allow_in_graph(calls.call_known)  # type: ignore[no-untyped-call]
     torch._dynamo.allow_in_graph(calls.call_left)  # type: ignore[no-untyped-call]
 

@@ -200,27 +200,31 @@ def _backward(
     if grad is None:
         grad = torch.zeros_like(outputs[0])
     width = grad.shape[-1]
-    exact_total = total_grad is not None and torch.is_grad_enabled()  # for gradients of gradients
-    if total_grad is not None and not exact_total:
+    apart = torch.is_grad_enabled()  # for gradients of gradients
+    if total_grad is not None and not apart:
         grad, outputs, inputs = _with_total(grad, total_grad, outputs, inputs)
     grads = list(attention_backward(grad, *outputs, *inputs, bias_grad, *ctx.static))
-    grads[2] = grads[2][..., :width]
+    if total_grad is not None and not apart:
+        grads[2] = grads[2][..., :width]
     result: list[Tensor | None] = [None] * (_TENSORS + 3 + _STATICS)
     result[:3] = grads[:3]
     if bias_grad:
         result[4] = grads[3]
     if inputs[5] is not None:
         result[5] = grads[4]
-    if exact_total:
-        for i, more in _grads_of_lse(total_grad * outputs[2], inputs, ctx.static).items():  # type: ignore[operator]
-            result[i] = more if result[i] is None else result[i] + more  # type: ignore[operator]
+    if total_grad is not None and apart:
+        for i, more in _grads_of_lse(total_grad * outputs[2], inputs, ctx.static).items():
+            found = result[i]
+            result[i] = more if found is None else found + more
     return tuple(result)
 
 
 def _grads_of_lse(grad: Tensor, inputs: tuple[Any, ...], static: tuple[Any, ...]) -> dict[int, Tensor]:
     """Exact gradients, by the operands' places, that have gradients again; `grad` is that of the logsumexp."""
     live = {i: _live(inputs[i]) for i in (0, 1, 4, 5) if inputs[i] is not None and inputs[i].requires_grad}
-    _, lse = exact_attention(*(live.get(i, x) for i, x in enumerate(inputs[:_TENSORS])), *static[:5], return_lse=True)
+    tensors = [live.get(i, x) for i, x in enumerate(inputs[:_TENSORS])]
+    named = dict(zip(("scale", "left", "right", "bottom_right", "softcap"), static, strict=False))
+    _, lse = exact_attention(*tensors, **named, return_lse=True)
     found = torch.autograd.grad(lse, list(live.values()), grad, create_graph=True)
     return dict(zip(live, found, strict=True))
 
