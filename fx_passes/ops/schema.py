@@ -222,9 +222,8 @@ def _backward(
 def _grads_of_lse(grad: Tensor, inputs: tuple[Any, ...], static: tuple[Any, ...]) -> dict[int, Tensor]:
     """Exact gradients, by the operands' places, that have gradients again; `grad` is that of the logsumexp."""
     live = {i: _live(inputs[i]) for i in (0, 1, 4, 5) if inputs[i] is not None and inputs[i].requires_grad}
-    tensors = [live.get(i, x) for i, x in enumerate(inputs[:_TENSORS])]
-    named = dict(zip(("scale", "left", "right", "bottom_right", "softcap"), static, strict=False))
-    _, lse = exact_attention(*tensors, **named, return_lse=True)
+    tensors: list[Any] = [live.get(i, x) for i, x in enumerate(inputs[:_TENSORS])]
+    _, lse = exact_attention(*[*tensors, *static[:5], 0.0, True])  # without dropout
     found = torch.autograd.grad(lse, list(live.values()), grad, create_graph=True)
     return dict(zip(live, found, strict=True))
 
