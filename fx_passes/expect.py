@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from fx_passes.ops.functional import sus_attention
 
@@ -139,7 +138,10 @@ class CountAttention(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # it imports Triton
+
         super().__init__()  # type: ignore[no-untyped-call]
+        self._flops_of = flop_registry
         self._fused: list[AttentionCall] = []
         self._products: list[_Product] = []
         self._softmaxes: list[tuple[int, ...]] = []
@@ -154,8 +156,8 @@ class CountAttention(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._fused.append(_fused_call(func, args, kwargs))
         elif packet in _SOFTMAXES and args[0].dim() >= 3:
             self._softmaxes.append(tuple(args[0].shape))
-        elif packet in flop_registry:
-            flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
+        elif packet in self._flops_of:
+            flops = float(self._flops_of[packet](*args, **kwargs, out_val=out))
             tensors = [a for a in args if isinstance(a, Tensor)]
             first = tensors[1] if packet in (_aten.addmm, _aten.baddbmm) else tensors[0]
             self._products.append(_Product(tuple(first.shape), tuple(out.shape), flops, out.dtype, str(out.device)))

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import flex_attention
 from torch.nn.modules import transformer
 
 from fx_passes.find import calls
@@ -118,6 +117,8 @@ def _train_flex_on_the_cpu() -> None:
 
     A rewritten call has one.
     """
+    from torch.nn.attention import flex_attention
+
     original = getattr(flex_attention, "_validate_device", None)
     if original is None:
         return
