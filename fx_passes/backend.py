@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fx_passes.find.breaks import mend_graph_breaks
+from fx_passes.find.breaks import know_calls, mend_graph_breaks
 from fx_passes.ops.functional import check_choice
 from fx_passes.ops.problem import FORWARDS, SAMPLERS
 from fx_passes.report import Report
@@ -49,7 +49,7 @@ class SUSBackend:
     1
     """
 
-    rewrites_attention = True  # Dynamo then compiles frames that begin in torch.nn: see `find.breaks`
+    rewrites_attention = True  # Dynamo then traces calls and frames that it would not: see `find.breaks`
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class SUSBackend:
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
             raise TypeError(f"seed must be an int or None, but it is {seed!r}")
         mend_graph_breaks()
+        know_calls()
         self.sampler, self.compiler, self.forward = sampler, compiler, forward
         self.state = State(c, seed)
         self.report = Report(state=self.state.id)
@@ -82,6 +83,7 @@ class SUSBackend:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         """Called by Dynamo for each graph. `kwargs` are torch.compile's `mode` and `options`, for Inductor."""
+        know_calls()  # of packages that were loaded since, for the next frame
         if not torch.is_grad_enabled():
             return _compile(self.compiler, gm, example_inputs, kwargs)
         guarded, parameter, frame = Guarded(gm, example_inputs), first_parameter(gm), this_frame(gm, self.apart)
@@ -126,6 +128,7 @@ class SUSBackend:
         """In another process, or as a copy in this one: the same options, c, seed and counter; nothing is compiled."""
         vars(self).update(state)
         mend_graph_breaks()
+        know_calls()
         self.report.state = self.state.id
         self.report._owners.clear()  # identities of tensors of the process that it comes from
 

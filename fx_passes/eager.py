@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from types import FunctionType
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fx_passes import eager_calls
+from fx_passes.find.calls import VARLEN, Call, NotTaken, is_varlen, varlen_arguments
 from fx_passes.ops.arguments import check_choice, why_left
 from fx_passes.ops.functional import attend
 from fx_passes.ops.problem import FORWARDS, SAMPLERS
@@ -22,12 +25,13 @@ from fx_passes.state import State, draw
 class sus_backward(TorchFunctionMode):
     """Gives F.scaled_dot_product_attention a SUS backward inside a ``with`` block, in eager code.
 
-    It acts on direct calls and on modules that call it, such as nn.TransformerEncoderLayer in training. Attention
-    written by hand is not seen: compile with `SUSBackend` for that. Calls where no gradient is recorded stay as they
-    are. The backward may run after the block. Threads may use one block or several at once: nothing outside of a
-    thread's own blocks changes.
+    It acts on direct calls and on modules that call it, such as nn.TransformerEncoderLayer in training, and also on
+    flex_attention, flash-attn, xformers and torch's varlen_attn. Attention written by hand is not seen: compile with
+    `SUSBackend` for that. Calls where no gradient is recorded stay as they are. The
+    backward may run after the block. Threads may use one block or several at once: nothing outside of a thread's own
+    blocks changes.
 
-    A call that it cannot take goes to PyTorch's own function and is counted in `report`, with the reason: nested
+    A call that it cannot take goes to its own function and is counted in `report`, with the reason: nested
     tensors and other subclasses, devices but CPU and CUDA, empty tensors, a mask together with is_causal, transforms of
     torch.func.
 
@@ -69,6 +73,11 @@ class sus_backward(TorchFunctionMode):
         return self.state.calls
 
     @property
+    def left(self) -> dict[str, int]:
+        """How many calls went to their own function, by reason."""
+        return self.state.left
+
+    @property
     def report(self) -> Report:
         """The calls that got a SUS backward as one site, and one site for each reason for which calls did not."""
         return report_of_calls(self.state)
@@ -77,6 +86,11 @@ class sus_backward(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.is_grad_enabled() and is_varlen(func):
+            try:
+                return self._call(VARLEN, varlen_arguments(args, kwargs))
+            except NotTaken:
+                return func(*args, **kwargs)
         if torch.is_grad_enabled() and func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         if torch.is_grad_enabled() and func is F.multi_head_attention_forward and isinstance(func, FunctionType):
@@ -120,7 +134,7 @@ class sus_backward(TorchFunctionMode):
     ) -> Tensor:
         c, seed = draw(query, self.state.id, [0])
         is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
-        return attend(
+        out: Tensor = attend(
             query,
             key,
             value,
@@ -135,6 +149,48 @@ class sus_backward(TorchFunctionMode):
             forward=self.forward,
             state=self.state.id,
         )
+        return out
+
+    def __enter__(self) -> sus_backward:
+        eager_calls.enter(self._call)
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
+        eager_calls.leave()
+
+    def _call(self, key: str, given: dict[str, Any]) -> Any:
+        """A call of flex_attention, flash-attn, xformers or varlen_attn."""
+        try:
+            if key != eager_calls.FLEX:
+                return eager_calls.handle(key, given, self._attend_call)
+            result = self._flex(**given)
+        except eager_calls.NoGradient:
+            raise
+        except NotTaken as why:
+            self.state.note_left(str(why))
+            raise
+        self.state.note_call()
+        return result
+
+    def _attend_call(self, call: Call) -> tuple[Tensor, Tensor]:
+        bias = call.mask if call.bias is None else call.bias
+        reason = why_left(call.query, call.key, call.value, bias, call.dropout_p, False, call.scale, True)
+        if reason is not None:
+            raise NotTaken(reason)
+        if transform(*call.operands()) is None:
+            self.state.note_call()
+        c, seed = draw(call.query, self.state.id, [0])
+        options = {"sampler": self.sampler, "forward": self.forward, "state": self.state.id}
+        return eager_calls.attend_call(call, c[0], seed, **options)
+
+    @cached_property
+    def _flex(self) -> Callable[..., Any]:
+        from fx_passes.backend import SUSBackend
+
+        backend = SUSBackend(self.c, self.sampler, "eager", forward=self.forward)
+        backend.state = self.state
+        return eager_calls.compiled_flex(backend)
 
 
 def _arguments(*args: Any, **kwargs: Any) -> dict[str, Any] | None:

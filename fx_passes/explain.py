@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule
 
 from fx_passes.expect import expect
-from fx_passes.find.breaks import mend_graph_breaks
+from fx_passes.find.breaks import know_calls, mend_graph_breaks
 from fx_passes.report import Report
 from fx_passes.rewrite import Options, rewrite_graph
 from fx_passes.rewrite.owners import count_owners, first_parameter, this_frame
@@ -39,6 +39,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     1
     """
     mend_graph_breaks()
+    know_calls()
     report = Report(verb="would be rewritten")
     options = Options(State(float("inf")))
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fx_passes.eager import report_of_calls
 from fx_passes.ops.arguments import check_choice, why_left
+from fx_passes.ops.documents import ids_of_lengths, ids_of_positions
 from fx_passes.ops.exact import exact_attention
 from fx_passes.ops.functional import attend
 from fx_passes.ops.problem import FORWARDS, SAMPLERS
@@ -26,6 +27,7 @@ from fx_passes.state import State, draw
 
 Band = tuple[int | None, int | None]
 _ATTRIBUTE = "_sus_band"  # of a mask: the band (left, right) that holds besides it
+_IDS = "_sus_documents"  # of a mask or of positions: the numbers of the documents, or None
 
 
 def __getattr__(name: str) -> Any:
@@ -99,10 +101,14 @@ class register_sus_attention:
         position_bias: Tensor | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Signature and result of transformers' attention functions: [B, H, M, D] to [B, M, H, E]."""
         band, mask, bias = _masks(module, query, attention_mask, is_causal, position_bias)
+        ids = _documents(query, key, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
         reason = why_left(query, key, value, None, dropout, False, scaling, query.shape[1] != key.shape[1])
         if reason is not None:
             self.state.note_left(reason)
@@ -114,6 +120,8 @@ class register_sus_attention:
                 mask,
                 bias,
                 s_aux,
+                ids[0],
+                ids[1],
                 scale=scale,
                 left=band[0],
                 right=band[1],
@@ -133,6 +141,8 @@ class register_sus_attention:
             attn_mask=mask,
             attn_bias=bias,
             sinks=s_aux,
+            query_ids=ids[0],
+            key_ids=ids[1],
             scale=scaling,
             left=band[0],
             right=band[1],
@@ -158,6 +168,42 @@ def _masks(
     return band, None, given if position_bias is None else given + position_bias
 
 
+def _documents(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Numbers of the documents that a batch packs: from their lengths, from the mask, or from positions that restart.
+
+    As transformers' flash attention does, but for the mask; there, positions count in a batch of one entry only.
+    """
+    if cu_seq_lens_q is not None and query.shape[0] == 1:
+        query_ids = ids_of_lengths(cu_seq_lens_q, query.shape[2])
+        same = cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q
+        return query_ids, query_ids if same else ids_of_lengths(cu_seq_lens_k, key.shape[2])  # type: ignore[arg-type]
+    ids: Tensor | None = getattr(mask, _IDS, None)
+    if ids is None and position_ids is not None and position_ids.shape == (1, query.shape[2]) == (1, key.shape[2]):
+        ids = _restarts(position_ids) if query.shape[0] == 1 else None
+    return (None, None) if ids is None else (ids, ids)
+
+
+def _restarts(position_ids: Tensor) -> Tensor | None:
+    """Numbers of documents, or None for a single one; remembered, for all layers get the same positions."""
+    if torch.compiler.is_dynamo_compiling():
+        return ids_of_positions(position_ids)  # to look at their values would break the graph
+    if not hasattr(position_ids, _IDS):
+        ids = ids_of_positions(position_ids)
+        try:
+            packed = bool((ids[:, -1] > 0).any())
+        except RuntimeError:  # positions without data
+            packed = True
+        setattr(position_ids, _IDS, ids if packed else None)
+    return getattr(position_ids, _IDS)  # type: ignore[no-any-return]
+
+
 def sus_mask(
     batch_size: int,
     q_length: int,
@@ -177,7 +223,9 @@ def sus_mask(
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     function = causal_mask_function if mask_function is None else mask_function
-    band = _band(function)
+    band, documents = _band(function), _packed(function)
+    if len(documents) > 1 or (_remapped(function) and not documents):
+        band = None
     aligned = q_length == kv_length and isinstance(q_offset, int) and q_offset == kv_offset == 0
     if band is None or not aligned:
         more = {**more, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -188,6 +236,7 @@ def sus_mask(
     else:
         mask = attention_mask[:, None, None, :kv_length].bool()
     setattr(mask, _ATTRIBUTE, band)
+    setattr(mask, _IDS, documents[0] if documents else None)
     return mask
 
 
@@ -200,6 +249,10 @@ def _band(function: Callable[..., Any]) -> Band | None:
     if function is m.bidirectional_mask_function:
         return None, None
     inside = inspect.getclosurevars(function).nonlocals
+    if function.__qualname__ == _qualname("packed_sequence_mask_function"):
+        return None, None  # documents are no band: `_packed` has them
+    if function.__qualname__ == _qualname("remap_positions_for_packed_sequence"):
+        return _band(inside["mask_function"])  # within a document, distances of positions are those of places
     if function.__qualname__ == m.sliding_window_overlay(1).__qualname__:
         return inside["sliding_window"] - 1, None
     if function.__qualname__ == m.and_masks().__qualname__:
@@ -209,3 +262,29 @@ def _band(function: Callable[..., Any]) -> Band | None:
         lefts, rights = ([b[i] for b in bands if b is not None and b[i] is not None] for i in (0, 1))
         return min(lefts, default=None), min(rights, default=None)  # type: ignore[type-var]
     return None
+
+
+def _qualname(name: str) -> str | None:
+    """The qualified name of the mask functions that a function of transformers.masking_utils makes."""
+    from transformers import masking_utils as m
+
+    return f"{name}.<locals>.inner_mask" if hasattr(m, name) else None
+
+
+def _remapped(function: Callable[..., Any]) -> bool:
+    """Whether a mask function looks at positions in place of places somewhere."""
+    if function.__qualname__ == _qualname("remap_positions_for_packed_sequence"):
+        return True
+    inside = inspect.getclosurevars(function).nonlocals.get("mask_functions", ())
+    return any(_remapped(f) for f in inside)
+
+
+def _packed(function: Callable[..., Any]) -> list[Tensor]:
+    """Numbers of documents [B, N] in a mask function, as far as it joins them with a band."""
+    from transformers import masking_utils as m
+
+    if function.__qualname__ == m.and_masks().__qualname__:
+        return [ids for f in inspect.getclosurevars(function).nonlocals["mask_functions"] for ids in _packed(f)]
+    if function.__qualname__ == _qualname("packed_sequence_mask_function"):
+        return [inspect.getclosurevars(function).nonlocals["packed_sequence_mask"]]
+    return []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
+from fx_passes import huggingface  # noqa: E402
 from fx_passes.huggingface import register_sus_attention, sus_mask  # noqa: E402
 
 SMALL = {
@@ -141,3 +142,58 @@ def test_bad_arguments() -> None:
         register_sus_attention(c=-1)
     with pytest.raises(ValueError, match="sampler must be one of"):
         register_sus_attention(sampler="x")
+
+
+LENGTHS = (9, 17, 1, 13)
+
+
+def _flattened(**more: Any) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    features = [{"input_ids": torch.randint(1, 64, (n,), generator=g).tolist()} for n in LENGTHS]
+    return dict(transformers.DataCollatorWithFlattening(return_tensors="pt", **more)(features))
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "fields"), [("Llama", {}), ("Mistral", {"sliding_window": 7})], ids=["Llama", "Mistral"]
+)
+@pytest.mark.parametrize("more", [{}, {"return_flash_attn_kwargs": True}], ids=["positions", "lengths"])
+def test_packed_batches_are_those_of_each_document(
+    kind: str, fields: dict[str, Any], more: dict[str, Any], use_cache: bool
+) -> None:
+    batch = _flattened(**more)
+    batch.pop("labels")
+    sus = register_sus_attention(c=float("inf"))
+    packed, alone = _model(kind, "sus", **fields).double().train(), _model(kind, "sdpa", **fields).double().train()
+    out = packed(**batch, use_cache=use_cache).logits[0]
+    parts = batch["input_ids"][0].split(list(LENGTHS))
+    expected = torch.cat([alone(input_ids=part[None], use_cache=False).logits[0] for part in parts])
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    weight = torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view_as(out)
+    grads = [
+        torch.autograd.grad((x * weight).sum(), list(m.parameters())) for x, m in ((out, packed), (expected, alone))
+    ]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    sus.c = 2
+    moved = torch.autograd.grad(
+        (packed(**batch, use_cache=use_cache).logits[0] * weight).sum(), list(packed.parameters())
+    )
+    assert any(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(moved, grads[0], strict=True))
+
+
+def test_packed_batches_have_no_mask_over_queries_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    real = huggingface.attend
+
+    def watched(*args: Any, **options: Any) -> Any:
+        shapes.append((options["attn_mask"].shape, options["query_ids"].tolist(), options["left"], options["right"]))
+        return real(*args, **options)
+
+    monkeypatch.setattr(huggingface, "attend", watched)
+    batch = _flattened()
+    batch.pop("labels")
+    register_sus_attention(c=4)
+    _model("Mistral", "sus", sliding_window=7)(**batch, use_cache=False).logits.sum().backward()
+    ids = [[i for i, n in enumerate(LENGTHS) for _ in range(n)]]
+    assert shapes == [((1, 1, 1, sum(LENGTHS)), ids, 6, 0)] * 2

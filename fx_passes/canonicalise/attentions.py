@@ -13,7 +13,9 @@ from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.forms import Attention, Walk
 from fx_passes.canonicalise.ready import Ready, bias_is_dense, prepare
 from fx_passes.canonicalise.understand import is_attention_softmax, understand, understand_sdpa
+from fx_passes.find import calls, flex
 from fx_passes.find.anchors import SDPA, is_anchor, products, softmaxes
+from fx_passes.find.context import fake_of
 from fx_passes.find.live import is_live
 from fx_passes.find.trace import Trace, Value
 
@@ -33,18 +35,24 @@ class Found:
 
     def describe(self, number: int) -> dict[str, Any]:
         """Form, tier and kind of mask of one of its softmaxes, for the report."""
+        home = self.softs[0].home
+        called = "" if home is None else calls.form_of(home)
         if self.attention is None or self.walk is None:
-            return {"form": "sdpa" if self.softs[0].op is SDPA else "softmax"}
+            return {"form": called or ("sdpa" if self.softs[0].op is SDPA else "softmax")}
         ready = self.ready[number]
         tier = 2 if ready.tier == 2 or bias_is_dense(self.walk, ready) else 1
-        return {"form": self.attention.form, "tier": tier, "mask": ready.plan.kind}
+        return {"form": called or self.attention.form, "tier": tier, "mask": ready.plan.kind}
 
 
 def attentions(trace: Trace) -> list[Found]:
     constants = Constants(trace.context)
     found: list[Found] = []
     for node in list(trace.context.gm.graph.nodes):
-        if is_anchor(node):
+        if calls.is_call(node):
+            found += _call(trace, constants, node)
+        elif node.target is calls.call_left:
+            found.append(Found([_whole(node)], reason=str(node.args[2])))
+        elif is_anchor(node):
             found += _at(trace, constants, node, found)
     constants.forget()
     return found
@@ -60,6 +68,29 @@ def _at(trace: Trace, constants: Constants, node: Node, before: list[Found]) -> 
             log.debug("understanding %s failed", soft, exc_info=True)
             result.append(Found([soft], reason=f"the pass failed on it ({type(error).__name__}: {error})"))
     return result
+
+
+def _whole(node: Node) -> Value:
+    """A call as one value, for the report."""
+    return Value(None, (), {}, fake_of(node), home=node)
+
+
+def _call(trace: Trace, constants: Constants, node: Node) -> list[Found]:
+    """The attention that a call is as a whole."""
+    reason = flex.why_left(trace.context, node) if flex.is_flex(node) else ""
+    record = None if reason else trace.record(node)
+    if record is None:
+        why = trace.failures.get(node)
+        spoken = isinstance(why, (flex.NotPointwise, calls.NotTaken))
+        failed = str(why).split("\n")[0] if spoken else f"the pass failed on it ({type(why).__name__}: {why})"
+        return [Found([_whole(node)], reason=reason or failed)]
+    for user in node.users:
+        trace.own(user)
+    found = [f for soft in softmaxes(trace, node) for f in _of(trace, constants, soft, [])]
+    for item in found:
+        if item.walk is not None and node in trace.context.relations:
+            item.walk.relations.append(trace.context.relations[node])
+    return found or [Found([_whole(node)], reason="no softmax of a product was found in it")]
 
 
 def _of(trace: Trace, constants: Constants, soft: Value, before: list[Found]) -> list[Found]:

@@ -146,6 +146,7 @@ class Walk:
         self.visited: list[Value] = []
         self.buffers: set[Node] = set()  # whose values the proof rests on
         self.claims: list[Any] = []  # `masks.Claim`: what it assumes of symbolic sizes
+        self.relations: list[Any] = []  # `relations.Relation`: what it assumes of inputs
 
     def visit(self, value: Value) -> None:
         self.visited.append(value)

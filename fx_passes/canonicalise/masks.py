@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from fx_passes.canonicalise.affine import Comparison
 from fx_passes.canonicalise.axes import Dim, Layout, NotUnderstood, all_axes, broadcast, leaves, resolve
 from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.contraction import Operand
 from fx_passes.canonicalise.forms import BIG, Bias, Mask, Scores, Term, Walk, arguments
-from fx_passes.canonicalise.places import Places, places_of
+from fx_passes.canonicalise.places import Places, both, places_of
 from fx_passes.canonicalise.views import before, is_cast, is_view
 from fx_passes.canonicalise.weights import FILLS, choices
+from fx_passes.find.calls import is_call
+from fx_passes.find.relations import aligned, relation
 from fx_passes.find.sizes import Sizes, number
 from fx_passes.find.trace import Value
 
@@ -42,6 +45,14 @@ class Seen:
     added: float = 0.0
 
 
+@dataclass(frozen=True)
+class Documents:
+    """Numbers over rows and over keys: a query sees keys of its own number only."""
+
+    query: Operand
+    key: Operand
+
+
 @dataclass
 class Plan:
     """What the operator gets: places, bool masks, biases, and fills that are added where a mask has a finite value.
@@ -52,6 +63,7 @@ class Plan:
 
     places: Places = field(default_factory=Places)
     keep: list[Seen] = field(default_factory=list)
+    documents: list[Documents] = field(default_factory=list)
     biases: list[Bias] = field(default_factory=list)
     fills: list[Mask] = field(default_factory=list)
     lost: str = ""
@@ -59,6 +71,7 @@ class Plan:
     @property
     def kind(self) -> str:
         parts = [self.places.kind] if self.places.kind else []
+        parts += ["documents"] if self.documents else []
         parts += ["mask"] if self.keep or self.fills else []
         parts += ["bias"] if self.biases else []
         return " + ".join(parts) or "none"
@@ -68,6 +81,7 @@ class Plan:
 class _Part:
     seen: Seen
     matrix: Tensor | None  # visible [M, N], if places and constants alone decide it
+    places: Places | None = None  # the same, if its form alone tells
 
 
 @dataclass(frozen=True)
@@ -151,7 +165,7 @@ def _plan(
             hard.append(other)
         elif not any(_same_condition(mask, other) for mask in masks):
             return None, None
-    hard_parts = [p for m in hard for p in _parts(walk, m, rows, keys, sizes)]
+    hard_parts = [p for m in hard for p in _parts(walk, m, rows, keys, sizes, by_form=True)]
     soft_parts = [_parts(walk, m, rows, keys, sizes) for m in soft]
     for i in _hidden_by_others(soft_parts) if not sizes else ():
         hard_parts += soft_parts.pop(i)
@@ -164,15 +178,85 @@ def _plan(
         result.lost = "replaced" if soft[0].origin is None else "swamped"
         hard_parts, soft = soft_parts[0], []
     _stay_finite(result, soft, scores)
+    formed, hard_parts = _by_form(hard_parts)
+    result.places = formed
     places = places_of(_all(hard_parts)) if hard_parts else None
+    together = None if places is None else both(formed, places)
     claim = None
-    if places is not None:
-        result.places = places
+    if places is not None and together is not None:
+        result.places = together
         placed = tuple(p.seen for p in hard_parts if p.matrix is not None)
         claim = Claim(walk.constants, placed, rows, keys, places, none_lost)
         hard_parts = [p for p in hard_parts if p.matrix is None]
-    result.keep += [p.seen for p in hard_parts]
+    rest: list[Seen] = []
+    for part in hard_parts:
+        documents = None if result.lost else _documents(part.seen, rows, keys)
+        if documents is None:
+            rest.append(part.seen)
+        else:
+            result.documents.append(documents)
+    for seen in rest:
+        places = _by_positions(walk, seen, rows, keys, result.documents)
+        together = None if places is None else both(result.places, places)
+        if together is None:
+            result.keep.append(seen)
+        else:
+            result.places = together
     return result, claim
+
+
+def _by_positions(walk: Walk, seen: Seen, rows: Dim, keys: Dim, documents: list[Documents]) -> Places | None:
+    """A band of positions that restart with each document: within one, it is a band of places."""
+    value, layout = seen.operand.value, seen.operand.layout
+    if value.home is None or not is_call(value.home):
+        return None
+    comparison = Comparison(walk, rows, keys)
+    comparison.positions = []
+    places = comparison.places(value, layout, seen.keep)
+    sources = {x.args[0] for x in comparison.positions}
+    if places is None or len(sources) != 1 or places.prefix or places.chunk or places.bottom_right:
+        return None
+    (source,) = sources
+    for one in documents:
+        ids = [x.value for x in (one.query, one.key)]
+        if any(x.op is not aten.index.Tensor or x.args[0] is not ids[0].args[0] for x in ids):
+            continue
+        entries = {tuple(x.args[1][:-1]) for x in (*comparison.positions, *ids)}
+        nodes = source.node, ids[0].args[0].node
+        if len(entries) != 1 or any(node is None for node in nodes) or any(x.version for x in (source, ids[0].args[0])):
+            continue
+        found = relation(walk.context, nodes, aligned)
+        if found is not None:
+            walk.relations.append(found)
+            return places
+    return None
+
+
+def _by_form(parts: list[_Part]) -> tuple[Places, list[_Part]]:
+    """What parts whose form tells their places are together, and the parts that are not in it."""
+    found, rest = Places(), []
+    for part in parts:
+        more = None if part.places is None else both(found, part.places)
+        if more is None:
+            rest.append(part)
+        else:
+            found = more
+    return found, rest
+
+
+def _documents(seen: Seen, rows: Dim, keys: Dim) -> Documents | None:
+    """``a == b`` where the one is a number for each row and the other one for each key."""
+    value, layout = seen.operand.value, seen.operand.layout
+    if value.op is not (aten.eq.Tensor if seen.keep else aten.ne.Tensor) or seen.added:
+        return None
+    sides = [Operand(x, broadcast(layout, x.shape)) for x in value.args[:2] if isinstance(x, Value)]
+    if len(sides) != 2 or any(x.value.dtype.is_floating_point or x.value.dtype.is_complex for x in sides):
+        return None
+    for query, key in (sides, reversed(sides)):
+        a, b = set(all_axes(query.layout)), set(all_axes(key.layout))
+        if a & set(leaves(rows)) and b & set(leaves(keys)) and not a & set(leaves(keys)) and not b & set(leaves(rows)):
+            return Documents(query, key)
+    return None
 
 
 def _stay_finite(result: Plan, soft: list[Mask], scores: Scores) -> None:
@@ -273,13 +357,20 @@ def _filled_zeros(walk: Walk, bias: Bias) -> Mask | None:
     return None
 
 
-def _parts(walk: Walk, mask: Mask, rows: Dim, keys: Dim, sizes: Sizes | None) -> list[_Part]:
+def _parts(walk: Walk, mask: Mask, rows: Dim, keys: Dim, sizes: Sizes | None, by_form: bool = False) -> list[_Part]:
     if mask.value.dtype.is_floating_point and mask.origin is not None:
         found = [Seen(Operand(mask.value, mask.layout), False, mask.fill)]
     else:
         found = [Seen(*x) for x in conjunction(walk, mask.value, mask.layout, mask.keep)]
     parts = []
     for seen in found:
+        home = seen.operand.value.home
+        if by_form and home is not None and is_call(home):
+            places = Comparison(walk, rows, keys).places(seen.operand.value, seen.operand.layout, seen.keep)
+            axes = set(all_axes(seen.operand.layout))
+            if places is not None or not axes & set(leaves(rows)) or not axes & set(leaves(keys)):
+                parts.append(_Part(seen, None, places))
+                continue
         parts.append(_Part(seen, _matrix(walk.constants, seen, rows, keys, sizes)))
         if parts[-1].matrix is not None:
             walk.buffers |= walk.constants.buffers.get(seen.operand.value, frozenset())

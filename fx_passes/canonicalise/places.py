@@ -10,12 +10,16 @@ from torch import Tensor
 
 @dataclass
 class Places:
-    """A mask of places: a key may lie `left` before and `right` after its query; `prefix` keys are always seen."""
+    """A mask of places: a key may lie `left` before and `right` after its query; `prefix` keys are always seen.
+
+    With `bottom_right` places count from the last query and the last key.
+    """
 
     left: int | None = None
     right: int | None = None
     prefix: int = 0
     chunk: int | None = None
+    bottom_right: bool = False
 
     @property
     def kind(self) -> str:
@@ -27,7 +31,7 @@ class Places:
 
     def visible(self, m: int, n: int) -> Tensor:
         """Bool [m, n]."""
-        i, j = torch.arange(m)[:, None], torch.arange(n)[None, :]
+        i, j = torch.arange(m)[:, None] + (n - m if self.bottom_right else 0), torch.arange(n)[None, :]
         seen = torch.ones(m, n, dtype=torch.bool)
         if self.right is not None:
             seen &= j - i <= self.right
@@ -36,6 +40,22 @@ class Places:
         if self.chunk is not None:
             seen &= i // self.chunk == j // self.chunk
         return seen | (j < self.prefix)
+
+
+def both(a: Places, b: Places) -> Places | None:
+    """The mask of places where both are visible, or None where that is none."""
+    if Places() in (a, b):
+        return a if b == Places() else b
+    banded = [p for p in (a, b) if p.left is not None or p.right is not None]
+    if len({p.bottom_right for p in banded}) > 1 or (a.prefix != b.prefix and banded and (a.prefix or b.prefix)):
+        return None
+    if (a.prefix or b.prefix) and (a.chunk or b.chunk):
+        return None
+    if a.chunk and b.chunk and a.chunk != b.chunk:
+        return None
+    bounds = [min((x for x in pair if x is not None), default=None) for pair in ((a.left, b.left), (a.right, b.right))]
+    from_the_end = any(p.bottom_right for p in banded)
+    return Places(bounds[0], bounds[1], max(a.prefix, b.prefix), a.chunk or b.chunk, from_the_end)
 
 
 def places_of(visible: Tensor) -> Places | None:

@@ -74,6 +74,7 @@ def _prepare(walk: Walk, attention: Attention, term: Term, scores: Scores) -> Re
         if found.biases or found.keep:
             raise NotUnderstood("is_causal together with a mask")
         found.places = Places(right=0)
+    role = _with_batch(role, scores, found)
     ready = Ready(term, scores, role, found, query, key, value)
     own, keys = set(leaves((*role.rows, *role.group))), set(leaves(role.keys))
     for factor in scores.factors:
@@ -93,6 +94,22 @@ def _prepare(walk: Walk, attention: Attention, term: Term, scores: Scores) -> Re
     if found.places.prefix and not isinstance(found.places.prefix, int):
         raise NotUnderstood("a prefix of unknown length")
     return ready
+
+
+def _with_batch(role: Roles, scores: Scores, found: Plan) -> Roles:
+    """Roles in which documents, which the operator has for each batch entry, do not differ between heads.
+
+    A single axis that query and key share is taken for heads, and may as well be the batch.
+    """
+    operands = [x for d in found.documents for x in (d.query, d.key)]
+    some_heads = set(leaves(role.heads))
+    touched = [x for x in (*operands, *(s.operand for s in found.keep)) if some_heads & set(all_axes(x.layout))]
+    if touched and not role.batch and (scores.sink is None or scores.sink.operand is None):
+        role = replace(role, batch=role.heads, heads=())
+    heads = set(leaves(role.query_heads))
+    if any(heads & set(all_axes(x.layout)) for x in operands):
+        raise NotUnderstood("documents differ between heads")
+    return role
 
 
 def _check_mixed(term: Term, role: Roles) -> None:

@@ -12,13 +12,17 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+from collections.abc import Callable
 from functools import cache
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention
 from torch.nn.modules import transformer
+
+from fx_passes.find import calls
 
 _RESUMED = "torch_dynamo_resume_in_"
 _CLASSES = (
@@ -44,6 +48,10 @@ def mend_graph_breaks() -> None:
     """Changes Dynamo as described above, once in a process; eager code and other backends are not touched."""
     _give_no_hint()
     _enter_torch_nn()
+    _train_flex_on_the_cpu()
+    torch._dynamo.assume_constant_result(rewrites)
+    torch._dynamo.allow_in_graph(calls.call_known)  # type: ignore[no-untyped-call]
+    torch._dynamo.allow_in_graph(calls.call_left)  # type: ignore[no-untyped-call]
 
 
 def _give_no_hint() -> None:
@@ -98,8 +106,59 @@ def _holds_attention(code: CodeType) -> bool:
     return code in _CODES or (code.co_name.startswith(_RESUMED) and code.co_filename in _FILES)
 
 
-def _rewrites(callback: Any) -> bool:
-    """Whether Dynamo's callback belongs to a backend that rewrites attention."""
-    backend = torch._dynamo.eval_frame.innermost_backend(callback)
-    backend = getattr(backend, "compiler_fn", backend)  # torch.compile's wrapper around it
-    return getattr(backend, "rewrites_attention", False) is True
+def _rewrites(backend: Any) -> bool:
+    """Whether a backend, or Dynamo's callback to one, rewrites attention. Dynamo wraps backends, once or more."""
+    while backend is not None and getattr(backend, "rewrites_attention", False) is not True:
+        backend = getattr(backend, "compiler_fn", None) or getattr(backend, "_torchdynamo_orig_backend", None)
+    return backend is not None
+
+
+def _train_flex_on_the_cpu() -> None:
+    """torch refuses to trace flex_attention where a gradient is wanted on a CPU, for Inductor has no backward for it.
+
+    A rewritten call has one.
+    """
+    original = getattr(flex_attention, "_validate_device", None)
+    if original is None:
+        return
+    refuse = calls.copied(original)
+
+    @torch._dynamo.substitute_in_graph(original)
+    def _validate_device(query: Tensor, key: Tensor, value: Tensor) -> None:
+        if not rewrites():
+            refuse(query, key, value)
+
+
+def rewrites() -> bool:
+    """Whether the graph that Dynamo traces goes to a backend that rewrites attention."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return _rewrites(InstructionTranslator.current_tx().output.compiler_fn)
+
+
+_seen: dict[str, Callable[..., Any]] = {}
+
+
+def know_calls() -> None:
+    """Has Dynamo put calls of loaded packages into its graphs as one node each, where a backend rewrites attention."""
+    for key, function in calls.loaded():
+        if _seen.get(key) is not function:
+            _seen[key] = function
+            known = calls.know(key, function)
+            torch._dynamo.substitute_in_graph(function, skip_signature_check=True)(_traced(key, known))
+
+
+def _traced(key: str, known: calls.Known) -> Callable[..., Any]:
+    names, original = tuple(known.defaults), known.function
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        if not rewrites() or not torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        given = {**dict(zip(names, args)), **kwargs}  # noqa: B905 - Dynamo traces this
+        reason = calls.why_not(key, given)
+        if not reason:
+            return calls.call_known(key, **calls.flat(given))
+        first = calls.call_left(given[names[0]], key, reason)
+        return original(**{**given, names[0]: first})
+
+    return traced

@@ -64,6 +64,7 @@ class Context:
         self.writes: dict[int, list[tuple[int, Node]]] = {}
         self.storages: dict[Node, int] = {}
         self._levels: dict[Node, Level] = {}
+        self.relations: dict[Node, Any] = {}  # `relations.Relation`: what the reading of a call relies on
         modes = (maybe_get_fake_mode(x) for n in self.gm.graph.nodes for x in tree_leaves(fake_of(n)))
         self.fake_mode: FakeTensorMode = next((mode for mode in modes if mode is not None), None) or FakeTensorMode()
         outer = self.parent.state.get(self.calls[0]) if self.parent is not None and self.calls else None
@@ -147,6 +148,14 @@ class Context:
         if not is_buffer(node) or not isinstance(given, Tensor) or isinstance(given, torch.nn.Parameter):
             return None
         return None if isinstance(given, FakeTensor) else given
+
+    def given(self, node: Node) -> Tensor | None:
+        """The real tensor of an input at compile time, or None where it is not one or cannot be read."""
+        outer = self.outer(node)
+        if outer is not None and self.parent is not None:
+            return self.parent.given(outer)
+        found = self.example_inputs.get(node)
+        return found if isinstance(found, Tensor) and not isinstance(found, FakeTensor) else None
 
     def source(self, node: Node) -> Node:
         """The outermost graph's placeholder behind a node that `value` reads."""

@@ -20,6 +20,7 @@ from torch.fx import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fx_passes.find import calls, flex
 from fx_passes.find.context import Context, attribute, fake_of
 from fx_passes.find.smaller import SMALLER, masked_by_index, sets_by_mask
 
@@ -89,6 +90,7 @@ class Trace:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.records: dict[Node, Record | None] = {}
+        self.failures: dict[Node, Exception] = {}
         self.leaves: dict[tuple[Node, Node | None], Value] = {}
         self.alive: list[Any] = []  # identities of fake tensors are keys only while the tensors live
 
@@ -132,7 +134,8 @@ class Trace:
             if node.op in ("call_function", "call_method", "call_module") and self.context.state[node].known:
                 try:
                     self.records[node] = self._record(node)
-                except Exception:
+                except Exception as error:
+                    self.failures[node] = error
                     log.debug("cannot trace %s", node.format_node(), exc_info=True)
         return self.records[node]
 
@@ -155,16 +158,17 @@ class Trace:
 
     def _record(self, node: Node) -> Record:
         context, position = self.context, self.context.position[node]
-        function = _callable(context, node)
+        function, given, named = _call(context, node)
         recorder = _Recorder(node)
-        inputs: dict[Node, Any] = {n: self.read(n, position) for n in node.all_input_nodes}
+        read = [n for n in tree_leaves((given, named)) if isinstance(n, Node)]
+        inputs: dict[Node, Any] = {n: self.read(n, position) for n in dict.fromkeys(read)}
         for n, value in inputs.items():
             recorder.know(fake_of(n), value)
-        args = torch.fx.node.map_arg(node.args, fake_of)
-        kwargs = torch.fx.node.map_arg(node.kwargs, fake_of)
+        args = torch.fx.node.map_arg(given, fake_of)
+        kwargs = torch.fx.node.map_arg(named, fake_of)
         if any(
             leaf is None and a is not None
-            for leaf, a in zip(_leaves(args, kwargs), _leaves(node.args, node.kwargs), strict=False)
+            for leaf, a in zip(_leaves(args, kwargs), _leaves(given, named), strict=False)
         ):
             raise RuntimeError("an argument has no fake value")
         with _modes(self.context, node), recorder, torch._C._AutoDispatchBelowAutograd():
@@ -316,6 +320,15 @@ def _same_geometry(a: Any, b: Any) -> bool:
 
 def _leaves(args: Any, kwargs: Any) -> list[Any]:
     return tree_leaves((args, kwargs))
+
+
+def _call(context: Context, node: Node) -> tuple[Callable[..., Any], Any, Any]:
+    """A function with what a node computes, and its arguments as nodes."""
+    if flex.is_flex(node):
+        return flex.recorded(context, node)
+    if calls.is_call(node):
+        return calls.recorded(context, node)
+    return _callable(context, node), node.args, node.kwargs
 
 
 def _callable(context: Context, node: Node) -> Callable[..., Any]:

@@ -6,6 +6,8 @@ and tensors without data.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,12 @@ def exact_attention(
     bottom_right: bool = False,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
-) -> Tensor:
-    """Out [B, H, M, E] in the query's dtype. Arguments as in `Problem` and `Static`; memory for [B, H, M, N]."""
+    return_lse: bool = False,
+) -> Any:
+    """Out [B, H, M, E] in the query's dtype, with `return_lse` also the logsumexp [B, H, M], as `attend` gives it.
+
+    Arguments as in `Problem` and `Static`; memory for [B, H, M, N].
+    """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     group = query.shape[1] // max(key.shape[1], 1)
     key, value = (x.to(dtype).repeat_interleave(group, 1) if group > 1 else x.to(dtype) for x in (key, value))
@@ -42,13 +48,14 @@ def exact_attention(
             logits = logits.masked_fill(~seen, -torch.inf)
     if sinks is not None:
         sink = sinks.to(dtype)[None, :, None, None].expand(*logits.shape[:3], 1)
-        weights = torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
-    else:
-        blind = (logits == -torch.inf).all(-1, keepdim=True)
-        weights = torch.softmax(logits.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
+        logits = torch.cat([logits, sink], -1)
+    blind = (logits == -torch.inf).all(-1, keepdim=True)
+    logits = logits.masked_fill(blind, 0.0)
+    weights = torch.softmax(logits, -1).masked_fill(blind, 0.0)[..., : value.shape[-2]]
     if dropout_p:
         weights = torch.dropout(weights, dropout_p, True)
-    return (weights @ value).to(query.dtype)
+    out = (weights @ value).to(query.dtype)
+    return (out, torch.logsumexp(logits, -1).masked_fill(blind[..., 0], 0.0)) if return_lse else out
 
 
 def _visible(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fx_passes.ops import schema  # registers the operators
 from fx_passes.ops.arguments import as_c, as_seed, autocast_dtype, autocasts, broadcast, check_arguments, check_choice
+from fx_passes.ops.documents import as_ids
 from fx_passes.ops.exact import exact_attention
 from fx_passes.ops.problem import resolve_sampler
 from fx_passes.ops.sharding import on_shards
@@ -46,13 +47,18 @@ def attend(
     forward: str = "auto",
     site: int = 0,
     state: int = 0,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Any:
     """Attention with a sparse backward; traceable by AOTAutograd. See `Problem` and `Static` for the arguments.
 
     Query, key and value may have any number of leading dimensions, as for F.scaled_dot_product_attention: they are
     broadcast, and all but the last of them are the batch. Masks and bias may have as many dimensions or fewer.
 
     Inside of forward-mode AD and of torch.func's transforms it is exact: the operator knows no tangents.
+
+    Returns:
+        [..., H, M, E]; with `return_lse` also the logsumexp of each row's logits, [..., H, M] in float32 (float64 for
+        float64 inputs), with a gradient. It is 0 where a row sees no key.
     """
     query, key, value, attn_bias = _autocast(query, key, value, attn_bias)
     lead = _leading(query, key, value)
@@ -83,13 +89,16 @@ def attend(
             "bottom_right": bottom_right,
             "softcap": softcap,
         }
-        exact = _exact(query, key, value, scale, dropout_p, given, library=around == NEEDS_LIBRARY)
-        return exact.reshape(*lead, *exact.shape[-2:]) if len(lead) != 2 else exact
+        if return_lse:
+            out, lse = exact_attention(query, key, value, scale=scale, dropout_p=dropout_p, return_lse=True, **given)
+        else:
+            out, lse = _exact(query, key, value, scale, dropout_p, given, library=around == NEEDS_LIBRARY), None
+        return _shaped(out, lse, lead)
     dropout_seed = seed
     if dropout_p > 0:
         # From the global generator, as dropout draws everywhere: checkpointing restores it before a recomputation.
         dropout_seed = torch.randint(-(1 << 62), 1 << 62, (), device=query.device)
-    out: Tensor = schema.attention(
+    out, maximum, total, _ = schema.attention(
         query,
         key,
         value,
@@ -113,12 +122,20 @@ def attend(
         torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
         site,
         state,
-    )[0]
-    return out.reshape(*lead, *out.shape[-2:]) if len(lead) != 2 else out
+    )
+    return _shaped(out, maximum + total.log() if return_lse else None, lead)
+
+
+def _shaped(out: Tensor, lse: Tensor | None, lead: list[int]) -> Any:
+    """What `attend` returns, with the leading dimensions that its operands had."""
+    if len(lead) != 2:
+        out = out.reshape(*lead, *out.shape[-2:])
+        lse = None if lse is None else lse.reshape(*lead, lse.shape[-1])
+    return out if lse is None else (out, lse)
 
 
 @on_shards
-def attend_logits(logits: Tensor, value: Tensor, c: Tensor, seed: Tensor, **options: Any) -> Tensor:
+def attend_logits(logits: Tensor, value: Tensor, c: Tensor, seed: Tensor, **options: Any) -> Any:
     """``softmax(logits, -1) @ value`` with a sparse backward, for logits of any origin (tier 2).
 
     It is `attend` with an empty head_dim and the logits as bias: their gradient is dense in memory, with about c
@@ -153,7 +170,8 @@ def _exact(
         or right not in (None, 0)
         or len(masks) + (right is not None) > 1
     ):
-        return exact_attention(query, key, value, scale=scale, dropout_p=dropout_p, **given)
+        out: Tensor = exact_attention(query, key, value, scale=scale, dropout_p=dropout_p, **given)
+        return out
     return torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
@@ -210,6 +228,8 @@ def sus_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
     c: float | Tensor = 30.0,
     sampler: str = "auto",
     seed: int | Tensor | None = None,
@@ -228,6 +248,10 @@ def sus_attention(
         is_causal: row i sees keys 0 .. i (top-left, as F.scaled_dot_product_attention has it).
         scale: factor on query @ key^T; None is 1 / sqrt(D).
         enable_gqa: let G be a divisor of H; query head h uses key head h // (H / G). Nothing is repeated in memory.
+        query_ids: int32 or int64 [M] or [..., M] (without heads), numbers of documents that are packed into one
+            sequence: a query sees keys of its own number only. Where numbers ascend, pairs of different documents
+            cost no time.
+        key_ids: [N] or [..., N]; None is `query_ids`.
         c: expected number of kept entries per row, above 0: entry j of row i is kept with probability
             min(1, c * W_ij). `float("inf")` is the exact backward. A 0-dim tensor, on the query's device or the CPU, is
             read when the call runs.
@@ -258,7 +282,8 @@ def sus_attention(
     c_tensor = as_c(c, query)
     seed_tensor = draw(query, _default_state.id, [])[1] if seed is None else as_seed(seed, query)
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
-    return attend(
+    query_ids, key_ids = as_ids(query, key, query_ids, key_ids)
+    result: Tensor = attend(
         query,
         key,
         value,
@@ -266,6 +291,8 @@ def sus_attention(
         seed_tensor,
         attn_mask=attn_mask if is_bool else None,
         attn_bias=None if is_bool else attn_mask,
+        query_ids=query_ids,
+        key_ids=key_ids,
         scale=scale,
         right=0 if is_causal else None,
         dropout_p=float(dropout_p),
@@ -273,6 +300,7 @@ def sus_attention(
         forward=forward,
         state=state,
     )
+    return result
 
 
 __all__ = ["attend", "attend_logits", "check_choice", "draw", "sus_attention"]

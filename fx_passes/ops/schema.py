@@ -186,22 +186,62 @@ attention_backward.register_vmap(_vmapped_backward)
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[: _TENSORS + 3], *output)
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(output[1], output[3])
+    ctx.set_materialize_grads(False)
     ctx.static = inputs[_TENSORS + 3 :]
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad: Tensor | None, _maximum: None, total_grad: Tensor | None, _kept: None
+) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     inputs, outputs = saved[: _TENSORS + 3], saved[_TENSORS + 3 :]
     bias_grad = inputs[4] is not None and ctx.needs_input_grad[4]
-    grads = attention_backward(grad, *outputs, *inputs, bias_grad, *ctx.static)
+    if grad is None:
+        grad = torch.zeros_like(outputs[0])
+    width = grad.shape[-1]
+    exact_total = total_grad is not None and torch.is_grad_enabled()  # for gradients of gradients
+    if total_grad is not None and not exact_total:
+        grad, outputs, inputs = _with_total(grad, total_grad, outputs, inputs)
+    grads = list(attention_backward(grad, *outputs, *inputs, bias_grad, *ctx.static))
+    grads[2] = grads[2][..., :width]
     result: list[Tensor | None] = [None] * (_TENSORS + 3 + _STATICS)
     result[:3] = grads[:3]
     if bias_grad:
         result[4] = grads[3]
     if inputs[5] is not None:
         result[5] = grads[4]
+    if exact_total:
+        for i, more in _grads_of_lse(total_grad * outputs[2], inputs, ctx.static).items():  # type: ignore[operator]
+            result[i] = more if result[i] is None else result[i] + more  # type: ignore[operator]
     return tuple(result)
+
+
+def _grads_of_lse(grad: Tensor, inputs: tuple[Any, ...], static: tuple[Any, ...]) -> dict[int, Tensor]:
+    """Exact gradients, by the operands' places, that have gradients again; `grad` is that of the logsumexp."""
+    live = {i: _live(inputs[i]) for i in (0, 1, 4, 5) if inputs[i] is not None and inputs[i].requires_grad}
+    _, lse = exact_attention(*(live.get(i, x) for i, x in enumerate(inputs[:_TENSORS])), *static[:5], return_lse=True)
+    found = torch.autograd.grad(lse, list(live.values()), grad, create_graph=True)
+    return dict(zip(live, found, strict=True))
+
+
+def _with_total(
+    grad: Tensor, total_grad: Tensor, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What a backward gets that also has a gradient of the totals, and so of the logsumexp.
+
+    That gradient, times the weight, is added to the gradient of each logit, W (dO . V - dO . O). One more column does
+    it: 1 in dO, 0 in V and minus the gradient in O.
+    """
+    out, maximum, total, kept = outputs
+    query, key, value, *rest = inputs
+    column = -(total_grad * total)[..., None].to(out.dtype)
+    more = (
+        torch.cat([grad, torch.ones_like(grad[..., :1])], -1),
+        torch.cat([out, column], -1),
+        torch.cat([value, torch.zeros_like(value[..., :1])], -1),
+    )
+    return more[0], (more[1], maximum, total, kept), (query, key, more[2], *rest)
 
 
 attention.register_autograd(_backward, setup_context=_setup)

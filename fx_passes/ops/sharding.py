@@ -7,6 +7,7 @@ taken. `fx_passes.rewrite.sharding` leaves such attentions as they are.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,23 +30,25 @@ def whole(x: Tensor) -> Tensor | None:
     return x.to_local() if replicated else None  # type: ignore[attr-defined]
 
 
-def on_shards(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
     """An attention function that takes DTensors too: [*lead, M, D] sharded along leading dimensions.
 
-    Its positional tensors are query, key and value (or logits and value), c and the seed. What is a plain tensor beside
-    DTensors is the same on all ranks. The result is sharded as the query is.
+    Its first tensors are query, key and value (or logits and value), c and the seed. What is a plain tensor beside
+    DTensors is the same on all ranks. The results are sharded as the query is.
     """
+    parameters = inspect.signature(attend).parameters.values()
+    names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(attend)
-    def call(first: Tensor, *others: Any, **options: Any) -> Tensor:
-        if not any(is_dtensor(x) for x in (first, *others, *options.values())):
-            return attend(first, *others, **options)
-        return _on_shards(attend, first, *others, **options)
+    def call(*args: Any, **options: Any) -> Any:
+        if not any(is_dtensor(x) for x in (*args, *options.values())):
+            return attend(*args, **options)
+        return _on_shards(attend, *args, *(options.pop(name) for name in names[len(args) :]), **options)
 
     return call
 
 
-def _on_shards(attend: Callable[..., Tensor], first: Tensor, *others: Any, **options: Any) -> Tensor:
+def _on_shards(attend: Callable[..., Any], first: Tensor, *others: Any, **options: Any) -> Any:
     from torch.distributed.tensor import DTensor
 
     *operands, c, seed = others
@@ -67,7 +70,11 @@ def _on_shards(attend: Callable[..., Tensor], first: Tensor, *others: Any, **opt
         options[name] = _local(x, mesh, wanted)
     none: list[int | None] = [None] * len(dims)
     out = attend(*local, _local(c, mesh, none), _local(seed, mesh, none), **options)
-    return DTensor.from_local(out, mesh, _placements(dims), run_check=False)
+    results = [
+        DTensor.from_local(x, mesh, _placements(dims), run_check=False)
+        for x in (out if isinstance(out, tuple) else (out,))
+    ]
+    return tuple(results) if isinstance(out, tuple) else results[0]
 
 
 def _shards(first: Tensor, operands: Sequence[Tensor]) -> tuple[Any, list[int]]:

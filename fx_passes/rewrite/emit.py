@@ -17,6 +17,7 @@ from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Term
 from fx_passes.canonicalise.masks import Seen
 from fx_passes.canonicalise.ready import Ready
 from fx_passes.canonicalise.roles import Roles
+from fx_passes.ops.documents import both_ids, only_rows
 from fx_passes.ops.functional import attend, attend_logits
 from fx_passes.ops.lost_rows import attend_with_lost_rows
 from fx_passes.rewrite.build import Builder
@@ -47,6 +48,8 @@ class Emitter:
     def __init__(
         self, build: Builder, c: Node, places: dict[int, int], seed: Node, options: dict[str, Any], autocast: bool
     ) -> None:
+        self.lse: Node | None = None  # of the term emitted last, where `wants_lse`
+        self.wants_lse = False
         self.build, self.c, self.places, self.seed = build, c, places, seed
         self.options, self.autocast = options, autocast
 
@@ -66,6 +69,11 @@ class Emitter:
         dtype = attention.out.dtype
         out = self._call(ready, number, self._compute_dtype(ready))
         groups = [role.batch, role.query_heads, role.rows, role.out]
+        if self.wants_lse:
+            layout = ready.term.source.layout[:-1]
+            lse = build.call(operator.getitem, out, 1)
+            self.lse = build.unmerge(lse, groups[:3], layout, ready.term.source.value.shape[:-1])
+            out = build.call(operator.getitem, out, 0)
         mixed = set(leaves(ready.term.mixed))
         if mixed:
             factors = [f for f in ready.on_out if mixed & set(f.axes)]
@@ -172,6 +180,10 @@ class Emitter:
     def _attend(self, first: Node, second: Node, third: Node | None, options: dict[str, Any]) -> Node:
         f = attend_logits if third is None else attend_with_lost_rows if "lost" in options else attend
         c = self.build.call(aten.select.int, self.c, 0, self.places[options["site"]])
+        if self.wants_lse:
+            if f is attend_with_lost_rows:
+                raise NotUnderstood("its logsumexp is used, and rows may see no key")
+            options = {**options, "return_lse": True}
         operands = (first, second, c, self.seed) if third is None else (first, second, third, c, self.seed)
         if self.autocast:
             return self.build.call(attend_as_is, f.__name__, *operands, **options)
@@ -199,12 +211,12 @@ class Emitter:
         device = ready.value.value.fake.device
         if places.prefix:
             options["prefix"] = build.call(torch.full, (1,), places.prefix, dtype=torch.int64, device=device)
-        if places.chunk is not None:
-            for name, axes in (("query_ids", role.rows), ("key_ids", role.keys)):
-                ids = build.call(torch.arange, build.total(axes), device=device)
-                ids = build.call(operator.floordiv, ids, places.chunk)
-                options[name] = build.call(aten.unsqueeze.default, ids, 0)
-        for seen in found.keep:
+        options |= {"bottom_right": True} if places.bottom_right else {}
+        ids = self._ids(ready, device)
+        conditions = [seen for seen in found.keep if ids is None or found.lost or not self._joins_ids(ids, seen, role)]
+        if ids is not None:
+            options |= {"query_ids": ids[0], "key_ids": ids[1]}
+        for seen in conditions:
             mask = self._condition(build.arrange(seen.operand, groups, (False,) * 4), seen)
             options["attn_mask"] = (
                 build.call(operator.and_, options["attn_mask"], mask) if "attn_mask" in options else mask
@@ -222,6 +234,50 @@ class Emitter:
         if total is not None:
             options["attn_bias"] = total
         return options
+
+    def _ids(self, ready: Ready, device: torch.device) -> list[Node] | None:
+        """Numbers of documents for queries and keys: of all documents and chunks together."""
+        build, role, found = self.build, ready.roles, ready.plan
+        pairs: list[list[Node]] = []
+        if found.places.chunk is not None:
+            places = [build.call(torch.arange, build.total(axes), device=device) for axes in (role.rows, role.keys)]
+            chunks = [build.call(operator.floordiv, x, found.places.chunk) for x in places]
+            pairs.append([build.call(aten.unsqueeze.default, x, 0) for x in chunks])
+        for documents in found.documents:
+            sides = ((documents.query, role.rows), (documents.key, role.keys))
+            nodes = [build.arrange(side, [role.batch, axes], (False, True)) for side, axes in sides]
+            pairs.append([build.call(aten.to.dtype, x, torch.int64) for x in nodes])
+        if not pairs and not found.lost and self._rows_and_keys(found.keep, role):
+            pairs.append(
+                [
+                    build.call(torch.zeros, 1, build.total(axes), dtype=torch.int64, device=device)
+                    for axes in (role.rows, role.keys)
+                ]
+            )
+        while len(pairs) > 1:
+            both = build.call(both_ids, *pairs.pop(), *pairs.pop())
+            pairs.append([build.call(operator.getitem, both, i) for i in (0, 1)])
+        return pairs[0] if pairs else None
+
+    def _rows_and_keys(self, seen: list[Seen], role: Roles) -> bool:
+        """Whether some conditions are on rows alone and others on keys alone: together they are M x N."""
+        kinds = {self._over(x, role) for x in seen}
+        return "rows" in kinds and len(kinds) > 1
+
+    def _over(self, seen: Seen, role: Roles) -> str:
+        axes = set(all_axes(seen.operand.layout))
+        rows, keys, batch = set(leaves(role.rows)), set(leaves(role.keys)), set(leaves(role.batch))
+        if axes & rows and axes <= rows | batch:
+            return "rows"
+        return "keys" if axes & keys and axes <= keys | batch else "both"
+
+    def _joins_ids(self, ids: list[Node], seen: Seen, role: Roles) -> bool:
+        """Puts a condition on rows alone into the numbers of documents, which change in place of a mask."""
+        if self._over(seen, role) != "rows":
+            return False
+        node = self._condition(self.build.arrange(seen.operand, [role.batch, role.rows], (False, True)), seen)
+        ids[0] = self.build.call(only_rows, *ids, node)
+        return True
 
     def _condition(self, node: Node, seen: Seen) -> Node:
         """A bool node that is true where a key is visible."""

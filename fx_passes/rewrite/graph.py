@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +20,14 @@ from fx_passes.canonicalise.attentions import Found, attentions
 from fx_passes.canonicalise.axes import NotUnderstood
 from fx_passes.canonicalise.masks import Claim
 from fx_passes.find.context import Context, fake_of
+from fx_passes.find.relations import Relation
 from fx_passes.find.trace import Trace, Value
 from fx_passes.report import LEFT, REWRITTEN, Key, Report
 from fx_passes.rewrite.bodies import Draws, bodies, operands
 from fx_passes.rewrite.build import Builder
 from fx_passes.rewrite.emit import Emitter
 from fx_passes.rewrite.owners import Frame
-from fx_passes.rewrite.replace import end_of_views, remove_dead, replace
+from fx_passes.rewrite.replace import end_of_views, other_results, remove_dead, replace, replace_lse
 from fx_passes.rewrite.sharding import check_sharding
 from fx_passes.rewrite.sites import Sites
 from fx_passes.state import State
@@ -59,13 +61,15 @@ def _source() -> bytes:
 class Result:
     """What a rewrite did: how many softmaxes, all sites found, and what it relies on.
 
-    `buffers` are placeholders whose values must stay; `claims` must hold at the sizes of each call.
+    `buffers` are placeholders whose values must stay; `claims` must hold at the sizes of each call, and `relations`
+    between its inputs.
     """
 
     rewritten: int = 0
     sites: list[Key] = field(default_factory=list)
     buffers: set[Node] = field(default_factory=set)
     claims: list[Claim] = field(default_factory=list)
+    relations: list[Relation] = field(default_factory=list)
 
 
 @dataclass
@@ -139,7 +143,9 @@ def _apply(trace: Trace, found: Found, job: _Job, dead: list[Node]) -> int:
                 _emit(trace, found, numbers, job)
                 job.result.buffers |= found.walk.buffers
                 job.result.claims += found.walk.claims
-                dead += [n for v in found.walk.visited for n in (v.node, v.home) if n in trace.context.position]
+                job.result.relations += found.walk.relations
+                visited = [n for v in found.walk.visited for n in (v.node, v.home) if n in trace.context.position]
+                dead += [*visited, *(user for n in visited for user in n.users if user.target is operator.getitem)]
             status = REWRITTEN
         except NotUnderstood as why:
             reason = str(why)
@@ -166,8 +172,13 @@ def _emit(trace: Trace, found: Found, numbers: list[int], job: _Job) -> None:
     kept = [(v, v.node, v.version) for v in _values(trace)]
     try:
         c_of = dict(zip(numbers, places, strict=True))
-        new = Emitter(build, c, c_of, seed, shared, autocast).emit(attention, found.ready, numbers)
+        emitter = Emitter(build, c, c_of, seed, shared, autocast)
+        statistics = other_results(trace, found.softs[0])
+        emitter.wants_lse = bool(statistics)
+        new = emitter.emit(attention, found.ready, numbers)
         replace(trace, build, target, new)
+        if emitter.lse is not None:
+            replace_lse(trace, build, found.softs[0], emitter.lse, statistics)
     except Exception:
         for v, node, version in kept:
             v.node, v.version = node, version

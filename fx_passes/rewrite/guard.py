@@ -40,8 +40,13 @@ class Guarded:
         compile_original: Callable[[GraphModule], Callable[..., Any]],
     ) -> Callable[..., Any]:
         """`compiled`, behind the guard if its rewrite relies on anything."""
-        if not result.buffers and not result.claims:
+        if not result.buffers and not result.claims and not result.relations:
             return compiled
+        related = {
+            (places, relation.holds): Related(places, relation.holds)
+            for relation in result.relations
+            for places in [tuple(self.places.index(node) for node in relation.nodes)]
+        }
         watched = {i: Watched(self.inputs[i]) for i, n in enumerate(self.places) if n in result.buffers}
         lengths = Lengths(symbols(self.places), result.claims)
         original, fallback = self.original, [None]
@@ -50,7 +55,7 @@ class Guarded:
         def guarded(*args: Any) -> Any:
             if not lengths.hold(args):
                 return original(*args)  # its sizes are symbols, for which no compiler would stand in any more
-            if all(w.holds(args[i]) for i, w in watched.items()):
+            if all(w.holds(args[i]) for i, w in watched.items()) and all(r.holds(args) for r in related.values()):
                 return compiled(*args)
             if fallback[0] is None:
                 fallback[0] = compile_original(original)  # type: ignore[call-overload]
@@ -78,6 +83,25 @@ class Lengths:
             if not self.checked[numbers]:
                 log.warning("at sizes %s a mask is not what it was: attention runs with its exact backward", sizes)
         return self.checked[numbers]
+
+
+class Related:
+    """A relation between inputs, and for which tensors, at which versions, it was seen to hold."""
+
+    def __init__(self, places: tuple[int, ...], relation: Callable[..., bool]) -> None:
+        self.places, self.relation = places, relation
+        self.last: tuple[Any, ...] = ()
+
+    def holds(self, args: Sequence[Any]) -> bool:
+        tensors = [args[i] for i in self.places]
+        if len(self.last) == len(tensors) and all(
+            ref() is x and version == x._version for (ref, version), x in zip(self.last, tensors, strict=True)
+        ):
+            return True
+        if not self.relation(*tensors):
+            return False
+        self.last = tuple((weakref.ref(x), x._version) for x in tensors)
+        return True
 
 
 class Watched:

@@ -9,6 +9,7 @@ from torch.fx import Graph, Node
 
 from fx_passes.canonicalise.axes import Layout, NotUnderstood
 from fx_passes.canonicalise.views import after, is_view
+from fx_passes.find.calls import is_call
 from fx_passes.find.context import Context, fake_of, written
 from fx_passes.find.trace import Trace, Value
 from fx_passes.rewrite.build import Builder
@@ -58,6 +59,29 @@ def _emit_again(build: Builder, result: Value, node: Node) -> None:
     again = build.node(result)
     again.meta = dict(node.meta)
     node.replace_all_uses_with(again)
+
+
+def other_results(trace: Trace, soft: Value) -> list[Node]:
+    """Nodes that take the logsumexp of a call which is attention as a whole, and are read."""
+    home = soft.home
+    if home is None or not is_call(home):
+        return []
+    used = [u for u in home.users if u.target is operator.getitem and u.args[1] and u.users]
+    if any(u.args[1] != 1 for u in used):
+        raise NotUnderstood("its largest scores are used")
+    return used
+
+
+def replace_lse(trace: Trace, build: Builder, soft: Value, lse: Node, nodes: list[Node]) -> None:
+    """`lse` in place of the logsumexp in a call, and what the call makes of it again."""
+    home = soft.home
+    record = trace.records[home] if home is not None else None
+    assert record is not None
+    for value in record.values:
+        if value.op is torch.ops.aten.logsumexp.default:
+            value.node, value.version = lse, None
+    for node in nodes:
+        _emit_again(build, record.out[1], node)
 
 
 def remove_dead(context: Context, graph: Graph, candidates: list[Node]) -> None:

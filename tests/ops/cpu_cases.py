@@ -35,6 +35,7 @@ class Case:
     # scores beside it, in the first row everywhere
     prefix: int | None = None  # of the first batch entry; each next one has 300 more
     documents: int = 0  # packed one after the other, in places that differ between batch entries; 0 is no ids
+    scattered: bool = False  # documents in no order
     softcap: float = 0.0
     sinks: float | None = None  # the middle one's logit
     dropout: float = 0.0
@@ -73,9 +74,10 @@ class Case:
         query_ids = key_ids = None
         if self.documents:
             query_ids, key_ids = (
-                torch.randint(self.documents, (self.batch, size), generator=g).sort(-1).values
-                for size in (self.m, self.n)
+                torch.randint(self.documents, (self.batch, size), generator=g) for size in (self.m, self.n)
             )
+            if not self.scattered:
+                query_ids, key_ids = query_ids.sort(-1).values, key_ids.sort(-1).values
         prefix = None if self.prefix is None else self.prefix + 300 * torch.arange(self.batch, dtype=torch.int32)
         return Problem(q, k, v, mask, bias, sinks, query_ids, key_ids, prefix, Static(self.scale, **options))  # type: ignore[arg-type]
 
@@ -129,6 +131,8 @@ CASES = {
     "tiles of other widths": Case(heads=3, groups=1, m=40, n=1900, d=80, e=112, dtype=torch.bfloat16),
     "documents": Case(batch=2, heads=4, groups=2, m=600, n=600, documents=5, right=0),
     "documents of other lengths": Case(batch=2, m=150, n=700, documents=9, padded=100, left=90, right=80),
+    "scattered documents": Case(batch=2, m=150, n=700, documents=9, padded=100, left=90, right=80, scattered=True),
+    "many documents": Case(heads=1, groups=1, m=60, n=8500, documents=40, dropout=0.1),
     "long documents": Case(heads=1, groups=1, m=50, n=8500, documents=3, biased="hn", dtype=torch.bfloat16),
     "prefix": Case(batch=3, heads=4, groups=2, m=400, n=400, right=0, prefix=20),
     "prefix of all entries": Case(m=100, n=700, right=-2, bottom_right=True, prefix=690),

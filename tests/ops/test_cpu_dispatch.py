@@ -107,7 +107,8 @@ def test_what_it_leaves_to_the_tiled_path() -> None:
     [
         ({}, "systematic", None),
         ({"dropout_p": 0.1}, "systematic", None),
-        ({"scale": -0.1}, "systematic", "scale -0.1"),
+        ({"scale": -0.1}, "systematic", None),
+        ({"scale": 1e20}, "systematic", "scale 1e+20"),
         ({"attn_mask": torch.ones(64, 64)}, "systematic", None),
         ({"attn_mask": torch.ones(64, 64, requires_grad=True)}, "systematic", None),
         ({}, "independent", "backward: sampler 'independent'"),

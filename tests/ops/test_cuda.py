@@ -91,7 +91,7 @@ def test_all_kernels_in_the_interpreter() -> None:
 
 @EVERY
 def test_compiles_ahead_of_time(arch: int) -> None:
-    _check(_compile(arch, {"d": 64}), arch, stack={80: 96, 90: 0, 100: 64, 120: 96}[arch])
+    _check(_compile(arch, {"d": 64}), arch, stack={80: 96, 90: 0, 100: 64, 120: 128}[arch])
 
 
 @EVERY
@@ -164,7 +164,10 @@ def test_compiles_tiles_in_float32(arch: int, d: int, stack: int) -> None:
 
 @pytest.mark.parametrize(("sampler", "c"), [("systematic", 30.0), ("tile", 30.0)])
 def test_lengths_and_sites_share_their_kernels(sampler: str, c: float) -> None:
-    """Two of each for all lengths, heads and sites: n is a multiple of 16 or not. `columns` has two forms."""
+    """Two of each for all lengths, heads and sites: n is a multiple of 16 or not. `columns` has two forms.
+
+    A third of those of "tile" for which a multiple of 64 needs no masked loads.
+    """
     from tests.ops.cuda.ahead import record, variants
 
     launches = [
@@ -173,7 +176,8 @@ def test_lengths_and_sites_share_their_kernels(sampler: str, c: float) -> None:
         for heads, site in ((1, 0), (8, 1), (16, 4))
         for launch in record(n=n, heads=heads, groups=heads, sampler=sampler, c=c, site=site, features=("dropout",))
     ]
-    assert all(k <= (4 if name == "attention_columns" else 2) for name, k in variants(launches).items())
+    most = {"attention_columns": 4, "tile_dq": 3, "tile_dkdv": 3}
+    assert {name: k for name, k in variants(launches).items() if k > most.get(name, 2)} == {}
 
 
 _TF32 = """

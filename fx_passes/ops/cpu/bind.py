@@ -47,7 +47,7 @@ class _Call(Structure):
         *((name, c_int64) for name in ("batch", "heads", "groups", "m", "n", "dk", "dv")),
         *((name, c_int64) for name in ("key_width", "value_width", "left", "right")),
         ("scale", c_float),
-        *((name, c_int32) for name in ("dtype", "threads")),
+        *((name, c_int32) for name in ("dtype", "threads", "ids_ascend")),
         *((name, c_float) for name in ("softcap", "dropout_factor")),
     )
 
@@ -157,7 +157,8 @@ def call(problem: Problem) -> _Call:
     prefix = (None, 0) if problem.prefix is None else (problem.prefix.data_ptr(), int(len(problem.prefix) > 1))
     sinks = None if problem.sinks is None else problem.sinks.data_ptr()
     more = (*_ids(problem.query_ids, problem.key_ids), *prefix, sinks)
-    numbers = (s.scale, DTYPES[q.dtype], _threads(), s.softcap, 1 / (1 - s.dropout_p))
+    ascend = all(x is not None and bool((x[:, 1:] >= x[:, :-1]).all()) for x in (problem.query_ids, problem.key_ids))
+    numbers = (s.scale, DTYPES[q.dtype], _threads(), int(ascend), s.softcap, 1 / (1 - s.dropout_p))
     return _Call(*pointers, *effects, *more, *sizes, left, right, *numbers)
 
 

@@ -76,6 +76,18 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
+def loops(sass: str) -> list[int]:
+    """Instructions of each innermost loop that holds a tensor-core product: what a warp issues per step of it."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
+    at = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    jumps = (
+        (at.get(int(m.group(1), 16)), i) for i, (_, x) in enumerate(lines) if (m := re.search(r"BRA.*?0x(\w+)", x))
+    )
+    spans = [(begin, end) for begin, end in jumps if begin is not None and begin < end]
+    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+    return [end - begin + 1 for begin, end in inner if any("MMA" in x for _, x in lines[begin : end + 1])]
+
+
 def inspect(kernel: Any, call: dict[str, Any], arch: int) -> dict[str, Any]:
     options = {k: call[k] for k in _OPTIONS if k in call}
     compiled = triton.compile(_source(kernel, call), target=GPUTarget("cuda", arch, 32), options=options)
@@ -97,6 +109,7 @@ def inspect(kernel: Any, call: dict[str, Any], arch: int) -> dict[str, Any]:
         "tensor_memory": getattr(compiled.metadata, "tmem_size", 0) or 0,
         "spills": sum(i.startswith(("STL", "LDL")) for i in instructions),
         "instructions": len(instructions),
+        "loops": loops(sass),
         "tensor_core": {
             name: sum(i.startswith(name) for i in instructions) for name in ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA")
         },

@@ -65,6 +65,10 @@ bool run(const Shape& s) {
   std::vector<int64_t> query_ids(size_t(s.batch * s.m)), key_ids(size_t(s.n));
   for (auto& x : query_ids) x = random_bits() % 3;
   for (auto& x : key_ids) x = random_bits() % 3;
+  const bool ascend = s.n % 2;
+  for (int64_t b = 0; ascend && b < s.batch; b++)
+    std::sort(query_ids.begin() + b * s.m, query_ids.begin() + (b + 1) * s.m);
+  if (ascend) std::sort(key_ids.begin(), key_ids.end());
   std::vector<float> sinks(size_t(s.heads), 1.0f);
   if (maybe()) sinks[0] = wild(1.0f);
   const std::vector<int64_t> prefix(size_t(s.batch), s.n / 2);
@@ -78,7 +82,7 @@ bool run(const Shape& s) {
                documents ? query_ids.data() : nullptr, documents ? key_ids.data() : nullptr, s.m, 0,
                prefixed ? prefix.data() : nullptr, 1,
                s.n % 4 ? nullptr : sinks.data(), s.batch, s.heads, s.groups, s.m, s.n, ceil_div(s.dk, 16) * 16, ceil_div(s.dv, 16) * 16, s.dk, s.dv, s.left, s.right,
-               0.2f, s.dtype, s.threads, s.m % 3 ? 0.0f : 2.0f, 1.25f};
+               0.2f, s.dtype, s.threads, ascend, s.m % 3 ? 0.0f : 2.0f, 1.25f};
   SusForward forward{call, s.c, 0x123456789abcdefull, 0xfedcba987654321ull, 4, 6, s.drop_below, out.bytes.data(),
                      out.strides, maximum.data(), total.data()};
   SusLists* lists = sus_forward(&forward);

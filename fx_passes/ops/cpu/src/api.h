@@ -38,6 +38,7 @@ struct SusCall {
   float scale;    // above 0
   int32_t dtype;  // SusDtype
   int32_t threads;
+  int32_t ids_ascend;  // whether query_ids and key_ids do: the keys that a row sees are then neighbours
   float softcap;  // logits become softcap * tanh(logits / softcap), before biases; 0 is off
   float dropout_factor;  // 1 / (1 - p) of weights that are not dropped
 };

@@ -33,7 +33,7 @@ class Forward {
   const SusForward& args_;
   const SusCall& call_;
   SusLists& lists_;
-  const int64_t chunks_;
+  const int64_t chunks_, seen_chunks_;  // of a key head, and of those the most that a block of rows sees
   const Sampling sampling_;
   const int64_t rows_, blocks_, heads_, per_group_;  // rows_ of a block
   std::vector<std::unique_ptr<Packed>> ring_;  // key head h uses number h modulo the size
@@ -47,7 +47,8 @@ Forward::Forward(const SusForward& args, SusLists& lists)
       call_(args.call),
       lists_(lists),
       chunks_(ceil_div(call_.n, CHUNK)),
-      sampling_(args.c <= 0 ? NO_SAMPLING : chunks_ <= KEPT_CHUNKS ? FROM_WEIGHTS : FROM_PRODUCTS),
+      seen_chunks_(most_chunks(call_, KEPT_ROWS)),
+      sampling_(args.c <= 0 ? NO_SAMPLING : seen_chunks_ <= KEPT_CHUNKS ? FROM_WEIGHTS : FROM_PRODUCTS),
       rows_(sampling_ == FROM_WEIGHTS ? KEPT_ROWS : ROWS),
       blocks_(ceil_div(call_.m, rows_)),
       heads_(call_.batch * call_.groups),
@@ -58,7 +59,7 @@ Forward::Forward(const SusForward& args, SusLists& lists)
   const int64_t together = clamp(ceil_div(8 * call_.threads, blocks_ * per_group_) + 1, 1, heads_);
   for (int64_t i = 0; i < together; i++)
     ring_.push_back(std::make_unique<Packed>(call_, sampling_ == FROM_PRODUCTS, args.out != nullptr));
-  const int64_t weight_rows = sampling_ == FROM_WEIGHTS ? chunks_ * rows_ : rows_;
+  const int64_t weight_rows = sampling_ == FROM_WEIGHTS ? seen_chunks_ * rows_ : rows_;
   for (int i = 0; i < call_.threads; i++) threads_.push_back(std::make_unique<Thread>(args, weight_rows));
   if (sampling_) lists.blocks.resize(call_.batch * call_.heads * blocks_);
 }

@@ -1,0 +1,170 @@
+"""Attention calls of other packages and flex_attention inside of `sus_backward`, in eager code.
+
+They are no torch functions, which a mode would see, and users hold them by name, as after an import of
+`flash_attn_func`. So the code of the function itself is exchanged while any thread is inside of a block. The new code
+asks whether the thread that calls is inside of one, and runs the old code where it is not. The last thread that leaves
+puts the old code back.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, overrides
+
+from fx_passes.find import calls
+from fx_passes.find.breaks import mend_graph_breaks
+from fx_passes.ops.functional import attend
+from fx_passes.ops.transforms import transform
+
+FLEX = "torch.nn.attention.flex_attention.flex_attention"
+_NAME = "__sus_dispatch"
+_lock = threading.Lock()
+_inside = threading.local()
+_users = 0
+_exchanged: dict[str, tuple[FunctionType, CodeType]] = {}
+
+
+class NoGradient(calls.NotTaken):
+    """No gradient is wanted."""
+
+
+Handler = Callable[[str, dict[str, Any]], Any]
+
+
+def enter(handler: Handler) -> None:
+    """From now on, known calls of this thread go to `handler(key, arguments by name)`, which may raise NotTaken."""
+    global _users
+    _handlers().append(handler)
+    with _lock:
+        _users += 1
+        for key, function in _functions():
+            if key not in _exchanged and _exchangeable(function.__code__):
+                calls.know(key, function)
+                _exchanged[key] = function, function.__code__
+                function.__code__ = _asking(key, function)
+
+
+def leave() -> None:
+    global _users
+    _handlers().pop()
+    with _lock:
+        _users -= 1
+        if not _users:
+            for function, code in _exchanged.values():
+                function.__code__ = code
+            _exchanged.clear()
+
+
+def _functions() -> Iterator[tuple[str, FunctionType]]:
+    from torch.nn.attention import flex_attention
+
+    yield FLEX, flex_attention.flex_attention  # type: ignore[misc]
+    yield from calls.loaded()  # type: ignore[misc]
+
+
+def _exchangeable(code: CodeType) -> bool:
+    return not code.co_freevars and not code.co_posonlyargcount and not code.co_flags & inspect.CO_VARARGS
+
+
+def _handlers() -> list[Handler]:
+    if not hasattr(_inside, "handlers"):
+        _inside.handlers = []
+    return _inside.handlers  # type: ignore[no-any-return]
+
+
+def _asking(key: str, function: FunctionType) -> CodeType:
+    """Code with the function's parameters that hands them to `dispatch`. It runs with the function's globals."""
+    function.__globals__[_NAME] = dispatch  # it stays: a thread may be about to call it
+    signature, empty = inspect.signature(function), inspect.Parameter.empty
+    parameters = [p.replace(default=empty, annotation=empty) for p in signature.parameters.values()]
+    named = signature.replace(parameters=parameters, return_annotation=empty)
+    given = ", ".join(f"**{p.name}" if p.kind is p.VAR_KEYWORD else f"{p.name}={p.name}" for p in parameters)
+    names: dict[str, Any] = {}
+    exec(f"def asks{named}:\n    return {_NAME}({key!r}, {given})", names)
+    code: CodeType = names["asks"].__code__
+    return code
+
+
+def dispatch(key: str, /, **given: Any) -> Any:
+    """A call of an exchanged function."""
+    function = calls.KNOWN[key].function
+    if torch.compiler.is_dynamo_compiling():  # the graph's backend may rewrite it
+        return function(**given)
+    if not _handlers() or not torch.is_grad_enabled():
+        return function(**given)
+    try:
+        return _handlers()[-1](key, given)
+    except calls.NotTaken:
+        return function(**given)
+
+
+def attend_call(call: calls.Call, c: Tensor, seed: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Out [B, H, M, E] and logsumexp of a call of the table."""
+    bias = call.alibi()
+    if call.bias is not None:
+        bias = call.bias if bias is None else bias + call.bias
+    result: tuple[Tensor, Tensor] = attend(
+        call.query,
+        call.key,
+        call.value,
+        c,
+        seed,
+        attn_mask=call.mask,
+        attn_bias=bias,
+        sinks=call.sinks,
+        query_ids=call.query_ids,
+        key_ids=call.key_ids,
+        scale=None if call.scale is None else float(call.scale),
+        left=call.left,
+        right=call.right,
+        bottom_right=call.bottom_right,
+        softcap=call.softcap,
+        dropout_p=call.dropout_p,
+        return_lse=True,
+        **options,
+    )
+    return result
+
+
+def handle(key: str, given: dict[str, Any], attention: Callable[[calls.Call], tuple[Tensor, Tensor]]) -> Any:
+    """The result of a call of the table, whose attention is computed by `attention`."""
+    try:
+        call, back = calls.read(key, given)
+    except calls.NotTaken:
+        raise
+    except Exception as error:  # which the function itself says better
+        raise calls.NotTaken("wrong arguments") from error
+    if not any(x.requires_grad for x in call.operands()):
+        raise NoGradient
+    out, lse = attention(call)
+    return calls.result(key, back(out), lse)
+
+
+def compiled_flex(backend: Any) -> Callable[..., Any]:
+    """flex_attention, compiled with a backend that rewrites it."""
+    mend_graph_breaks()
+    compiled = torch.compile(calls.KNOWN[FLEX].function, backend=backend, fullgraph=True)
+
+    def flex(**given: Any) -> Any:
+        tensors = [x for x in given.values() if isinstance(x, Tensor)]
+        if not any(x.requires_grad for x in tensors):
+            raise NoGradient
+        around = transform(*tensors)
+        if around is not None:
+            raise calls.NotTaken(around)
+        with ExitStack() as without_modes:
+            for _ in range(torch._C._len_torch_function_stack()):
+                without_modes.enter_context(overrides._pop_mode_temporarily())
+            try:
+                return compiled(**given)
+            except Exception as error:  # what Dynamo cannot trace
+                raise calls.NotTaken(f"it cannot be traced ({type(error).__name__})") from error
+
+    return flex
