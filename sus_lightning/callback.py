@@ -306,7 +306,8 @@ class SUSBackprop(AnyCallback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._disable()
-        self._close(trainer)
+        if trainer.state.fn == "fit":
+            self._close(trainer)
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:

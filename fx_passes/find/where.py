@@ -22,6 +22,7 @@ def _module_path(dynamo: str) -> str:
     """``L['self']._modules['blocks']._modules['0'].attn`` as ``blocks.0.attn``."""
     # `L['args'][0]` is the module where Dynamo entered through a decorator around `forward`.
     path = re.sub(r"^L\['args'\]\[0\]|^L\['[A-Za-z_]\w*'\](\[\d+\](?=\._modules|$))?", "", dynamo)
+    path = path.replace(".forward.__self__", "")  # where `forward` is an attribute of the instance
     path = re.sub(r"\._modules\['([^']*)'\]", r".\1", path)
     path = re.sub(r"\['([^']*)'\]|\[(\d+)\]", lambda m: "." + (m.group(1) or m.group(2)), path)
     return path.removeprefix("._orig_mod").lstrip(".")

@@ -211,7 +211,7 @@ def _backward(
     if lse_grad is not None and not exact_lse:
         grad, outputs, inputs = _with_lse(grad, lse_grad, outputs, inputs)
     grads = list(attention_backward(grad, *outputs, *inputs, bias_grad, *ctx.static))
-    if total_grad is not None and not apart:
+    if lse_grad is not None and not exact_lse:
         grads[2] = grads[2][..., :width]
     result: list[Tensor | None] = [None] * (_TENSORS + 3 + _STATICS)
     result[:3] = grads[:3]

@@ -158,6 +158,17 @@ def test_a_fit_that_was_interrupted_has_an_account_too() -> None:
     assert callback.summary.probes == 2
 
 
+def test_what_is_no_fit_has_no_account() -> None:
+    class Stops(Plain):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            raise ArithmeticError("planted")
+
+    callback = SUSBackprop(c=6, compiler="eager")
+    with pytest.raises(ArithmeticError):
+        trainer(callbacks=[callback]).validate(Stops(), loader(), verbose=False)
+    assert callback.summary is None
+
+
 def test_settling_at_infinity_is_said_once_with_the_reason(caplog: Any, capsys: Any) -> None:
     class NoGain(Simulated):
         world = World(rest=1.2, per_entry=1e-3, at_one=1.0, slope=1.5, noise_scale=1.0, keys=1e9)

@@ -16,6 +16,7 @@ from fx_passes.find.where import _module_path
         ("L['self'].blocks[3].attn", "blocks.3.attn"),
         ("L['args'][0].model.layers.0.self_attn", "model.layers.0.self_attn"),  # behind a decorator around forward
         ("L['fn']._orig_mod.attn", "attn"),
+        ("L['self'].layers[1].forward.__self__._modules['attn']", "layers.1.attn"),  # a forward of its own
     ],
 )
 def test_module_path(dynamo: str, path: str) -> None:
