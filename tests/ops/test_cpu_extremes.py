@@ -430,7 +430,7 @@ def test_random_calls(call: Call, c: float) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(calls(), BUDGETS)
 def test_many_random_calls(call: Call, c: float) -> None:
     check(call, c)
