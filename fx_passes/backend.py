@@ -39,14 +39,15 @@ class SUSBackend:
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
 
-    >>> import torch
-    >>> import torch.nn.functional as F
-    >>> backend = SUSBackend(c=8, compiler="eager")
-    >>> attention = torch.compile(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), backend=backend)
-    >>> q = torch.randn(1, 2, 64, 16, requires_grad=True)
-    >>> attention(q, q, q).sum().backward()
-    >>> backend.report.rewritten
-    1
+    Examples:
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> backend = SUSBackend(c=8, compiler="eager")
+        >>> attention = torch.compile(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), backend=backend)
+        >>> q = torch.randn(1, 2, 64, 16, requires_grad=True)
+        >>> attention(q, q, q).sum().backward()
+        >>> backend.report.rewritten
+        1
     """
 
     rewrites_attention = True  # Dynamo then traces calls and frames that it would not: see `find.breaks`

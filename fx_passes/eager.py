@@ -38,18 +38,21 @@ class sus_backward(TorchFunctionMode):
     Args:
         c: expected number of kept entries per query row and head, above 0; `float("inf")` is the exact backward.
             The attribute `c` may be set at any time.
-        sampler, seed, forward: as for `SUSBackend`.
+        sampler: as for `SUSBackend`.
+        seed: as for `SUSBackend`.
+        forward: as for `SUSBackend`.
 
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
 
-    >>> import torch
-    >>> import torch.nn.functional as F
-    >>> q = torch.randn(1, 2, 64, 16, requires_grad=True)
-    >>> with sus_backward(c=8) as sus:
-    ...     F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
-    >>> sus.calls
-    1
+    Examples:
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> q = torch.randn(1, 2, 64, 16, requires_grad=True)
+        >>> with sus_backward(c=8) as sus:
+        ...     F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+        >>> sus.calls
+        1
     """
 
     def __init__(self, c: float = 30.0, sampler: str = "auto", seed: int | None = None, forward: str = "auto") -> None:

@@ -26,17 +26,19 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     Args:
         model: an nn.Module or a function.
-        args, kwargs: arguments of one call.
+        *args: positional arguments of one call.
+        **kwargs: its named arguments.
 
     Returns:
         A `Report`; ``print(explain(model, *args))`` shows a table.
 
-    >>> import torch
-    >>> def attention(q, k, v):
-    ...     return torch.softmax(q @ k.mT / 4, -1) @ v
-    >>> x = torch.randn(2, 8, 16, requires_grad=True)
-    >>> explain(attention, x, x, x).rewritten
-    1
+    Examples:
+        >>> import torch
+        >>> def attention(q, k, v):
+        ...     return torch.softmax(q @ k.mT / 4, -1) @ v
+        >>> x = torch.randn(2, 8, 16, requires_grad=True)
+        >>> explain(attention, x, x, x).rewritten
+        1
     """
     mend_graph_breaks()
     know_calls()

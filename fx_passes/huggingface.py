@@ -44,7 +44,9 @@ class register_sus_attention:
     Args:
         c: expected number of kept entries per query row and head, above 0; `float("inf")` is the exact backward.
             The attribute `c` may be set at any time.
-        sampler, seed, forward: as for `SUSBackend`.
+        sampler: as for `SUSBackend`.
+        seed: as for `SUSBackend`.
+        forward: as for `SUSBackend`.
 
     Calls that it cannot take (tensors without data, subclasses, other devices) are exact, and `report` counts them.
 

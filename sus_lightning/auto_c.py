@@ -55,11 +55,12 @@ class AutoC(Schedule):
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
 
-    >>> schedule = AutoC(start=256)
-    >>> probe = {"sus_variance": 0.01, "batch_variance": 1.0, "step_seconds": 0.6, "exact_step_seconds": 1.0}
-    >>> schedule.observe({**probe, "at/64.0/sus_variance": 0.04, "at/64.0/step_seconds": 0.5})
-    >>> schedule(1)
-    64.0
+    Examples:
+        >>> schedule = AutoC(start=256)
+        >>> probe = {"sus_variance": 0.01, "batch_variance": 1.0, "step_seconds": 0.6, "exact_step_seconds": 1.0}
+        >>> schedule.observe({**probe, "at/64.0/sus_variance": 0.04, "at/64.0/step_seconds": 0.5})
+        >>> schedule(1)
+        64.0
     """
 
     def __init__(

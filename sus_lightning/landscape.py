@@ -37,8 +37,9 @@ def penalty(relative_variance: float, noise_scale: float) -> float:
         relative_variance: r, at least 0.
         noise_scale: x; where it is not known (NaN, or below 0) it is taken as infinite, the largest penalty.
 
-    >>> penalty(0.1, 1.0), penalty(0.1, float("nan"))
-    (1.05, 1.1)
+    Examples:
+        >>> penalty(0.1, 1.0), penalty(0.1, float("nan"))
+        (1.05, 1.1)
     """
     share = 1.0 if not noise_scale >= 0 or math.isinf(noise_scale) else noise_scale / (1 + noise_scale)
     return 1 + relative_variance * share

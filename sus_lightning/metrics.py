@@ -61,15 +61,16 @@ class GradientVariance(Metric):
         ValueError: an argument is not allowed; lengths or shapes of gradients do not fit; neither or both of ``sus``
             and ``other`` given.
 
-    >>> import torch
-    >>> metric = GradientVariance([("q_proj.weight", torch.Size([2])), ("mlp.weight", torch.Size([1]))])
-    >>> exact = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
-    >>> metric.update(exact, sus=[torch.tensor([1.5, 2.0]), torch.tensor([3.0])])
-    >>> metric.update(exact, other=[torch.tensor([0.0, 2.0]), torch.tensor([4.0])])
-    >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}["relative_variance"]
-    0.25
-    >>> metric.compute()["relative_variance_of/q"].item()
-    0.5
+    Examples:
+        >>> import torch
+        >>> metric = GradientVariance([("q_proj.weight", torch.Size([2])), ("mlp.weight", torch.Size([1]))])
+        >>> exact = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
+        >>> metric.update(exact, sus=[torch.tensor([1.5, 2.0]), torch.tensor([3.0])])
+        >>> metric.update(exact, other=[torch.tensor([0.0, 2.0]), torch.tensor([4.0])])
+        >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}["relative_variance"]
+        0.25
+        >>> metric.compute()["relative_variance_of/q"].item()
+        0.5
     """
 
     is_differentiable = False

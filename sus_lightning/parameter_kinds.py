@@ -60,10 +60,11 @@ def clean_name(name: str) -> str:
 def classify(named: Iterable[tuple[str, torch.Size]]) -> list[Piece]:
     """The pieces of parameters, given as names and shapes.
 
-    >>> import torch.nn as nn
-    >>> layer = nn.TransformerEncoderLayer(8, 2)
-    >>> [piece.kind for piece in classify((n, p.shape) for n, p in layer.named_parameters())][:8]
-    ['q', 'k', 'v', 'q', 'k', 'v', 'o', 'o']
+    Examples:
+        >>> import torch.nn as nn
+        >>> layer = nn.TransformerEncoderLayer(8, 2)
+        >>> [piece.kind for piece in classify((n, p.shape) for n, p in layer.named_parameters())][:8]
+        ['q', 'k', 'v', 'q', 'k', 'v', 'o', 'o']
     """
     pieces = []
     for index, (name, shape) in enumerate(named):

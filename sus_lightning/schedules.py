@@ -52,8 +52,9 @@ class ConstantSchedule(Schedule):
     Args:
         c: above 0; ``float("inf")`` is the exact backward.
 
-    >>> ConstantSchedule(30)(1000)
-    30.0
+    Examples:
+        >>> ConstantSchedule(30)(1000)
+        30.0
     """
 
     def __init__(self, c: float) -> None:
@@ -86,8 +87,9 @@ class LinearSchedule(_Interpolation):
         end: c from step ``steps`` on, finite and above 0.
         steps: optimizer steps between the two, at least 1.
 
-    >>> [LinearSchedule(100, 20, steps=4)(step) for step in range(6)]
-    [100.0, 80.0, 60.0, 40.0, 20.0, 20.0]
+    Examples:
+        >>> [LinearSchedule(100, 20, steps=4)(step) for step in range(6)]
+        [100.0, 80.0, 60.0, 40.0, 20.0, 20.0]
     """
 
     def _at(self, fraction: float) -> float:
@@ -102,8 +104,9 @@ class CosineSchedule(LinearSchedule):
         end: c from step ``steps`` on, finite and above 0.
         steps: optimizer steps between the two, at least 1.
 
-    >>> [round(CosineSchedule(100, 20, steps=4)(step), 2) for step in range(5)]
-    [100.0, 88.28, 60.0, 31.72, 20.0]
+    Examples:
+        >>> [round(CosineSchedule(100, 20, steps=4)(step), 2) for step in range(5)]
+        [100.0, 88.28, 60.0, 31.72, 20.0]
     """
 
     def _at(self, fraction: float) -> float:
@@ -118,8 +121,9 @@ class ExponentialSchedule(_Interpolation):
         end: c from step ``steps`` on, finite and above 0.
         steps: optimizer steps between the two, at least 1.
 
-    >>> [round(ExponentialSchedule(160, 10, steps=4)(step), 6) for step in range(5)]
-    [160.0, 80.0, 40.0, 20.0, 10.0]
+    Examples:
+        >>> [round(ExponentialSchedule(160, 10, steps=4)(step), 6) for step in range(5)]
+        [160.0, 80.0, 40.0, 20.0, 10.0]
     """
 
     def _at(self, fraction: float) -> float:
@@ -132,9 +136,10 @@ class StepSchedule(Schedule):
     Args:
         milestones: step -> c. Steps are from 0, and 0 is among them; c is above 0, infinity allowed.
 
-    >>> schedule = StepSchedule({0: float("inf"), 100: 256, 1000: 30})
-    >>> schedule(99), schedule(100), schedule(5000)
-    (inf, 256.0, 30.0)
+    Examples:
+        >>> schedule = StepSchedule({0: float("inf"), 100: 256, 1000: 30})
+        >>> schedule(99), schedule(100), schedule(5000)
+        (inf, 256.0, 30.0)
     """
 
     def __init__(self, milestones: dict[int, float]) -> None:

@@ -63,10 +63,11 @@ class VarianceTarget(Schedule):
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
 
-    >>> schedule = VarianceTarget(0.01, start=30)
-    >>> schedule.observe({"sus_variance": 0.08, "batch_variance": 1.0})  # as SmolLM2-135M has at c = 30
-    >>> schedule(1)
-    120.0
+    Examples:
+        >>> schedule = VarianceTarget(0.01, start=30)
+        >>> schedule.observe({"sus_variance": 0.08, "batch_variance": 1.0})  # as SmolLM2-135M has at c = 30
+        >>> schedule(1)
+        120.0
     """
 
     def __init__(

@@ -278,11 +278,12 @@ def sus_attention(
     Raises:
         TypeError, ValueError: the argument, what was given and what is allowed.
 
-    >>> import torch
-    >>> q, k, v = (torch.randn(1, 2, 64, 16, requires_grad=True) for _ in range(3))
-    >>> sus_attention(q, k, v, is_causal=True, c=8).sum().backward()
-    >>> q.grad.shape
-    torch.Size([1, 2, 64, 16])
+    Examples:
+        >>> import torch
+        >>> q, k, v = (torch.randn(1, 2, 64, 16, requires_grad=True) for _ in range(3))
+        >>> sus_attention(q, k, v, is_causal=True, c=8).sum().backward()
+        >>> q.grad.shape
+        torch.Size([1, 2, 64, 16])
     """
     check_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, sampler, forward)
     c_tensor = as_c(c, query)
