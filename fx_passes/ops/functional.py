@@ -69,8 +69,7 @@ def attend(
     attn_mask, attn_bias = (None if x is None else _four_mask(x, lead) for x in (attn_mask, attn_bias))
     scale = float(query.shape[-1] or 1) ** -0.5 if scale is None else float(scale)
     if scale <= 0:  # the library's kernel masks before it scales: -inf would become inf or NaN
-        nothing = torch.ones((), dtype=torch.bool, device=query.device)  # not times 0: an infinity would be NaN
-        query, scale = (-query, -scale) if scale else (query.masked_fill(nothing, 0.0), 1.0)
+        query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
     tensors = (query, key, value, attn_bias, sinks)
     around = transform(*tensors)
     if around is None and not 0 <= dropout_p < 1:
