@@ -69,7 +69,7 @@ def attend(
     attn_mask, attn_bias = (None if x is None else _four_mask(x, lead) for x in (attn_mask, attn_bias))
     scale = float(query.shape[-1] or 1) ** -0.5 if scale is None else float(scale)
     if scale <= 0:  # the library's kernel masks before it scales: -inf would become inf or NaN
-        query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
+        query, scale = (-query, -scale) if scale else (_times_zero(query), 1.0)
     tensors = (query, key, value, attn_bias, sinks)
     around = transform(*tensors)
     if around is None and not 0 <= dropout_p < 1:
@@ -132,6 +132,11 @@ def _shaped(out: Tensor, lse: Tensor | None, lead: list[int]) -> Any:
         out = out.reshape(*lead, *out.shape[-2:])
         lse = None if lse is None else lse.reshape(*lead, lse.shape[-1])
     return out if lse is None else (out, lse)
+
+
+def _times_zero(x: Tensor) -> Tensor:
+    """``x * 0.0``, with a gradient of 0 also where what comes back has overflowed."""
+    return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0) + x.detach() * 0.0
 
 
 def _lse(maximum: Tensor, total: Tensor) -> Tensor:
