@@ -9,6 +9,7 @@ puts the old code back.
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -60,6 +61,21 @@ def leave() -> None:
             for function, code in _exchanged.values():
                 function.__code__ = code
             _exchanged.clear()
+
+
+def _in_child() -> None:
+    """The thread that forked is the only one left: blocks of others are over, and nobody releases their lock."""
+    global _lock, _users
+    _lock = threading.Lock()
+    _users = len(_handlers())
+    if not _users:
+        for function, code in _exchanged.values():
+            function.__code__ = code
+        _exchanged.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def _functions() -> Iterator[tuple[str, FunctionType]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +16,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from fx_passes import SUSBackend, sus_backward
+from fx_passes import (
+    SUSBackend,
+    eager_calls,
+    sus_backward,
+)
 from tests.passes import attention_packages as packages
 from tests.passes.harness import run, tensors
 from tests.passes.test_calls import BNHD, CALLS, DOCS, ENDS, VARLEN, B, D, H, N, called, causal, eager_flex, softcap
@@ -145,3 +152,23 @@ def test_what_the_function_refuses_and_what_it_takes() -> None:
     assert sus.calls == 0
     reasons = {"empty tensors": 1, "inside a transform of torch.func": 1}
     assert sus.left == {**reasons, "inside forward-mode AD or nested gradients": 1}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_while_another_thread_enters_a_block_does_not_hang_the_child() -> None:
+    with eager_calls._lock:
+        pid = os.fork()
+        if pid == 0:
+            with sus_backward(c=2):
+                pass
+            os._exit(0)
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            assert status == 0
+            return
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    pytest.fail("the child hangs")

@@ -273,8 +273,8 @@ def sus_attention(
         forward: "auto", or "library" to keep the bits of PyTorch's own kernel where another forward would be faster.
         state: number of the `fx_passes.state.State` that counts the kept entries; 0 is none.
 
-    Inside of forward-mode AD and of the transforms of torch.func (grad, jacrev, vmap, jvp) gradients are exact. So are
-    gradients of gradients.
+    Inside of forward-mode AD and of the transforms of torch.func (grad, jacrev, vmap, jvp) gradients are exact. What
+    gradients of gradients add is exact too, at the first gradient's own draw.
 
     Returns:
         [..., H, M, E] in the query's dtype. A row that sees no key is zero and gets zero gradients.
