@@ -111,6 +111,12 @@ class register_sus_attention:
         """Signature and result of transformers' attention functions: [B, H, M, D] to [B, M, H, E]."""
         band, mask, bias = _masks(module, query, attention_mask, is_causal, position_bias)
         ids = _documents(query, key, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+        banded = any(side is not None for side in band)
+        if ids[0] is not ids[1] and banded and not torch.compiler.is_dynamo_compiling():
+            raise ValueError(
+                "cu_seq_lens_q and cu_seq_lens_k must be equal in causal attention: the places of queries and keys "
+                "would count from different beginnings"
+            )
         reason = why_left(query, key, value, None, dropout, False, scaling, query.shape[1] != key.shape[1])
         if reason is not None:
             self.state.note_left(reason)
@@ -185,6 +191,8 @@ def _documents(
     if cu_seq_lens_q is not None and query.shape[0] == 1:
         query_ids = ids_of_lengths(cu_seq_lens_q, query.shape[2])
         same = cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q
+        if not same and not torch.compiler.is_dynamo_compiling():
+            same = torch.equal(cu_seq_lens_q, cu_seq_lens_k)  # type: ignore[arg-type]
         return query_ids, query_ids if same else ids_of_lengths(cu_seq_lens_k, key.shape[2])  # type: ignore[arg-type]
     ids: Tensor | None = getattr(mask, _IDS, None)
     if ids is None and position_ids is not None and position_ids.shape == (1, query.shape[2]) == (1, key.shape[2]):

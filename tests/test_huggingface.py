@@ -197,3 +197,16 @@ def test_packed_batches_have_no_mask_over_queries_and_keys(monkeypatch: pytest.M
     _model("Mistral", "sus", sliding_window=7)(**batch, use_cache=False).logits.sum().backward()
     ids = [[i for i, n in enumerate(LENGTHS) for _ in range(n)]]
     assert shapes == [((1, 1, 1, sum(LENGTHS)), ids, 6, 0)] * 2
+
+
+def test_lengths_of_queries_and_keys_must_agree_where_places_count() -> None:
+    register_sus_attention(c=5)
+    attention = transformers.AttentionInterface()["sus"]
+    module, q = torch.nn.Module(), torch.randn(1, 2, 12, 8, requires_grad=True)
+    lengths, others = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 12], [0, 4, 12]))
+    module.is_causal = True
+    attention(module, q, q, q, None, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths.clone())
+    with pytest.raises(ValueError, match="cu_seq_lens_q and cu_seq_lens_k must be equal"):
+        attention(module, q, q, q, None, cu_seq_lens_q=lengths, cu_seq_lens_k=others)
+    module.is_causal = False
+    attention(module, q, q, q, None, cu_seq_lens_q=lengths, cu_seq_lens_k=others)
