@@ -11,7 +11,7 @@ from typing import Any
 from sus_lightning.landscape import Estimate, Landscape, Pass, Probed
 from sus_lightning.layer_shares import LayerShares
 from sus_lightning.saved import Saved, check_name
-from sus_lightning.schedules import Schedule, check_amount, check_count, check_number
+from sus_lightning.schedules import Schedule, check_amount, check_count, check_number, check_range
 from sus_lightning.variance_target import ALONE, ON, PER
 
 AT = "at/"  # prefix of the values that a probe measured at another c: "at/64.0/sus_variance"
@@ -76,13 +76,7 @@ class AutoC(Schedule):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but it is {value!r}")
         self.on, self.per = on, per
-        self.start = check_number("start", start, finite=True)
-        self.minimum = check_number("minimum", minimum, finite=True)
-        self.maximum = check_number("maximum", maximum, finite=True)
-        if self.maximum < self.minimum:
-            raise ValueError(f"maximum must be at least minimum = {minimum}, but it is {maximum}")
-        if not self.minimum <= self.start <= self.maximum:
-            raise ValueError(f"start must be in [minimum, maximum] = [{minimum}, {maximum}], but it is {start}")
+        self.start, self.minimum, self.maximum = check_range(start, minimum, maximum)
         self.largest_step = check_number("largest_step", largest_step, finite=True)
         if self.largest_step <= 1:
             raise ValueError(f"largest_step must be above 1, but it is {largest_step}")

@@ -206,6 +206,18 @@ def check_number(name: str, value: Any, *, finite: bool = False) -> float:
     return check_c(value, name)
 
 
+def check_range(start: Any, minimum: Any, maximum: Any) -> tuple[float, float, float]:
+    """The c to begin with and its bounds as floats; TypeError or ValueError that names the argument otherwise."""
+    first = check_number("start", start, finite=True)
+    least = check_number("minimum", minimum, finite=True)
+    most = check_number("maximum", maximum, finite=True)
+    if most < least:
+        raise ValueError(f"maximum must be at least minimum = {minimum}, but it is {maximum}")
+    if not least <= first <= most:
+        raise ValueError(f"start must be in [minimum, maximum] = [{minimum}, {maximum}], but it is {start}")
+    return first, least, most
+
+
 def check_amount(name: str, value: Any) -> float:
     """A finite number of at least 0 as float; TypeError or ValueError that names the argument otherwise."""
     if not _is_number(value):

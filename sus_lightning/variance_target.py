@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from sus_lightning.saved import Saved, check_name
-from sus_lightning.schedules import Schedule, check_amount, check_count, check_number
+from sus_lightning.schedules import Schedule, check_amount, check_count, check_number, check_range
 
 ON = ("total", "worst")
 PER = ("model", "layer")
@@ -86,13 +86,7 @@ class VarianceTarget(Schedule):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but it is {value!r}")
         self.on, self.per = on, per
-        self.start = check_number("start", start, finite=True)
-        self.minimum = check_number("minimum", minimum, finite=True)
-        self.maximum = check_number("maximum", maximum, finite=True)
-        if self.maximum < self.minimum:
-            raise ValueError(f"maximum must be at least minimum = {minimum}, but it is {maximum}")
-        if not self.minimum <= self.start <= self.maximum:
-            raise ValueError(f"start must be in [minimum, maximum] = [{minimum}, {maximum}], but it is {start}")
+        self.start, self.minimum, self.maximum = check_range(start, minimum, maximum)
         self.smoothing = check_number("smoothing", smoothing)
         if self.smoothing > 1:
             raise ValueError(f"smoothing must be in (0, 1], but it is {smoothing}")

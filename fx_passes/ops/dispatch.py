@@ -66,8 +66,7 @@ def _keeps_most(problem: Problem, c: Tensor) -> bool:
     s, m, n = problem.static, problem.query.shape[2], problem.key.shape[2]
     if s.sampler != "tile" or problem.query.is_cuda:  # on a GPU the kernels' host side decides, without a wait
         return False
-    share = tile_rule.expected_share(float(c), m, n, s.left, s.right, problem.diagonal)
-    return share > tile_rule.LARGEST_SHARE
+    return tile_rule.keeps_most(float(c), m, n, s.left, s.right, problem.diagonal)
 
 
 def backward(

@@ -75,3 +75,8 @@ def expected_share(c: float, m: int, n: int, left: int | None, right: int | None
     total = sum(tiles * blocks for tiles, blocks in visible)
     kept = sum(min(tiles, c * (1 + FLOOR)) * blocks for tiles, blocks in visible)
     return kept / total if total else 1.0
+
+
+def keeps_most(c: float, m: int, n: int, left: int | None, right: int | None, diagonal: int) -> bool:
+    """Whether tiles would keep so much that the dense backward is faster."""
+    return expected_share(c, m, n, left, right, diagonal) > LARGEST_SHARE

@@ -124,7 +124,7 @@ def _tile_forward(problem: Problem, c: Tensor, dropout_seed: Tensor) -> tuple[Te
 def _tile_capacity(problem: Problem, c: float) -> int:
     """Tiles per block of rows that there is room for, or 0 where the dense backward is as fast: then it is exact."""
     s, m, n = problem.static, problem.query.shape[2], problem.key.shape[2]
-    if tile_rule.expected_share(c, m, n, s.left, s.right, problem.diagonal) > tile_rule.LARGEST_SHARE:
+    if tile_rule.keeps_most(c, m, n, s.left, s.right, problem.diagonal):
         return 0
     return tile_rule.capacity_for(c, n)
 
