@@ -74,6 +74,7 @@ class register_sus_attention:
 
     @property
     def c(self) -> float:
+        """Expected number of kept entries per query row and head; may be set at any time."""
         return self.state.c
 
     @c.setter

@@ -49,9 +49,10 @@ class SUSBackprop(AnyCallback):
     """Gives softmax attention the sparse, unbiased backward of SUS backprop (arXiv 2505.15080) while a model trains.
 
     When ``fit`` starts, the submodules of the LightningModule are compiled in place by a `fx_passes.SUSBackend`, which
-    finds attention in their graphs and replaces its backward; the forward stays as it is. Validation, test and prediction run the module as it was given, and so does everything after ``fit``.
-    A module that was already compiled (``torch.compile(lightning_module)``, ``self.model = torch.compile(...)``,
-    ``self.model.compile()``) is compiled with the same mode, and given back as it was.
+    finds attention in their graphs and replaces its backward; the forward stays as it is. Validation, test and
+    prediction run the module as it was given, and so does everything after ``fit``. A module that was already compiled
+    (``torch.compile(lightning_module)``, ``self.model = torch.compile(...)``, ``self.model.compile()``) is compiled
+    with the same mode, and given back as it was.
 
     Every ``variance_every_n_steps`` optimizer steps a probe measures how much variance SUS adds to the gradient,
     relative to the variance that it has from the choice of the batch. It never changes training: weights are bitwise
