@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable
+import textwrap
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -83,7 +83,7 @@ def gpu_headline() -> str:
                 f"{sus['speed_up']:.2f}" + (f" (**{sus['captured_speed_up']:.2f}**)" if captured else ""),
                 f"{peer['ceiling']:.2f}",
                 f"{sus['kept_per_row']:.0f}",
-                " / ".join(f"{sus[f'noise_{x}']:.1%}" for x in "qkv"),
+                f"{max(sus[f'noise_{x}'] for x in 'qkv'):.1%}",
             ]
         )
     header = [
@@ -93,7 +93,7 @@ def gpu_headline() -> str:
         "speed-up",
         "a free backward",
         "keys kept per row",
-        "noise of dQ / dK / dV",
+        "noise",
     ]
     return markdown(header, table)
 
@@ -196,19 +196,77 @@ def auto_c_landscapes() -> str:
     return markdown(header, table)
 
 
+FAMILIES = {
+    "hf-decoder": "transformers: decoders",
+    "hf-encoder": "transformers: encoders",
+    "hf-encdec": "transformers: encoders with decoders",
+    "hf-audio": "transformers: audio",
+    "hf-vision": "transformers: vision",
+    "hf-multimodal": "transformers: multimodal",
+    "hf-base": "transformers: other models",
+    "timm": "timm",
+    "x-transformers": "x-transformers",
+    "hand": "attention written by hand",
+    "negative": "negatives: must not be touched",
+    "noattn": "models without softmax attention",
+}
+
+
 def found_by_family() -> str:
     """Attentions found in the zoo, per family of models."""
     entries = read("zoo")["entries"]
-    families = list(dict.fromkeys(entry["family"] for entry in entries))
-    groups = [(family, [entry for entry in entries if entry["family"] == family]) for family in families]
-    return markdown(["family", "entries", "attentions", "found and exact"], [_counted(*group) for group in groups])
+    groups = {title: [e for e in entries if _family(e) == family] for family, title in FAMILIES.items()}
+    table = [
+        [title, str(len(group)), *(str(sum(e[key] for e in group)) for key in ("attentions", "found", "false"))]
+        for title, group in groups.items()
+    ]
+    total = ["**all**", *(f"**{read('zoo')['totals'][key]}**" for key in ("entries", "attentions", "found", "false"))]
+    return markdown(["family", "entries", "attentions", "found and exact", "false positives"], [*table, total])
 
 
-def _counted(name: str, entries: Iterable[dict[str, Any]]) -> list[str]:
-    counts: Counter[str] = Counter()
-    for entry in entries:
-        counts.update(entries=1, attentions=entry["attentions"], found=entry["found"])
-    return [name, str(counts["entries"]), str(counts["attentions"]), str(counts["found"])]
+def found_missing() -> str:
+    """The entries where something is missing."""
+    missing = [e for e in read("zoo")["entries"] if e["found"] < e["attentions"]]
+    table = [[f"`{e['name']}`", f"{e['found']} of {e['attentions']}", _why_missing(e)] for e in missing]
+    return markdown(["entry", "found and exact", "why"], table)
+
+
+def _why_missing(entry: dict[str, Any]) -> str:
+    if "error" in entry:
+        return str(entry["error"])
+    return "left, see below" if entry["exact"] else "gradients beyond the limit of exactness, see below"
+
+
+def found_models() -> str:
+    """All models, family by family, in sections that unfold."""
+    entries = read("zoo")["entries"]
+    parts = []
+    for family, title in FAMILIES.items():
+        models: dict[str, list[dict[str, Any]]] = {}
+        for e in entries:
+            if _family(e) == family:
+                name = e["name"].removesuffix("/eager").removesuffix("/sdpa").split("/", 1)[-1]
+                models.setdefault(name, []).append(e)
+        rows = [
+            [f"`{name}`", _counts(group, "attentions"), _counts(group, "found")]
+            for name, group in sorted(models.items())
+        ]
+        if rows:
+            table = markdown(["model", "attentions", "found"], rows)
+            parts.append(f'??? note "{title} ({len(rows)})"\n\n' + textwrap.indent(table, "    "))
+    return "\n\n".join(parts)
+
+
+def _family(entry: dict[str, Any]) -> str:
+    return "noattn" if entry["family"].endswith(":noattn") else str(entry["family"])
+
+
+def _counts(entries: list[dict[str, Any]], key: str) -> str:
+    """One number, or one for each attention implementation of transformers where they differ."""
+    counts = {e["name"].rsplit("/", 1)[-1]: e[key] for e in entries}
+    if len(set(counts.values())) == 1:
+        return str(entries[0][key])
+    return ", ".join(f"{count} ({name})" for name, count in counts.items())
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -222,5 +280,7 @@ TABLES: dict[str, Callable[[], str]] = {
         auto_c_smollm2,
         auto_c_landscapes,
         found_by_family,
+        found_missing,
+        found_models,
     )
 }
