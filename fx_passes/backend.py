@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fx_passes.find.breaks import know_calls, mend_graph_breaks
+from fx_passes.find.dynamo_patches import know_calls, mend_graph_breaks
 from fx_passes.ops.functional import check_choice
 from fx_passes.ops.problem import FORWARDS, SAMPLERS
 from fx_passes.report import Report
 from fx_passes.rewrite import Options, rewrite_graph
 from fx_passes.rewrite.guard import Guarded
-from fx_passes.rewrite.owners import count_owners, first_parameter, this_frame
+from fx_passes.rewrite.module_counts import count_owners, first_parameter, this_frame
 from fx_passes.state import State
 
 COMPILERS = ("inductor", "aot_eager", "eager")
@@ -50,7 +50,7 @@ class SUSBackend:
         1
     """
 
-    rewrites_attention = True  # Dynamo then traces calls and frames that it would not: see `find.breaks`
+    rewrites_attention = True  # Dynamo then traces calls and frames that it would not: see `find.dynamo_patches`
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fx_passes.find import calls, flex
 from fx_passes.find.context import Context, attribute, fake_of
-from fx_passes.find.smaller import SMALLER, masked_by_index, sets_by_mask
+from fx_passes.find.decompositions import DECOMPOSITIONS, masked_by_index, sets_by_mask
 from fx_passes.torch_compat import symbolic_sizes
 
 log = logging.getLogger(__name__)
@@ -218,7 +218,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":
             return func(*args, **kwargs)
-        smaller = SMALLER.get(func)
+        smaller = DECOMPOSITIONS.get(func)
         if smaller is not None:
             with self:
                 result = smaller(*args, **kwargs)
