@@ -31,6 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import doc_tables as tables
+import doc_tables_site
 
 ROOT = Path(__file__).parents[1]
 MARK = re.compile(r"<!-- (number|table): (.+?) -->(.*?)<!-- /\1 -->", re.DOTALL)
@@ -90,9 +91,10 @@ def same(item: Any, value: str) -> bool:
 
 
 def table(name: str) -> str:
-    if name not in tables.TABLES:
-        raise ValueError(f"no table {name!r}: there are {', '.join(sorted(tables.TABLES))}")
-    return f"\n{tables.TABLES[name]()}\n"
+    known = {**tables.TABLES, **doc_tables_site.TABLES}
+    if name not in known:
+        raise ValueError(f"no table {name!r}: there are {', '.join(sorted(known))}")
+    return f"\n{known[name]()}\n"
 
 
 def filled(text: str) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, overrides
 
 from fx_passes.find import calls
-from fx_passes.find.breaks import mend_graph_breaks
+from fx_passes.find.dynamo_patches import mend_graph_breaks
 from fx_passes.ops.functional import attend
 from fx_passes.ops.transforms import transform
 

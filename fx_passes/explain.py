@@ -9,10 +9,10 @@ import torch
 from torch.fx import GraphModule
 
 from fx_passes.expect import expect
-from fx_passes.find.breaks import know_calls, mend_graph_breaks
+from fx_passes.find.dynamo_patches import know_calls, mend_graph_breaks
 from fx_passes.report import Report
 from fx_passes.rewrite import Options, rewrite_graph
-from fx_passes.rewrite.owners import count_owners, first_parameter, this_frame
+from fx_passes.rewrite.module_counts import count_owners, first_parameter, this_frame
 from fx_passes.state import State
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_passes.mirror import mix
+from fx_passes.device_state import mix
 
 
 class Run:

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from fx_passes import runs
-from fx_passes.mirror import Mirror, mix
+from fx_passes.device_state import DeviceState, mix
 from fx_passes.runs import Run
 
 # Devices whose draws a graph may replay without Python.
@@ -134,7 +134,7 @@ class State:
         self._run: Run | None = None
         self._number: int | None = None
         self._places: weakref.WeakKeyDictionary[Run, _Place] = weakref.WeakKeyDictionary()  # in runs that were left
-        self._mirrors: dict[torch.device, Mirror] = {}
+        self._on_devices: dict[torch.device, DeviceState] = {}
         self._numbers: dict[torch.device | None, int] = {}  # of the streams: None is the host's
         self._captured: dict[int, float] = {}  # by site, the largest c for which a captured graph has room
         self._lock = threading.RLock()
@@ -175,8 +175,8 @@ class State:
     def _set_c(self, c: float, site_c: dict[int, float]) -> None:
         with self._lock:
             self._c, self._site_c = c, site_c
-            for mirror in self._mirrors.values():
-                mirror.write_c(c, site_c)
+            for on_device in self._on_devices.values():
+                on_device.write_c(c, site_c)
             beyond = [site for site, limit in self._captured.items() if self.c_of(site) > limit]
             if beyond:
                 warnings.warn(
@@ -195,7 +195,7 @@ class State:
     @property
     def counter(self) -> int:
         with self._lock:
-            return max([self._counter, *(mirror.counter for mirror in self._mirrors.values())])
+            return max([self._counter, *(on_device.counter for on_device in self._on_devices.values())])
 
     @counter.setter
     def counter(self, value: int) -> None:
@@ -203,8 +203,8 @@ class State:
         with self._lock:
             self._follow()
             self._counter = value
-            for mirror in self._mirrors.values():
-                mirror.counter = value
+            for on_device in self._on_devices.values():
+                on_device.counter = value
 
     @property
     def position(self) -> tuple[int, int | None]:
@@ -242,8 +242,8 @@ class State:
         if place is None:
             place = _Place(None, self._counter if self._run is None else 0, {})
         old = {
-            device: mirror.exchange(place.counters.get(device, place.counter))
-            for device, mirror in self._mirrors.items()
+            device: on_device.exchange(place.counters.get(device, place.counter))
+            for device, on_device in self._on_devices.items()
         }
         if self._run is not None:
             self._places[self._run] = _Place(self._number, self._counter, old)
@@ -260,8 +260,8 @@ class State:
                 self._number = run.next_number(self)
             assert self._number is not None
             base = run.mixed(self._number)
-        for mirror in self._mirrors.values():
-            mirror.follow(mix(base, (runs.rank() or 0) + (mirror.number << 32)))
+        for on_device in self._on_devices.values():
+            on_device.follow(mix(base, (runs.rank() or 0) + (on_device.number << 32)))
         return base
 
     def _stream(self, device: torch.device | None) -> int:
@@ -279,14 +279,14 @@ class State:
         """Makes what draws for these sites need on a device, if it is one whose graphs may be captured."""
         with self._lock:
             if device.type in _MIRRORED:
-                self._mirror(device).prepare(sites, self.c_of)
+                self._on_device(device).prepare(sites, self.c_of)
 
-    def _mirror(self, device: torch.device) -> Mirror:
-        if device not in self._mirrors:
+    def _on_device(self, device: torch.device) -> DeviceState:
+        if device not in self._on_devices:
             counter = self.counter
-            self._mirrors[device] = Mirror(device, self._stream(device))
-            self._mirrors[device].counter = counter
-        return self._mirrors[device]
+            self._on_devices[device] = DeviceState(device, self._stream(device))
+            self._on_devices[device].counter = counter
+        return self._on_devices[device]
 
     def draw(self, device: torch.device, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
         """c of the sites (float64) and a fresh seed (0-dim int64), new tensors on the device."""
@@ -294,29 +294,29 @@ class State:
             c = torch.tensor([self.c_of(site) for site in sites], dtype=torch.float64, device=device)
             return c, torch.tensor(self.next_seed(), dtype=torch.int64, device=device)
         with self._lock:
-            mirror = self._mirror(device)
-            vector = mirror.prepare(sites, self.c_of)
+            on_device = self._on_device(device)
+            vector = on_device.prepare(sites, self.c_of)
             self._follow()
-            return vector.clone(), mirror.next_seed()
+            return vector.clone(), on_device.next_seed()
 
     @property
     def kept(self) -> Kept:
         with self._lock:
-            found = [vars(self._kept).values(), *(mirror.counts for mirror in self._mirrors.values())]
+            found = [vars(self._kept).values(), *(on_device.counts for on_device in self._on_devices.values())]
             return Kept(*(float(sum(x)) for x in zip(*found, strict=True)))
 
     @kept.setter
     def kept(self, value: Kept) -> None:
         with self._lock:
             self._kept = value
-            for mirror in self._mirrors.values():
-                mirror.clear_counts()
+            for on_device in self._on_devices.values():
+                on_device.clear_counts()
 
     def count(self, entries: float | Tensor, rows: float, dense: float, device: torch.device) -> None:
         """Adds to the counts what a backward on a device used; on a GPU nobody waits, and replays count too."""
         with self._lock:
             if device.type in _MIRRORED:
-                self._mirror(device).count(entries, rows, dense)
+                self._on_device(device).count(entries, rows, dense)
                 return
             self._kept.entries += float(entries)
             self._kept.rows += rows

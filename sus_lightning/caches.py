@@ -1,7 +1,7 @@
 """Dynamo's caches between fits: room for new compilations, and nothing left of old ones.
 
-What is compiled from the top of a module has code of its own (`fx_passes.rewrite.owners`), and is freed with it. What
-Dynamo compiles behind a graph break is kept at the code of the user's methods, for all who run them.
+What is compiled from the top of a module has code of its own (`fx_passes.rewrite.module_counts`), and is freed with
+it. What Dynamo compiles behind a graph break is kept at the code of the user's methods, for all who run them.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torchmetrics import Metric
 
-from fx_passes.rewrite.owners import Owner, compile_call
+from fx_passes.rewrite.module_counts import Owner, compile_call
 from sus_lightning.caches import allow_compilation, clear_caches
 
 _MISSING = object()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from fx_passes.rewrite.owners import module_of, runs_a_site
+from fx_passes.rewrite.module_counts import module_of, runs_a_site
 
 # What may stand between a softmax and its product with value, and gives weights again.
 _THROUGH = {"_to_copy", "_unsafe_view", "add", "alias", "clone", "detach", "div", "expand", "masked_fill", "mul"}

@@ -1,4 +1,4 @@
-"""c of sites, seeds and counts: on the host, and in a device's mirror, for which the CPU stands in here."""
+"""c of sites, seeds and counts: on the host, and in a device state, for which the CPU stands in here."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fx_passes import SUSBackend, mirror, runs, state
-from fx_passes.mirror import mix, mix_last
+from fx_passes import SUSBackend, device_state, runs, state
+from fx_passes.device_state import mix, mix_last
 from fx_passes.ops import dispatch
 from fx_passes.state import Kept, State, draw
 
@@ -30,9 +30,9 @@ def mirrored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "_MIRRORED", {"cuda", "cpu"})
 
 
-@pytest.fixture(params=["host", "mirror"])
+@pytest.fixture(params=["host", "device state"])
 def _both(request: pytest.FixtureRequest) -> None:
-    if request.param == "mirror":
+    if request.param == "device state":
         request.getfixturevalue("mirrored")
 
 
@@ -346,7 +346,7 @@ def test_what_a_captured_graph_replays_draws_anew_and_obeys_c() -> None:
     """A replay runs only what was done on the device, at the addresses of the capture."""
     s = State(3.0, seed=5)
     draw(LIKE, s.id, [4, 1])
-    m = s._mirrors[CPU]
+    m = s._on_devices[CPU]
     vector = m.prepare([4, 1], s.c_of)
     addresses = [x.data_ptr() for x in (vector, m._counter, m._before, m._kept)]
 
@@ -378,7 +378,7 @@ def test_setting_the_counter_takes_over_a_new_manual_seed() -> None:
     seeds(s)
     torch.manual_seed(2)
     s.counter = 4
-    assert int(s._mirrors[CPU].next_seed()) == fifth
+    assert int(s._on_devices[CPU].next_seed()) == fifth
 
 
 @both
@@ -415,10 +415,10 @@ def test_a_stream_waits_for_the_one_before_it(monkeypatch: pytest.MonkeyPatch) -
     draw(LIKE, s.id, [0])
     first, second = Stream(), Stream()
     used = [first]
-    m = s._mirrors[CPU]
+    m = s._on_devices[CPU]
     monkeypatch.setattr(m, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: used[0])
-    monkeypatch.setattr(mirror, "capturing", lambda _: False)
+    monkeypatch.setattr(device_state, "capturing", lambda _: False)
     for used[0] in (first, first, second, first):
         m.next_seed()
         m.count(1, 1, 1)
@@ -443,7 +443,7 @@ def test_in_a_capture_nothing_may_be_new(monkeypatch: pytest.MonkeyPatch) -> Non
     s, other = State(3.0), State(3.0)
     torch.manual_seed(1)
     draw(LIKE, s.id, [0])
-    monkeypatch.setattr(mirror, "capturing", lambda _: True)
+    monkeypatch.setattr(device_state, "capturing", lambda _: True)
     draw(LIKE, s.id, [0])
     with pytest.raises(RuntimeError, match="a site is new"):
         draw(LIKE, s.id, [0, 1])

@@ -1,4 +1,4 @@
-"""Masks that compare places, proven by their form.
+"""Masks that compare positions, proven by their form.
 
 Such as ``i >= j``, ``i - j < 4096``, ``(j < 7) | (i >= j)`` and ``i // 64 == j // 64``.
 
@@ -14,7 +14,7 @@ import torch
 
 from fx_passes.canonicalise.axes import Dim, Layout, all_axes, broadcast, known, leaves
 from fx_passes.canonicalise.forms import Walk
-from fx_passes.canonicalise.places import Places, both
+from fx_passes.canonicalise.positional_mask import PositionalMask, both
 from fx_passes.canonicalise.views import before, is_view
 from fx_passes.find.trace import Value
 
@@ -32,33 +32,33 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 class Comparison:
-    """Reads conditions over the places of `rows` and `keys`, one axis each."""
+    """Reads conditions over the positions of `rows` and `keys`, one axis each."""
 
     def __init__(self, walk: Walk, rows: Dim, keys: Dim) -> None:
         self.walk, self.rows, self.keys = walk, leaves(rows), leaves(keys)
-        self.positions: list[Value] | None = None  # where a list: tensors whose values are taken for places
+        self.positions: list[Value] | None = None  # where a list: tensors whose values are taken for positions
 
-    def places(self, value: Value, layout: Layout, want: bool) -> Places | None:
-        """The keys visible where ``value == want``; None where that is not known to be a mask of places."""
+    def positional(self, value: Value, layout: Layout, want: bool) -> PositionalMask | None:
+        """The keys visible where ``value == want``; None where that is not known to be a mask of positions."""
         if len(self.rows) != 1 or len(self.keys) != 1 or value.dtype != torch.bool:
             return None
         truth = self._truth(value)
         if truth is not None:
-            return Places() if truth == want else None
+            return PositionalMask() if truth == want else None
         if is_view(value):
-            return self.places(value.args[0], before(value, layout), want)
+            return self.positional(value.args[0], before(value, layout), want)
         if value.op in _NOTS:
-            return self.places(value.args[0], layout, not want)
+            return self.positional(value.args[0], layout, not want)
         if value.op in _ANDS | _ORS and all(isinstance(x, Value) and x.dtype == torch.bool for x in value.args[:2]):
             sides = [(x, broadcast(layout, x.shape)) for x in value.args[:2]]
             if (value.op in _ANDS) == want:
-                first, second = (self.places(x, side, want) for x, side in sides)
+                first, second = (self.positional(x, side, want) for x, side in sides)
                 return None if first is None or second is None else both(first, second)
             return self._either(sides, want)
         if value.op in (aten.eq.Tensor, aten.ne.Tensor) and (value.op is aten.eq.Tensor) == want:
             return self._chunks(value, layout)
         bounds = self._bounds(value, layout, want)
-        found: Places | None = None
+        found: PositionalMask | None = None
         for a, b, c in bounds or ():  # a * i + b * j <= c
             if (a, b) == (-1, 1):
                 place = self._band("right", c)
@@ -79,14 +79,16 @@ class Comparison:
         }
         return int(x) if isinstance(x, torch.SymInt) and not _symbols(x) & lengths else x
 
-    def _band(self, side: str, c: Any) -> Places | None:
+    def _band(self, side: str, c: Any) -> PositionalMask | None:
         c = self._fixed(c)
         if isinstance(c, int):
-            return Places(right=c) if side == "right" else Places(left=c)
+            return PositionalMask(right=c) if side == "right" else PositionalMask(left=c)
         offset = _number(c - (self.keys[0].size - self.rows[0].size) * (1 if side == "right" else -1))
         if not isinstance(offset, int):
             return None
-        return replace(Places(right=offset) if side == "right" else Places(left=offset), bottom_right=True)
+        return replace(
+            PositionalMask(right=offset) if side == "right" else PositionalMask(left=offset), bottom_right=True
+        )
 
     def _truth(self, value: Value) -> bool | None:
         """What a condition that is the same everywhere says."""
@@ -95,20 +97,20 @@ class Comparison:
         found = self.walk.constants.evaluate(value)
         return None if found is None or self.walk.constants.buffers.get(value) else bool(found)
 
-    def _either(self, sides: list[tuple[Value, Layout]], want: bool) -> Places | None:
+    def _either(self, sides: list[tuple[Value, Layout]], want: bool) -> PositionalMask | None:
         """A band, or else a key of a prefix."""
         truths = [self._truth(x) for x, _ in sides]
         if (not want) in truths:  # `or_masks` begins with nothing
-            return self.places(*sides[1 - truths.index(not want)], want)
+            return self.positional(*sides[1 - truths.index(not want)], want)
         for (x, inner), (y, outer) in (sides, reversed(sides)):
             bounds = self._bounds(x, inner, want)
             if bounds and len(bounds) == 1 and bounds[0][:2] == (0, 1):
-                prefix, band = self._fixed(bounds[0][2]), self.places(y, outer, want)
+                prefix, band = self._fixed(bounds[0][2]), self.positional(y, outer, want)
                 if isinstance(prefix, int) and band is not None and not band.prefix and band.chunk is None:
                     return replace(band, prefix=prefix + 1) if prefix >= 0 else band
         return None
 
-    def _chunks(self, value: Value, layout: Layout) -> Places | None:
+    def _chunks(self, value: Value, layout: Layout) -> PositionalMask | None:
         """``i // size == j // size``"""
         found: dict[bool, Any] = {}
         for x in value.args[:2]:
@@ -125,7 +127,7 @@ class Comparison:
             if inner is None or inner[:2] not in ((1, 0), (0, 1)) or _number(inner[2]) != 0:
                 return None
             found[inner[0] == 1] = size
-        return Places(chunk=found[True]) if len(found) == 2 and found[True] == found[False] > 0 else None
+        return PositionalMask(chunk=found[True]) if len(found) == 2 and found[True] == found[False] > 0 else None
 
     def _bounds(self, value: Value, layout: Layout, want: bool) -> list[tuple[int, int, Any]] | None:
         """A comparison as inequalities ``a * i + b * j <= c``, all of which must hold."""

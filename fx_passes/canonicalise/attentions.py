@@ -8,11 +8,11 @@ from typing import Any
 
 from torch.fx import Node
 
-from fx_passes.canonicalise.axes import NotUnderstood
+from fx_passes.canonicalise.axes import FailedMatch
 from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.forms import Attention, Walk
-from fx_passes.canonicalise.ready import Ready, bias_is_dense, prepare
-from fx_passes.canonicalise.understand import is_attention_softmax, understand, understand_sdpa
+from fx_passes.canonicalise.lower import LoweredTerm, bias_is_dense, lower
+from fx_passes.canonicalise.match_attention import is_attention_softmax, match_attention, match_sdpa
 from fx_passes.find import calls, flex
 from fx_passes.find.anchors import SDPA, is_anchor, products, softmaxes
 from fx_passes.find.context import fake_of
@@ -30,7 +30,7 @@ class Found:
     softs: list[Value]
     attention: Attention | None = None
     walk: Walk | None = None
-    ready: list[Ready] = field(default_factory=list)
+    lowered: list[LoweredTerm] = field(default_factory=list)
     reason: str = ""
 
     def describe(self, number: int) -> dict[str, Any]:
@@ -39,9 +39,9 @@ class Found:
         called = "" if home is None else calls.form_of(home)
         if self.attention is None or self.walk is None:
             return {"form": called or ("sdpa" if self.softs[0].op is SDPA else "softmax")}
-        ready = self.ready[number]
-        tier = 2 if ready.tier == 2 or bias_is_dense(self.walk, ready) else 1
-        return {"form": called or self.attention.form, "tier": tier, "mask": ready.plan.kind}
+        lowered = self.lowered[number]
+        tier = 2 if lowered.tier == 2 or bias_is_dense(self.walk, lowered) else 1
+        return {"form": called or self.attention.form, "tier": tier, "mask": lowered.mask.kind}
 
 
 def attentions(trace: Trace) -> list[Found]:
@@ -97,11 +97,11 @@ def _of(trace: Trace, constants: Constants, soft: Value, before: list[Found]) ->
     if any(soft is s for f in before for s in f.softs):
         return []
     if soft.op is SDPA:
-        return [_checked(trace, [soft], lambda: understand_sdpa(trace, constants, soft))]
+        return [_checked(trace, [soft], lambda: match_sdpa(trace, constants, soft))]
     reasons: list[str] = []
     found: list[Found] = []
     for product in products(trace, soft):
-        item = _checked(trace, [soft], lambda p=product: understand(trace, constants, p))
+        item = _checked(trace, [soft], lambda p=product: match_attention(trace, constants, p))
         if item.attention is not None:
             item.softs = [t.soft for t in item.attention.terms if not t.plain]
             found.append(item)
@@ -111,18 +111,18 @@ def _of(trace: Trace, constants: Constants, soft: Value, before: list[Found]) ->
         return found
     others = [why for why in reasons if why != _PARAMETER]
     if (others or not reasons) and is_attention_softmax(Walk(trace, constants), soft):
-        return [Found([soft], reason=others[0] if others else "its weights enter no product with value")]
+        return [Found([soft], reason=others[0] if others else "its probabilities enter no product with value")]
     return []
 
 
 def _checked(trace: Trace, softs: list[Value], attempt: Any) -> Found:
     try:
         attention, walk = attempt()
-        ready = [prepare(walk, attention, term) for term in attention.terms if not term.plain]
+        lowered = [lower(walk, attention, term) for term in attention.terms if not term.plain]
         apart = {id(v) for v in attention.visited}
         for term in attention.terms:
             if term.dropout and term.shared_dropout is not None and is_live(trace, term.shared_dropout, apart):
-                raise NotUnderstood("the weights after dropout are used elsewhere too")
-        return Found(softs, attention, walk, ready)
-    except NotUnderstood as why:
+                raise FailedMatch("the probabilities after dropout are used elsewhere too")
+        return Found(softs, attention, walk, lowered)
+    except FailedMatch as why:
         return Found(softs, reason=str(why))

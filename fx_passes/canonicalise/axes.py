@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 Size = Any  # int or torch.SymInt
 
 
-class NotUnderstood(Exception):
+class FailedMatch(Exception):
     """Why an attention is left as it is, in words for the user."""
 
 
@@ -77,12 +77,12 @@ def product(axes: Iterable[Axis]) -> Size:
 def split(axis: Axis, inner: Size) -> tuple[Axis, Axis]:
     """The two parts of an axis, the inner one of a given size."""
     if isinstance(inner, int) and isinstance(axis.size, int) and axis.size % inner:
-        raise NotUnderstood("a view splits a dimension in a way that does not divide it")
+        raise FailedMatch("a view splits a dimension in a way that does not divide it")
     if axis.at is not None and not (isinstance(inner, int) and isinstance(axis.size, int)):
-        raise NotUnderstood("a view splits a dimension of dynamic size of which one place is selected")
+        raise FailedMatch("a view splits a dimension of dynamic size of which one place is selected")
     outer = axis.size // inner
-    places = (None, None) if axis.at is None else divmod(axis.at, inner)
-    axis.parts = (Axis(outer, at=places[0]), Axis(inner, at=places[1]))
+    offsets = (None, None) if axis.at is None else divmod(axis.at, inner)
+    axis.parts = (Axis(outer, at=offsets[0]), Axis(inner, at=offsets[1]))
     return axis.parts
 
 
@@ -105,7 +105,7 @@ def _regroup(layout: Layout, shape: Sequence[Size]) -> Layout:
         dim: list[Axis] = []
         while not known(product(dim) == size):
             if not stack:
-                raise NotUnderstood("a view was not understood")
+                raise FailedMatch("a view was not understood")
             axis = stack.pop()
             have = product(dim)
             total = have * axis.size
@@ -113,7 +113,7 @@ def _regroup(layout: Layout, shape: Sequence[Size]) -> Layout:
                 dim.append(axis)
                 continue
             if not (_divides(have, size) and _divides_exactly(axis.size, size, have)):
-                raise NotUnderstood("a view mixes dimensions")
+                raise FailedMatch("a view mixes dimensions")
             need = size // have
             if known(axis.size // need == 1):  # equal, though the two expressions did not show it
                 dim.append(axis)
@@ -125,7 +125,7 @@ def _regroup(layout: Layout, shape: Sequence[Size]) -> Layout:
             dim.append(stack.pop())
         result.append(tuple(dim))
     if stack:
-        raise NotUnderstood("a view was not understood")
+        raise FailedMatch("a view was not understood")
     return tuple(result)
 
 

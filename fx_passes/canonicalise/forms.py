@@ -96,7 +96,7 @@ class Scores:
 
 @dataclass
 class Term:
-    """One softmax in the weights, with what happens to it before the product with value."""
+    """One softmax in the probabilities, with what happens to it before the product with value."""
 
     soft: Value
     source: Operand  # what softmax is taken of
@@ -105,11 +105,11 @@ class Term:
     factors: list[Factor] = field(default_factory=list)
     dropout: float = 0.0
     normalised: bool = True
-    masks: list[Mask] = field(default_factory=list)  # acting on the weights: zero where masked
+    masks: list[Mask] = field(default_factory=list)  # acting on the probabilities: zero where masked
     shared_dropout: Value | None = None
     extension: tuple[Dim, int] | None = None  # the keys proper and their place among the softmax's columns
     sink: Sink | None = None  # a number added to the row sum
-    plain: bool = False  # no softmax: its scale and factors, the same for all keys, are the weights
+    plain: bool = False  # no softmax: its scale and factors, the same for all keys, are the probabilities
     mixed: Dim = ()  # axes of the softmax, such as heads, that are summed over behind it: the result is, too
     scores: Scores | None = None
 
@@ -145,7 +145,7 @@ class Walk:
         self.constants = constants
         self.visited: list[Value] = []
         self.buffers: set[Node] = set()  # whose values the proof rests on
-        self.claims: list[Any] = []  # `masks.Claim`: what it assumes of symbolic sizes
+        self.claims: list[Any] = []  # `masks.MaskGuard`: what it assumes of symbolic sizes
         self.relations: list[Any] = []  # `relations.Relation`: what it assumes of inputs
 
     def visit(self, value: Value) -> None:

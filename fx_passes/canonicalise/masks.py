@@ -1,8 +1,8 @@
-"""What masks and biases mean: bands, prefixes and chunks of places; masks of keys; and what stays a tensor.
+"""What masks and biases mean: bands, prefixes and chunks of positions; masks of keys; and what stays a tensor.
 
-Setting a score to -1e9 is not quite masking it: a row in which every score is -1e9 has equal weights. So a mask with a
+Setting a score to -1e9 is not quite masking it: a row in which every score is -1e9 has equal probs. So a mask with a
 finite fill becomes a true one only where no row can lose all its keys, or where such rows can be computed apart
-(`Plan.lost`, see `fx_passes.ops.lost_rows`).
+(`LoweredMask.fully_masked`, see `fx_passes.ops.fully_masked_rows`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fx_passes.canonicalise.affine import Comparison
-from fx_passes.canonicalise.axes import Dim, Layout, NotUnderstood, all_axes, broadcast, leaves, resolve
+from fx_passes.canonicalise.axes import Dim, FailedMatch, Layout, all_axes, broadcast, leaves, resolve
 from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.contraction import Operand
 from fx_passes.canonicalise.forms import BIG, Bias, Mask, Scores, Term, Walk, arguments
-from fx_passes.canonicalise.places import Places, both, places_of
+from fx_passes.canonicalise.positional_mask import PositionalMask, both, positional_mask_of
+from fx_passes.canonicalise.probs import FILLS, choices
 from fx_passes.canonicalise.views import before, is_cast, is_view
-from fx_passes.canonicalise.weights import FILLS, choices
 from fx_passes.find.calls import is_call
 from fx_passes.find.relations import aligned, relation
 from fx_passes.find.sizes import Sizes, number
@@ -37,7 +37,7 @@ _NEAR = 200  # operations
 
 
 @dataclass(frozen=True)
-class Seen:
+class KeepMask:
     """A key is visible where ``(operand != 0) == keep``; `added` is not 0 where the operand is 0 or a mask value."""
 
     operand: Operand
@@ -54,23 +54,23 @@ class Documents:
 
 
 @dataclass
-class Plan:
-    """What the operator gets: places, bool masks, biases, and fills that are added where a mask has a finite value.
+class LoweredMask:
+    """What the operator gets: a positional mask, bool masks, biases, and fills added where a mask has a finite value.
 
-    `lost` is "" or says what rows that see no key get: equal weights, with scores that are "replaced" (constant) or
+    `fully_masked`: "", or what rows that see no key get: equal probs, with scores that are "replaced" (a constant) or
     "swamped" (a huge number was added: equal, too, but with a gradient).
     """
 
-    places: Places = field(default_factory=Places)
-    keep: list[Seen] = field(default_factory=list)
+    positional: PositionalMask = field(default_factory=PositionalMask)
+    keep: list[KeepMask] = field(default_factory=list)
     documents: list[Documents] = field(default_factory=list)
     biases: list[Bias] = field(default_factory=list)
     fills: list[Mask] = field(default_factory=list)
-    lost: str = ""
+    fully_masked: str = ""
 
     @property
     def kind(self) -> str:
-        parts = [self.places.kind] if self.places.kind else []
+        parts = [self.positional.kind] if self.positional.kind else []
         parts += ["documents"] if self.documents else []
         parts += ["mask"] if self.keep or self.fills else []
         parts += ["bias"] if self.biases else []
@@ -79,42 +79,42 @@ class Plan:
 
 @dataclass
 class _Part:
-    seen: Seen
-    matrix: Tensor | None  # visible [M, N], if places and constants alone decide it
-    places: Places | None = None  # the same, if its form alone tells
+    seen: KeepMask
+    matrix: Tensor | None  # visible [M, N], if positions and constants alone decide it
+    positional: PositionalMask | None = None  # the same, if its form alone tells
 
 
 @dataclass(frozen=True)
-class Claim:
+class MaskGuard:
     """What the plan of a mask over symbolic sizes relies on, to be checked at the sizes of each call."""
 
     constants: Constants
-    parts: tuple[Seen, ...]
+    parts: tuple[KeepMask, ...]
     rows: Dim
     keys: Dim
-    places: Places
-    none_lost: bool  # every query sees a key
+    positional: PositionalMask
+    all_rows_see: bool  # every query sees a key
 
     def holds(self, sizes: Sizes) -> bool:
         parts = [_Part(seen, _matrix(self.constants, seen, self.rows, self.keys, sizes)) for seen in self.parts]
-        if any(p.matrix is None for p in parts) or (self.none_lost and not _none_lost(parts)):
+        if any(p.matrix is None for p in parts) or (self.all_rows_see and not _none_fully_masked(parts)):
             return False
-        return torch.equal(_all(parts), self.places.visible(_length(self.rows, sizes), _length(self.keys, sizes)))
+        return torch.equal(_all(parts), self.positional.visible(_length(self.rows, sizes), _length(self.keys, sizes)))
 
 
-def plan(walk: Walk, scores: Scores, term: Term, rows: Dim, keys: Dim) -> Plan | None:
-    """The plan for a term's masks and biases; None where zeroed weights are no mask of the scores."""
+def lower_mask(walk: Walk, scores: Scores, term: Term, rows: Dim, keys: Dim) -> LoweredMask | None:
+    """The plan for a term's masks and biases; None where zeroed probabilities are no mask of the scores."""
     probes = _probes(walk, scores, rows, keys)
     if probes:
-        result, claim = _plan(walk, scores, term, rows, keys, probes[0])
+        result, claim = _lower_mask(walk, scores, term, rows, keys, probes[0])
         if claim is not None and all(claim.holds(sizes) for sizes in probes):
             walk.claims.append(claim)
             return result
-    return _plan(walk, scores, term, rows, keys, None)[0]
+    return _lower_mask(walk, scores, term, rows, keys, None)[0]
 
 
 def _probes(walk: Walk, scores: Scores, rows: Dim, keys: Dim) -> list[Sizes]:
-    """Sizes at which masks over symbolic places are looked at; none where all are static, or some are unknown.
+    """Sizes at which masks over symbolic positions are looked at; none where all are static, or some are unknown.
 
     First larger ones than any number in the masks: a window is not to be taken for causal only because the first batch
     was short. Then others at which M - N differs, and those of the first batch.
@@ -142,11 +142,11 @@ def _numbers(values: list[Value]) -> list[int]:
     return found
 
 
-def _plan(
+def _lower_mask(
     walk: Walk, scores: Scores, term: Term, rows: Dim, keys: Dim, sizes: Sizes | None
-) -> tuple[Plan | None, Claim | None]:
-    """The plan, and what it relies on if places were found; masks over symbolic sizes are looked at with `sizes`."""
-    result = Plan()
+) -> tuple[LoweredMask | None, MaskGuard | None]:
+    """The lowered mask, and its guard if it is positional; masks over symbolic sizes are evaluated with `sizes`."""
+    result = LoweredMask()
     masks = list(scores.masks)
     for bias in scores.biases:
         mask = _as_mask(walk, bias, sizes)
@@ -170,51 +170,53 @@ def _plan(
     for i in _hidden_by_others(soft_parts) if not sizes else ():
         hard_parts += soft_parts.pop(i)
         del soft[i]
-    none_lost = bool(soft) and _none_lost([*hard_parts, *(p for parts in soft_parts for p in parts)])
-    if none_lost:
+    all_rows_see = bool(soft) and _none_fully_masked([*hard_parts, *(p for parts in soft_parts for p in parts)])
+    if all_rows_see:
         hard_parts += [p for parts in soft_parts for p in parts]
         soft = []
     elif len(soft) == 1 and not hard_parts and _lost_apart(soft[0], soft_parts[0], scores, result.biases, term):
-        result.lost = "replaced" if soft[0].origin is None else "swamped"
+        result.fully_masked = "replaced" if soft[0].origin is None else "swamped"
         hard_parts, soft = soft_parts[0], []
     _stay_finite(result, soft, scores)
     formed, hard_parts = _by_form(hard_parts)
-    result.places = formed
-    places = places_of(_all(hard_parts)) if hard_parts else None
-    together = None if places is None else both(formed, places)
+    result.positional = formed
+    positional = positional_mask_of(_all(hard_parts)) if hard_parts else None
+    together = None if positional is None else both(formed, positional)
     claim = None
-    if places is not None and together is not None:
-        result.places = together
+    if positional is not None and together is not None:
+        result.positional = together
         placed = tuple(p.seen for p in hard_parts if p.matrix is not None)
-        claim = Claim(walk.constants, placed, rows, keys, places, none_lost)
+        claim = MaskGuard(walk.constants, placed, rows, keys, positional, all_rows_see)
         hard_parts = [p for p in hard_parts if p.matrix is None]
-    rest: list[Seen] = []
+    rest: list[KeepMask] = []
     for part in hard_parts:
-        documents = None if result.lost else _documents(part.seen, rows, keys)
+        documents = None if result.fully_masked else _documents(part.seen, rows, keys)
         if documents is None:
             rest.append(part.seen)
         else:
             result.documents.append(documents)
     for seen in rest:
-        places = _by_positions(walk, seen, rows, keys, result.documents)
-        together = None if places is None else both(result.places, places)
+        positional = _by_positions(walk, seen, rows, keys, result.documents)
+        together = None if positional is None else both(result.positional, positional)
         if together is None:
             result.keep.append(seen)
         else:
-            result.places = together
+            result.positional = together
     return result, claim
 
 
-def _by_positions(walk: Walk, seen: Seen, rows: Dim, keys: Dim, documents: list[Documents]) -> Places | None:
-    """A band of positions that restart with each document: within one, it is a band of places."""
+def _by_positions(
+    walk: Walk, seen: KeepMask, rows: Dim, keys: Dim, documents: list[Documents]
+) -> PositionalMask | None:
+    """A band of positions that restart with each document: within one, it is a band of positions."""
     value, layout = seen.operand.value, seen.operand.layout
     if value.home is None or not is_call(value.home):
         return None
     comparison = Comparison(walk, rows, keys)
     comparison.positions = []
-    places = comparison.places(value, layout, seen.keep)
+    positional = comparison.positional(value, layout, seen.keep)
     sources = {x.args[0] for x in comparison.positions}
-    if places is None or len(sources) != 1 or places.prefix or places.chunk or places.bottom_right:
+    if positional is None or len(sources) != 1 or positional.prefix or positional.chunk or positional.bottom_right:
         return None
     (source,) = sources
     for one in documents:
@@ -228,15 +230,15 @@ def _by_positions(walk: Walk, seen: Seen, rows: Dim, keys: Dim, documents: list[
         found = relation(walk.context, nodes, aligned)
         if found is not None:
             walk.relations.append(found)
-            return places
+            return positional
     return None
 
 
-def _by_form(parts: list[_Part]) -> tuple[Places, list[_Part]]:
-    """What parts whose form tells their places are together, and the parts that are not in it."""
-    found, rest = Places(), []
+def _by_form(parts: list[_Part]) -> tuple[PositionalMask, list[_Part]]:
+    """What parts whose form tells their positions are together, and the parts that are not in it."""
+    found, rest = PositionalMask(), []
     for part in parts:
-        more = None if part.places is None else both(found, part.places)
+        more = None if part.positional is None else both(found, part.positional)
         if more is None:
             rest.append(part)
         else:
@@ -244,7 +246,7 @@ def _by_form(parts: list[_Part]) -> tuple[Places, list[_Part]]:
     return found, rest
 
 
-def _documents(seen: Seen, rows: Dim, keys: Dim) -> Documents | None:
+def _documents(seen: KeepMask, rows: Dim, keys: Dim) -> Documents | None:
     """``a == b`` where the one is a number for each row and the other one for each key."""
     value, layout = seen.operand.value, seen.operand.layout
     if value.op is not (aten.eq.Tensor if seen.keep else aten.ne.Tensor) or seen.added:
@@ -259,11 +261,11 @@ def _documents(seen: Seen, rows: Dim, keys: Dim) -> Documents | None:
     return None
 
 
-def _stay_finite(result: Plan, soft: list[Mask], scores: Scores) -> None:
+def _stay_finite(result: LoweredMask, soft: list[Mask], scores: Scores) -> None:
     """Finite masks as what is added to the scores."""
     replaced = [m for m in soft if m.origin is None]
     if replaced and (len(soft) > 1 or (scores.query is not None and scores.biases)):
-        raise NotUnderstood("masked scores may be all that a row has, and get another mask or a bias")
+        raise FailedMatch("masked scores may be all that a row has, and get another mask or a bias")
     result.biases += [m.origin for m in soft if m.origin is not None]
     result.fills += replaced
 
@@ -294,18 +296,18 @@ def _hidden_by_others(masks: list[list[_Part]]) -> list[int]:
     found = []
     for i, parts in reversed([*enumerate(masks)]):
         others = [_all(other) for j, other in enumerate(masks) if j != i and j not in found]
-        if _none_lost(parts) and any(not bool((other & ~_all(parts)).any()) for other in others):
+        if _none_fully_masked(parts) and any(not bool((other & ~_all(parts)).any()) for other in others):
             found.append(i)
     return found
 
 
-def _none_lost(parts: list[_Part]) -> bool:
+def _none_fully_masked(parts: list[_Part]) -> bool:
     """Whether constants prove that every row sees a key."""
     return all(p.matrix is not None for p in parts) and bool(_all(parts).any(-1).all())
 
 
 def _lost_apart(mask: Mask, parts: list[_Part], scores: Scores, biases: list[Bias], term: Term) -> bool:
-    """Whether rows that a finite mask leaves no key have equal weights, so that they can be computed apart."""
+    """Whether rows that a finite mask leaves no key have equal probabilities, so that they can be computed apart."""
     if (
         scores.query is None
         or scores.sink is not None
@@ -359,17 +361,17 @@ def _filled_zeros(walk: Walk, bias: Bias) -> Mask | None:
 
 def _parts(walk: Walk, mask: Mask, rows: Dim, keys: Dim, sizes: Sizes | None, by_form: bool = False) -> list[_Part]:
     if mask.value.dtype.is_floating_point and mask.origin is not None:
-        found = [Seen(Operand(mask.value, mask.layout), False, mask.fill)]
+        found = [KeepMask(Operand(mask.value, mask.layout), False, mask.fill)]
     else:
-        found = [Seen(*x) for x in conjunction(walk, mask.value, mask.layout, mask.keep)]
+        found = [KeepMask(*x) for x in conjunction(walk, mask.value, mask.layout, mask.keep)]
     parts = []
     for seen in found:
         home = seen.operand.value.home
         if by_form and home is not None and is_call(home):
-            places = Comparison(walk, rows, keys).places(seen.operand.value, seen.operand.layout, seen.keep)
+            positional = Comparison(walk, rows, keys).positional(seen.operand.value, seen.operand.layout, seen.keep)
             axes = set(all_axes(seen.operand.layout))
-            if places is not None or not axes & set(leaves(rows)) or not axes & set(leaves(keys)):
-                parts.append(_Part(seen, None, places))
+            if positional is not None or not axes & set(leaves(rows)) or not axes & set(leaves(keys)):
+                parts.append(_Part(seen, None, positional))
                 continue
         parts.append(_Part(seen, _matrix(walk.constants, seen, rows, keys, sizes)))
         if parts[-1].matrix is not None:
@@ -395,7 +397,7 @@ def conjunction(walk: Walk, value: Value, layout: Layout, want: bool) -> list[tu
     return [(Operand(value, layout), want)]
 
 
-def _matrix(constants: Constants, seen: Seen, rows: Dim, keys: Dim, sizes: Sizes | None) -> Tensor | None:
+def _matrix(constants: Constants, seen: KeepMask, rows: Dim, keys: Dim, sizes: Sizes | None) -> Tensor | None:
     """A mask as bool [M, N], or None if inputs decide it or if it differs along other axes than rows and keys."""
     constant = constants.evaluate(seen.operand.value, sizes)
     axes, mine = [*leaves(rows), *leaves(keys)], list(all_axes(seen.operand.layout))

@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fx_passes.canonicalise.axes import Dim, Layout, NotUnderstood, all_axes, broadcast, known, leaves, resolve
-from fx_passes.canonicalise.carries import carries, is_activations_product
+from fx_passes.canonicalise.axes import Dim, FailedMatch, Layout, all_axes, broadcast, known, leaves, resolve
 from fx_passes.canonicalise.contraction import Operand, contraction, is_contraction
 from fx_passes.canonicalise.forms import BIG, Bias, Factor, Mask, Scores, Sink, Term, Walk
+from fx_passes.canonicalise.probs import FILLS, PRODUCTS, SUMS, choices, name, number_of
+from fx_passes.canonicalise.qk_product import contains_qk_product, is_activations_product
 from fx_passes.canonicalise.views import before, chunk_of, is_cast, is_view
-from fx_passes.canonicalise.weights import FILLS, PRODUCTS, SUMS, choices, name, number_of
 from fx_passes.find.trace import Value
 
 aten = torch.ops.aten
@@ -22,17 +22,17 @@ aten = torch.ops.aten
 def scores(walk: Walk, term: Term) -> Scores:
     """The canonical form of a term's logits. Where it cannot be had they are taken as a whole, with the reason.
 
-    NotUnderstood: they do not derive from a product of two activations, or columns were added in an unknown way.
+    FailedMatch: they do not derive from a product of two activations, or columns were added in an unknown way.
     """
     value, layout, keys = term.source.value, term.source.layout, term.keys
-    if not carries(walk.context, value, layout, keys):
-        raise NotUnderstood("softmax is not taken of a product of two activations")
+    if not contains_qk_product(walk.context, value, layout, keys):
+        raise FailedMatch("softmax is not taken of a product of two activations")
     sink = term.sink
     if term.extension is not None:
         mark = len(walk.visited)
         try:
             value, layout, sink = _columns(walk, value, layout, keys, *term.extension)
-        except NotUnderstood as reason:
+        except FailedMatch as reason:
             del walk.visited[mark:]
             return wide(term, str(reason))
         keys = term.extension[0]
@@ -44,7 +44,7 @@ def scores(walk: Walk, term: Term) -> Scores:
             found = _with_factor(replace(found, zeroed=[]), found.zeroed[0])
         _check_axes(found, keys)
         return replace(found, whole=whole, sink=sink)
-    except NotUnderstood as reason:
+    except FailedMatch as reason:
         del walk.visited[mark:]
         return Scores(whole, sink=sink, why=str(reason))
 
@@ -54,7 +54,7 @@ def wide(term: Term, why: str) -> Scores:
     assert term.extension is not None
     keys, start = term.extension
     if not all(isinstance(axis.size, int) for axis in leaves((*keys, *term.keys))):
-        raise NotUnderstood(why)
+        raise FailedMatch(why)
     mine = set(leaves(term.keys))
     layout = tuple(keys if set(leaves(dim)) == mine else dim for dim in term.source.layout)
     return Scores(Operand(term.source.value, layout), wide=(term.keys, start), why=why)
@@ -73,7 +73,7 @@ def _columns(walk: Walk, value: Value, layout: Layout, wide: Dim, keys: Dim, sta
         if not set(leaves(wide)) & set(all_axes(side)):
             return _columns(walk, value.args[0], broadcast(layout, value.args[0].shape), wide, keys, start)
     if not known(total == n + 1):
-        raise NotUnderstood("softmax has more than one column without a value")
+        raise FailedMatch("softmax has more than one column without a value")
     if value.op is aten.constant_pad_nd.default:
         pads = list(value.args[1])
         number = float(value.args[2]) if len(value.args) > 2 else 0.0
@@ -86,7 +86,7 @@ def _columns(walk: Walk, value: Value, layout: Layout, wide: Dim, keys: Dim, sta
         if len(parts) == 2 and known(order[0].shape[dim] == n) and start in (0, 1):
             side = (*layout[:dim], (), *layout[dim + 1 :])
             return order[0], narrow, Sink(Operand(order[1], side))
-    raise NotUnderstood("columns are added to the scores in a way that was not understood")
+    raise FailedMatch("columns are added to the scores in a way that was not understood")
 
 
 def _check_axes(found: Scores, keys: Dim) -> None:
@@ -95,7 +95,7 @@ def _check_axes(found: Scores, keys: Dim) -> None:
         if mine & set(factor.axes) and set(factor.axes) - mine and found.query is not None and found.key is not None:
             only_query = set(all_axes(found.query.layout)) - set(all_axes(found.key.layout))
             if only_query & set(factor.axes):
-                raise NotUnderstood("the scores are multiplied by a tensor over query and key")
+                raise FailedMatch("the scores are multiplied by a tensor over query and key")
 
 
 def _spine(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: bool) -> Scores:
@@ -109,7 +109,7 @@ def _spine(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: bool) ->
         return _spine(walk, value.args[0], layout, keys, shifts)
     if value.op is aten.slice.Tensor and (chunk := chunk_of(value, layout)) is not None:
         if set(leaves(chunk[value.args[1]])) & set(leaves(keys)):
-            raise NotUnderstood("a part of the scores is cut out")
+            raise FailedMatch("a part of the scores is cut out")
         return _spine(walk, value.args[0], chunk, keys, shifts)
     if value.op is aten.neg.default:
         return _times(_spine(walk, value.args[0], layout, keys, shifts), -1.0)
@@ -121,34 +121,34 @@ def _spine(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: bool) ->
         return _capped(_spine(walk, value.args[0], layout, keys, False))
     if value.op in FILLS:
         return _filled(walk, value, layout, keys, shifts)
-    raise NotUnderstood(f"the scores go through {name(value)}")
+    raise FailedMatch(f"the scores go through {name(value)}")
 
 
 def _product(walk: Walk, value: Value, layout: Layout, keys: Dim) -> Scores:
     c = contraction(value, layout)
     if not is_activations_product(walk.context, c, keys):
-        raise NotUnderstood("the scores are mixed across heads")
+        raise FailedMatch("the scores are mixed across heads")
     mine = set(leaves(keys))
     left, right = mine & set(all_axes(c.left.layout)), mine & set(all_axes(c.right.layout))
     if left and right:
-        raise NotUnderstood("both operands of the scores' product run over the keys")
+        raise FailedMatch("both operands of the scores' product run over the keys")
     query, key = (c.right, c.left) if left else (c.left, c.right)
     extra = set(all_axes(key.layout)) - set(all_axes(query.layout)) - mine
-    if extra and carries(walk.context, key.value, key.layout, keys):
-        raise NotUnderstood("the scores are mixed across heads")
+    if extra and contains_qk_product(walk.context, key.value, key.layout, keys):
+        raise FailedMatch("the scores are mixed across heads")
     return Scores(Operand(value, layout), product=c, query=query, key=key)
 
 
 def _times(s: Scores, number: float) -> Scores:
     """Scores times a number. A capped score keeps its slope inside and its height outside."""
     if number == 0 or not math.isfinite(number):
-        raise NotUnderstood("the scores are multiplied by zero or by a number that is not finite")
+        raise FailedMatch("the scores are multiplied by zero or by a number that is not finite")
     masks = [m if math.isinf(m.fill) else replace(m, fill=m.fill * number) for m in s.masks]
     if number < 0 and any(m.fill < 0 for m in s.masks):
-        raise NotUnderstood("masked scores are multiplied by a negative number")
+        raise FailedMatch("masked scores are multiplied by a negative number")
     biases = [replace(b, scale=b.scale * number) for b in s.biases]
     if s.zeroed and number < 0:
-        raise NotUnderstood("the scores are multiplied by zeros")
+        raise FailedMatch("the scores are multiplied by zeros")
     if s.softcap:
         # softcap * tanh(x / softcap) with another height h: h * tanh((x * h / softcap) / h).
         return replace(s, softcap=s.softcap * number, scale=s.scale * number, biases=biases, masks=masks)
@@ -158,7 +158,7 @@ def _times(s: Scores, number: float) -> Scores:
 def _capped(s: Scores) -> Scores:
     """tanh(scores), which is a softcap of 1."""
     if s.softcap or s.biases or s.masks:
-        raise NotUnderstood("the scores go through tanh after a bias or a mask")
+        raise FailedMatch("the scores go through tanh after a bias or a mask")
     return replace(s, softcap=1.0)
 
 
@@ -167,18 +167,18 @@ def _sum(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: bool) -> S
     alpha = float(value.kwargs.get("alpha", 1)) * (-1.0 if value.op is aten.sub.Tensor else 1.0)
     if not isinstance(b, Value):
         if not shifts:
-            raise NotUnderstood("a number is added to scores that have a sink")
+            raise FailedMatch("a number is added to scores that have a sink")
         return _spine(walk, a, layout, keys, shifts)
     la, lb = broadcast(layout, a.shape), broadcast(layout, b.shape)
-    ca, cb = carries(walk.context, a, la, keys), carries(walk.context, b, lb, keys)
+    ca, cb = contains_qk_product(walk.context, a, la, keys), contains_qk_product(walk.context, b, lb, keys)
     if not ca and not cb:
-        raise NotUnderstood("no operand of a sum in the scores was understood")
+        raise FailedMatch("no operand of a sum in the scores was understood")
     readings = []
     if ca:
         readings.append((a, la, 1.0, b, lb, alpha))
     if cb:
         readings.append((b, lb, alpha, a, la, 1.0))
-    reason: NotUnderstood | None = None
+    reason: FailedMatch | None = None
     for spine, inner, sign, side, outer, scale in readings:
         mark = len(walk.visited)
         try:
@@ -189,10 +189,10 @@ def _sum(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: bool) -> S
             if found.zeroed:
                 masked = _mask_of_zeroed(walk, found, Bias(side, outer, scale))
                 if masked is None:
-                    raise NotUnderstood("the scores are multiplied by zeros")
+                    raise FailedMatch("the scores are multiplied by zeros")
                 return masked
             return replace(found, biases=[*found.biases, Bias(side, outer, scale)])
-        except NotUnderstood as why:
+        except FailedMatch as why:
             del walk.visited[mark:]
             reason = reason or why
     assert reason is not None
@@ -203,13 +203,15 @@ def _multiplied(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: boo
     a, b = value.args[0], value.args[1]
     divides = value.op in (aten.div.Tensor, aten.div.Scalar)
     if value.kwargs.get("rounding_mode") is not None:
-        raise NotUnderstood("the scores are rounded")
+        raise FailedMatch("the scores are rounded")
     if not isinstance(a, Value) or (
-        not divides and isinstance(b, Value) and not carries(walk.context, a, broadcast(layout, a.shape), keys)
+        not divides
+        and isinstance(b, Value)
+        and not contains_qk_product(walk.context, a, broadcast(layout, a.shape), keys)
     ):
         a, b = b, a
-    if not isinstance(a, Value) or not carries(walk.context, a, broadcast(layout, a.shape), keys):
-        raise NotUnderstood("the scores divide")
+    if not isinstance(a, Value) or not contains_qk_product(walk.context, a, broadcast(layout, a.shape), keys):
+        raise FailedMatch("the scores divide")
     number = number_of(walk, b, buffers=False)
     if isinstance(b, Value) and set(leaves(keys)) & set(all_axes(broadcast(layout, b.shape))):
         shifts = False  # what is the same for all keys is so no more behind this
@@ -218,8 +220,8 @@ def _multiplied(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: boo
         return _times(found, 1.0 / number if divides and number else number)
     if not isinstance(b, Value):
         return _with_factor(found, Factor.number(b, -1 if divides else 1))
-    if carries(walk.context, b, broadcast(layout, b.shape), keys):
-        raise NotUnderstood("two products of activations are multiplied with one another")
+    if contains_qk_product(walk.context, b, broadcast(layout, b.shape), keys):
+        raise FailedMatch("two products of activations are multiplied with one another")
     factor = Factor(b, broadcast(layout, b.shape), -1 if divides else 1)
     if _zeroing(walk, factor) and not (found.masks or found.biases or found.softcap or found.zeroed):
         return replace(found, zeroed=[factor])
@@ -247,11 +249,11 @@ def _mask_of_zeroed(walk: Walk, found: Scores, bias: Bias) -> Scores | None:
 
 def _with_factor(found: Scores, factor: Factor) -> Scores:
     if found.zeroed:
-        raise NotUnderstood("the scores are multiplied by zeros")
+        raise FailedMatch("the scores are multiplied by zeros")
     if found.masks:
-        raise NotUnderstood("masked scores are multiplied by a tensor")
+        raise FailedMatch("masked scores are multiplied by a tensor")
     if found.softcap:
-        raise NotUnderstood("capped scores are multiplied by a tensor")
+        raise FailedMatch("capped scores are multiplied by a tensor")
     biases = [replace(x, factors=[*x.factors, factor]) for x in found.biases]
     return replace(found, factors=[*found.factors, factor], biases=biases)
 
@@ -259,11 +261,11 @@ def _with_factor(found: Scores, factor: Factor) -> Scores:
 def _filled(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: bool) -> Scores:
     for kept, fill, condition, keep in choices(walk, value):
         inner = broadcast(layout, kept.shape)
-        if not carries(walk.context, kept, inner, keys):
+        if not contains_qk_product(walk.context, kept, inner, keys):
             continue
         if fill > BIG:
-            raise NotUnderstood(f"masked scores get the value {fill:g}, which is not large enough to be a mask")
+            raise FailedMatch(f"masked scores get the value {fill:g}, which is not large enough to be a mask")
         found = _spine(walk, kept, inner, keys, shifts)
         mask = Mask(condition, broadcast(layout, condition.shape), keep, fill, over=len(found.biases))
         return replace(found, masks=[*found.masks, mask])
-    raise NotUnderstood("the scores are masked in a way that was not understood")
+    raise FailedMatch("the scores are masked in a way that was not understood")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fx_passes.canonicalise.axes import Axis, Layout, NotUnderstood, broadcast, known, reshape
+from fx_passes.canonicalise.axes import Axis, FailedMatch, Layout, broadcast, known, reshape
 from fx_passes.find.trace import Value
 
 aten = torch.ops.aten
@@ -95,7 +95,7 @@ def before(value: Value, layout: Layout) -> Layout:
     if value.op is aten.unsqueeze.default:
         i = value.args[1] % len(value.shape)
         if layout[i]:
-            raise NotUnderstood("the single key is a dimension that a view adds")
+            raise FailedMatch("the single key is a dimension that a view adds")
         return layout[:i] + layout[i + 1 :]
     if value.op is aten.expand.default:
         return broadcast(layout, source.shape)
@@ -180,7 +180,7 @@ def peel(value: Value, layout: Layout) -> tuple[Value, Layout]:
         )
         try:
             layout = before(value, layout)
-        except NotUnderstood:
+        except FailedMatch:
             break
         value = value.args[0]
         chain.append((value, layout))

@@ -8,8 +8,8 @@ import torch
 from torch.fx import Node
 
 from fx_passes.canonicalise.contraction import is_contraction
+from fx_passes.canonicalise.probs import mixes
 from fx_passes.canonicalise.views import is_cast, is_view
-from fx_passes.canonicalise.weights import mixes
 from fx_passes.find.trace import Trace, Value
 
 aten = torch.ops.aten

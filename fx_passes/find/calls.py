@@ -60,8 +60,8 @@ class Call:
     Attributes:
         query: [B, H, M, D]; key [B, G, N, D]; value [B, G, N, E].
         scale: factor on the products; None is 1 / sqrt(D).
-        left, right: a key may lie at most so many places before or after its query; None is no bound.
-        bottom_right: places count from the last query and the last key.
+        left, right: a key may lie at most so many positions before or after its query; None is no bound.
+        bottom_right: positions count from the last query and the last key.
         softcap: 0 is off.
         slopes: [H] or [B, H], of ALiBi: minus slope times distance is added to the logits.
         bias: float, broadcastable to [B, H, M, N].

@@ -58,7 +58,7 @@ class Context:
     operands: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        self.places = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
+        self.placeholders = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
         self.position: dict[Node, int] = {}
         self.state: dict[Node, State] = {}
         self.writes: dict[int, list[tuple[int, Node]]] = {}
@@ -85,7 +85,7 @@ class Context:
         """The symbolic sizes of the outermost graph. Empty without example inputs: then no caller checks sizes."""
         if self.parent is not None:
             return self.parent.symbols
-        return symbols(self.places) if self.example_inputs else Symbols()
+        return symbols(self.placeholders) if self.example_inputs else Symbols()
 
     def last_write(self, node: Node, before: int) -> Node | None:
         """The last node before a position, and after `node`, that writes into the storage of `node`."""
@@ -99,7 +99,7 @@ class Context:
         """The outer graph's node behind a placeholder of a higher-order operator's body."""
         if self.parent is None or node.op != "placeholder":
             return None
-        i = self.places.index(node)
+        i = self.placeholders.index(node)
         operand = self.operands[i] if i < len(self.operands) else None
         return operand if isinstance(operand, Node) else None
 

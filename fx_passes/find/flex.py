@@ -142,8 +142,8 @@ class _Grids(torch.fx.Interpreter):
     def __init__(self, name: str, gm: GraphModule, numbers: int) -> None:
         super().__init__(gm)
         self.name = name
-        places = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        self.on_grid = set(places[:numbers])
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        self.on_grid = set(placeholders[:numbers])
 
     def run_node(self, n: Node) -> Any:
         if n.op == "output" or not any(x in self.on_grid for x in n.all_input_nodes):

@@ -33,7 +33,7 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 
 def aligned(positions: Tensor, ids: Tensor) -> bool:
-    """Whether, within each document, positions go up by 1, so that their distances are those of places."""
+    """Whether, within each document, positions go up by 1, so that their distances are those of the positions."""
     if positions.shape != ids.shape or positions.device != ids.device:
         return False
     steps = ids.diff(dim=-1)

@@ -17,15 +17,15 @@ Sizes = dict[Any, int]  # by symbol
 class Symbols:
     """Where an input of the graph shows each symbol, as (input, dimension or None), and its size when compiled."""
 
-    places: dict[Any, tuple[int, int | None]] = field(default_factory=dict)
+    inputs: dict[Any, tuple[int, int | None]] = field(default_factory=dict)
     hints: Sizes = field(default_factory=dict)
 
     def read(self, args: Sequence[Any]) -> tuple[int, ...]:
-        """The sizes in a call, in the order of `places`."""
-        return tuple(int(args[i] if d is None else args[i].shape[d]) for i, d in self.places.values())
+        """The sizes in a call, in the order of `inputs`."""
+        return tuple(int(args[i] if d is None else args[i].shape[d]) for i, d in self.inputs.values())
 
     def sizes(self, numbers: Sequence[int]) -> Sizes:
-        return dict(zip(self.places, numbers, strict=True))
+        return dict(zip(self.inputs, numbers, strict=True))
 
 
 def symbols(placeholders: Sequence[Node]) -> Symbols:
@@ -34,8 +34,8 @@ def symbols(placeholders: Sequence[Node]) -> Symbols:
     for i, node in enumerate(placeholders):
         for dim, size in _sizes_of(node):
             expr, hint = size.node.expr, size.node.hint
-            if expr.is_Symbol and hint is not None and expr not in found.places:
-                found.places[expr], found.hints[expr] = (i, dim), int(hint)
+            if expr.is_Symbol and hint is not None and expr not in found.inputs:
+                found.inputs[expr], found.hints[expr] = (i, dim), int(hint)
     return found
 
 

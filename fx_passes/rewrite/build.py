@@ -11,7 +11,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, leaves, resolve
+from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, Layout, leaves, resolve
 from fx_passes.canonicalise.contraction import Operand
 from fx_passes.find.context import Context
 from fx_passes.find.trace import Value, partly_written
@@ -44,9 +44,9 @@ class Builder:
         if node is not None and self._holds(value, node):
             return node
         if value.op in (None, partly_written):
-            raise NotUnderstood("a tensor of it is written in place before its use")
+            raise FailedMatch("a tensor of it is written in place before its use")
         if torch.Tag.nondeterministic_seeded in getattr(value.op, "tags", ()):
-            raise NotUnderstood("a random tensor inside of another operation is needed")
+            raise FailedMatch("a random tensor inside of another operation is needed")
         args, kwargs = self._arguments(value.args), self._arguments(value.kwargs)
         target = aten.reshape.default if value.op in _RESHAPES else value.op
         node = self.call(operator.getitem if value.op is operator.getitem else target, *args, **kwargs)
@@ -81,7 +81,7 @@ class Builder:
         for symbol in wanted.free_symbols:
             node = None if wanted.is_symbol else self._existing(symbol)
             if node is None:
-                raise NotUnderstood("a dynamic size could not be expressed")
+                raise FailedMatch("a dynamic size could not be expressed")
             known[symbol] = Proxy(node, tracer)
         with self.graph.inserting_before(self.before):
             result = sympy_interp(PythonReferenceAnalysis, known, wanted)
@@ -138,7 +138,7 @@ class Builder:
         have = [a for dim in layout for a in dim]
         order = [a for g in groups for a in g if a in have]
         if set(order) != set(have):
-            raise NotUnderstood("a tensor has an axis without a role")
+            raise FailedMatch("a tensor has an axis without a role")
         if any(len(dim) != 1 for dim in layout):
             node = self.call(aten.reshape.default, node, [self.size(a) for a in have])
         permutation = [have.index(a) for a in order]
@@ -195,7 +195,7 @@ class Builder:
         order = [a for dim in wanted for a in dim]
         missing = [a for a in order if a not in set(axes)]
         if set(axes) - set(order):
-            raise NotUnderstood("an axis of the result is unknown")
+            raise FailedMatch("an axis of the result is unknown")
         permutation = [axes.index(a) for a in order if a in set(axes)]
         if permutation != sorted(permutation):
             node = self.call(aten.permute.default, node, permutation)

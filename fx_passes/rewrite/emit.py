@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fx_passes.canonicalise.axes import Axis, Dim, NotUnderstood, all_axes, free_axes, leaves
+from fx_passes.canonicalise.attention_dims import AttentionDims
+from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, all_axes, free_axes, leaves
 from fx_passes.canonicalise.contraction import Operand
 from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Term
-from fx_passes.canonicalise.masks import Seen
-from fx_passes.canonicalise.ready import Ready
-from fx_passes.canonicalise.roles import Roles
+from fx_passes.canonicalise.lower import LoweredTerm
+from fx_passes.canonicalise.masks import KeepMask
 from fx_passes.ops.documents import both_ids, only_rows
+from fx_passes.ops.fully_masked_rows import attend_with_fully_masked_rows
 from fx_passes.ops.functional import attend, attend_logits
-from fx_passes.ops.lost_rows import attend_with_lost_rows
 from fx_passes.rewrite.build import Builder
 
 aten = torch.ops.aten
@@ -31,7 +31,9 @@ def attend_as_is(name: str, query: Tensor, *args: Any, **options: Any) -> Tensor
         return _OPERATORS[name](query, *args, **options)
 
 
-_OPERATORS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (attend, attend_logits, attend_with_lost_rows)}
+_OPERATORS: dict[str, Callable[..., Tensor]] = {
+    f.__name__: f for f in (attend, attend_logits, attend_with_fully_masked_rows)
+}
 
 
 class Emitter:
@@ -40,22 +42,22 @@ class Emitter:
     Args:
         build: where.
         c, seed: nodes of the draw.
-        places: by the number of a site, where its c is in `c`.
+        slots: by the number of a site, where its c is in `c`.
         options: go to every call.
         autocast: the calls stand under autocast.
     """
 
     def __init__(
-        self, build: Builder, c: Node, places: dict[int, int], seed: Node, options: dict[str, Any], autocast: bool
+        self, build: Builder, c: Node, slots: dict[int, int], seed: Node, options: dict[str, Any], autocast: bool
     ) -> None:
         self.lse: Node | None = None  # of the term emitted last, where `wants_lse`
         self.wants_lse = False
-        self.build, self.c, self.places, self.seed = build, c, places, seed
+        self.build, self.c, self.slots, self.seed = build, c, slots, seed
         self.options, self.autocast = options, autocast
 
-    def emit(self, attention: Attention, ready: list[Ready], numbers: list[int]) -> Node:
+    def emit(self, attention: Attention, lowered: list[LoweredTerm], numbers: list[int]) -> Node:
         total: Node | None = None
-        for item, number in zip(ready, numbers, strict=True):
+        for item, number in zip(lowered, numbers, strict=True):
             node = self._term(attention, item, number)
             total = node if total is None else self.build.call(operator.add, total, node)
         assert total is not None
@@ -64,28 +66,28 @@ class Emitter:
                 total = self.build.call(operator.add, total, self._plain(attention, term))
         return total
 
-    def _term(self, attention: Attention, ready: Ready, number: int) -> Node:
-        build, role = self.build, ready.roles
+    def _term(self, attention: Attention, lowered: LoweredTerm, number: int) -> Node:
+        build, dims = self.build, lowered.dims
         dtype = attention.out.dtype
-        out = self._call(ready, number, self._compute_dtype(ready))
-        groups = [role.batch, role.query_heads, role.rows, role.out]
+        out = self._call(lowered, number, self._compute_dtype(lowered))
+        groups = [dims.batch, dims.query_heads, dims.rows, dims.out]
         if self.wants_lse:
-            layout = ready.term.source.layout[:-1]
+            layout = lowered.term.source.layout[:-1]
             lse = build.call(operator.getitem, out, 1)
-            self.lse = build.unmerge(lse, groups[:3], layout, ready.term.source.value.shape[:-1])
+            self.lse = build.unmerge(lse, groups[:3], layout, lowered.term.source.value.shape[:-1])
             out = build.call(operator.getitem, out, 0)
-        mixed = set(leaves(ready.term.mixed))
+        mixed = set(leaves(lowered.term.mixed))
         if mixed:
-            factors = [f for f in ready.on_out if mixed & set(f.axes)]
-            out = self._mixed(out, groups, attention, factors, self._compute_dtype(ready), ready.term.mixed)
+            factors = [f for f in lowered.on_out if mixed & set(f.axes)]
+            out = self._mixed(out, groups, attention, factors, self._compute_dtype(lowered), lowered.term.mixed)
         else:
             out = build.unmerge(out, groups, attention.layout, attention.out.shape)
-        for factor in ready.on_out:
+        for factor in lowered.on_out:
             if not mixed & set(factor.axes):
                 out = self._factor(out, factor, [*attention.layout])
-        if ready.term.scale != 1.0:
-            out = build.call(operator.mul, out, ready.term.scale)
-        if ready.on_out or self._compute_dtype(ready) != dtype:
+        if lowered.term.scale != 1.0:
+            out = build.call(operator.mul, out, lowered.term.scale)
+        if lowered.on_out or self._compute_dtype(lowered) != dtype:
             out = build.call(aten.to.dtype, out, dtype)
         return out
 
@@ -119,70 +121,70 @@ class Emitter:
             other = other if factor.power == 1 else build.call(aten.reciprocal.default, other)
             args += [other, [numbers.setdefault(axis, len(numbers)) for axis in mine]]
         if any(axis not in numbers for axis in leaves(mixed)):
-            raise NotUnderstood("the weights are repeated and summed again")
+            raise FailedMatch("the probabilities are repeated and summed again")
         kept = [axis for axis in all_axes(attention.layout) if axis in numbers]
         out = build.call(torch.einsum, *args, [numbers[axis] for axis in kept])
         return build.unmerge(out, [(axis,) for axis in kept], attention.layout, None)
 
-    def _compute_dtype(self, ready: Ready) -> torch.dtype:
+    def _compute_dtype(self, lowered: LoweredTerm) -> torch.dtype:
         """The widest of query, key and value; for logits that of the value, unless they are finer."""
-        dtype = ready.value.value.dtype
-        others = [ready.query, ready.key] if ready.query is not None else [ready.scores.whole]
+        dtype = lowered.value.value.dtype
+        others = [lowered.query, lowered.key] if lowered.query is not None else [lowered.scores.whole]
         for operand in others:
             if operand is not None:
                 dtype = torch.promote_types(dtype, operand.value.dtype)
         return dtype
 
-    def _call(self, ready: Ready, number: int, dtype: torch.dtype) -> Node:
-        build, role, scores = self.build, ready.roles, ready.scores
+    def _call(self, lowered: LoweredTerm, number: int, dtype: torch.dtype) -> Node:
+        build, dims, scores = self.build, lowered.dims, lowered.scores
         value = self._cast(
-            build.arrange(ready.value, [role.batch, role.heads, role.keys, role.out], (False, True, True, True)),
-            ready.value,
+            build.arrange(lowered.value, [dims.batch, dims.heads, dims.keys, dims.out], (False, True, True, True)),
+            lowered.value,
             dtype,
         )
-        for factor in ready.on_value:
-            value = self._factor(value, factor, [role.batch, role.heads, role.keys, role.out], dtype)
-        options = {**self.options, **self._masks(ready, dtype), "dropout_p": ready.term.dropout, "site": number}
+        for factor in lowered.on_value:
+            value = self._factor(value, factor, [dims.batch, dims.heads, dims.keys, dims.out], dtype)
+        options = {**self.options, **self._masks(lowered, dtype), "dropout_p": lowered.term.dropout, "site": number}
         if scores.sink is not None:
-            options["sinks"] = self._sink(ready, dtype)
-        if ready.query is None or ready.key is None:
-            whole, keys = scores.whole, role.keys
+            options["sinks"] = self._sink(lowered, dtype)
+        if lowered.query is None or lowered.key is None:
+            whole, keys = scores.whole, dims.keys
             if scores.wide is not None:
-                whole, (keys, start) = ready.term.source, scores.wide
-                after = math.prod(a.size for a in leaves(keys)) - start - math.prod(a.size for a in leaves(role.keys))
+                whole, (keys, start) = lowered.term.source, scores.wide
+                after = math.prod(a.size for a in leaves(keys)) - start - math.prod(a.size for a in leaves(dims.keys))
                 value = build.call(aten.constant_pad_nd.default, value, [0, 0, start, after])
-            groups = [role.batch, role.query_heads, role.rows, keys]
+            groups = [dims.batch, dims.query_heads, dims.rows, keys]
             logits = self._cast(build.arrange(whole, groups, (True, True, True, True)), whole, dtype)
             return self._attend(logits, value, None, options)
         query = self._cast(
-            build.arrange(ready.query, [role.batch, role.query_heads, role.rows, role.features], (True,) * 4),
-            ready.query,
+            build.arrange(lowered.query, [dims.batch, dims.query_heads, dims.rows, dims.features], (True,) * 4),
+            lowered.query,
             dtype,
         )
-        for factor in ready.on_query:
-            query = self._factor(query, factor, [role.batch, role.query_heads, role.rows, role.features], dtype)
-        for mask in ready.plan.fills:
-            query = self._quiet(query, mask, role)
+        for factor in lowered.on_query:
+            query = self._factor(query, factor, [dims.batch, dims.query_heads, dims.rows, dims.features], dtype)
+        for mask in lowered.mask.fills:
+            query = self._quiet(query, mask, dims)
         key = self._cast(
-            build.arrange(ready.key, [role.batch, role.heads, role.keys, role.features], (False, True, True, True)),
-            ready.key,
+            build.arrange(lowered.key, [dims.batch, dims.heads, dims.keys, dims.features], (False, True, True, True)),
+            lowered.key,
             dtype,
         )
-        for factor in ready.on_key:
-            key = self._factor(key, factor, [role.batch, role.heads, role.keys, role.features], dtype)
+        for factor in lowered.on_key:
+            key = self._factor(key, factor, [dims.batch, dims.heads, dims.keys, dims.features], dtype)
         options["scale"] = scores.scale
-        if ready.plan.lost:
-            options["lost"] = ready.plan.lost
+        if lowered.mask.fully_masked:
+            options["fully_masked"] = lowered.mask.fully_masked
         if scores.softcap:
             options["softcap"] = abs(scores.softcap)
         return self._attend(query, key, value, options)
 
     def _attend(self, first: Node, second: Node, third: Node | None, options: dict[str, Any]) -> Node:
-        f = attend_logits if third is None else attend_with_lost_rows if "lost" in options else attend
-        c = self.build.call(aten.select.int, self.c, 0, self.places[options["site"]])
+        f = attend_logits if third is None else attend_with_fully_masked_rows if "fully_masked" in options else attend
+        c = self.build.call(aten.select.int, self.c, 0, self.slots[options["site"]])
         if self.wants_lse:
-            if f is attend_with_lost_rows:
-                raise NotUnderstood("its logsumexp is used, and rows may see no key")
+            if f is attend_with_fully_masked_rows:
+                raise FailedMatch("its logsumexp is used, and rows may see no key")
             options = {**options, "return_lse": True}
         operands = (first, second, c, self.seed) if third is None else (first, second, third, c, self.seed)
         if self.autocast:
@@ -201,19 +203,21 @@ class Emitter:
         node = self.build.call(operator.mul if factor.power == 1 else operator.truediv, node, other)
         return node if dtype is None else self.build.call(aten.to.dtype, node, dtype)
 
-    def _masks(self, ready: Ready, dtype: torch.dtype) -> dict[str, Any]:
-        build, role, found = self.build, ready.roles, ready.plan
-        groups = [role.batch, role.query_heads, role.rows, role.keys]
+    def _masks(self, lowered: LoweredTerm, dtype: torch.dtype) -> dict[str, Any]:
+        build, dims, found = self.build, lowered.dims, lowered.mask
+        groups = [dims.batch, dims.query_heads, dims.rows, dims.keys]
         options: dict[str, Any] = {}
-        places = found.places
-        options |= {} if places.left is None else {"left": places.left}
-        options |= {} if places.right is None else {"right": places.right}
-        device = ready.value.value.fake.device
-        if places.prefix:
-            options["prefix"] = build.call(torch.full, (1,), places.prefix, dtype=torch.int64, device=device)
-        options |= {"bottom_right": True} if places.bottom_right else {}
-        ids = self._ids(ready, device)
-        conditions = [seen for seen in found.keep if ids is None or found.lost or not self._joins_ids(ids, seen, role)]
+        positional = found.positional
+        options |= {} if positional.left is None else {"left": positional.left}
+        options |= {} if positional.right is None else {"right": positional.right}
+        device = lowered.value.value.fake.device
+        if positional.prefix:
+            options["prefix"] = build.call(torch.full, (1,), positional.prefix, dtype=torch.int64, device=device)
+        options |= {"bottom_right": True} if positional.bottom_right else {}
+        ids = self._ids(lowered, device)
+        conditions = [
+            seen for seen in found.keep if ids is None or found.fully_masked or not self._joins_ids(ids, seen, dims)
+        ]
         if ids is not None:
             options |= {"query_ids": ids[0], "key_ids": ids[1]}
         for seen in conditions:
@@ -235,23 +239,23 @@ class Emitter:
             options["attn_bias"] = total
         return options
 
-    def _ids(self, ready: Ready, device: torch.device) -> list[Node] | None:
+    def _ids(self, lowered: LoweredTerm, device: torch.device) -> list[Node] | None:
         """Numbers of documents for queries and keys: of all documents and chunks together."""
-        build, role, found = self.build, ready.roles, ready.plan
+        build, dims, found = self.build, lowered.dims, lowered.mask
         pairs: list[list[Node]] = []
-        if found.places.chunk is not None:
-            places = [build.call(torch.arange, build.total(axes), device=device) for axes in (role.rows, role.keys)]
-            chunks = [build.call(operator.floordiv, x, found.places.chunk) for x in places]
+        if found.positional.chunk is not None:
+            positions = [build.call(torch.arange, build.total(axes), device=device) for axes in (dims.rows, dims.keys)]
+            chunks = [build.call(operator.floordiv, x, found.positional.chunk) for x in positions]
             pairs.append([build.call(aten.unsqueeze.default, x, 0) for x in chunks])
         for documents in found.documents:
-            sides = ((documents.query, role.rows), (documents.key, role.keys))
-            nodes = [build.arrange(side, [role.batch, axes], (False, True)) for side, axes in sides]
+            sides = ((documents.query, dims.rows), (documents.key, dims.keys))
+            nodes = [build.arrange(side, [dims.batch, axes], (False, True)) for side, axes in sides]
             pairs.append([build.call(aten.to.dtype, x, torch.int64) for x in nodes])
-        if not pairs and not found.lost and self._rows_and_keys(found.keep, role):
+        if not pairs and not found.fully_masked and self._rows_and_keys(found.keep, dims):
             pairs.append(
                 [
                     build.call(torch.zeros, 1, build.total(axes), dtype=torch.int64, device=device)
-                    for axes in (role.rows, role.keys)
+                    for axes in (dims.rows, dims.keys)
                 ]
             )
         while len(pairs) > 1:
@@ -259,27 +263,27 @@ class Emitter:
             pairs.append([build.call(operator.getitem, both, i) for i in (0, 1)])
         return pairs[0] if pairs else None
 
-    def _rows_and_keys(self, seen: list[Seen], role: Roles) -> bool:
+    def _rows_and_keys(self, seen: list[KeepMask], dims: AttentionDims) -> bool:
         """Whether some conditions are on rows alone and others on keys alone: together they are M x N."""
-        kinds = {self._over(x, role) for x in seen}
+        kinds = {self._over(x, dims) for x in seen}
         return "rows" in kinds and len(kinds) > 1
 
-    def _over(self, seen: Seen, role: Roles) -> str:
+    def _over(self, seen: KeepMask, dims: AttentionDims) -> str:
         axes = set(all_axes(seen.operand.layout))
-        rows, keys, batch = set(leaves(role.rows)), set(leaves(role.keys)), set(leaves(role.batch))
+        rows, keys, batch = set(leaves(dims.rows)), set(leaves(dims.keys)), set(leaves(dims.batch))
         if axes & rows and axes <= rows | batch:
             return "rows"
         return "keys" if axes & keys and axes <= keys | batch else "both"
 
-    def _joins_ids(self, ids: list[Node], seen: Seen, role: Roles) -> bool:
+    def _joins_ids(self, ids: list[Node], seen: KeepMask, dims: AttentionDims) -> bool:
         """Puts a condition on rows alone into the numbers of documents, which change in place of a mask."""
-        if self._over(seen, role) != "rows":
+        if self._over(seen, dims) != "rows":
             return False
-        node = self._condition(self.build.arrange(seen.operand, [role.batch, role.rows], (False, True)), seen)
+        node = self._condition(self.build.arrange(seen.operand, [dims.batch, dims.rows], (False, True)), seen)
         ids[0] = self.build.call(only_rows, *ids, node)
         return True
 
-    def _condition(self, node: Node, seen: Seen) -> Node:
+    def _condition(self, node: Node, seen: KeepMask) -> Node:
         """A bool node that is true where a key is visible."""
         if seen.operand.value.dtype != torch.bool:
             return self.build.call(operator.ne if seen.keep else operator.eq, node, 0)
@@ -294,20 +298,20 @@ class Emitter:
             node = self._factor(node, factor, groups)
         return node if bias.scale == 1.0 else build.call(operator.mul, node, bias.scale)
 
-    def _quiet(self, query: Node, mask: Mask, role: Roles) -> Node:
-        """The query with zeros where a mask sets every score of the row to one value: weights equal, no gradient."""
+    def _quiet(self, query: Node, mask: Mask, dims: AttentionDims) -> Node:
+        """The query with zeros where a mask sets every score of the row to one value: probs equal, no gradient."""
         build = self.build
-        groups = [role.batch, role.query_heads, role.rows, role.keys]
+        groups = [dims.batch, dims.query_heads, dims.rows, dims.keys]
         node = build.arrange(Operand(mask.value, mask.layout), groups, (False,) * 4)
         kept = node if mask.keep else build.call(torch.logical_not, node)
         alive = build.call(torch.any, kept, -1, True)
         return build.call(operator.mul, query, alive)
 
-    def _sink(self, ready: Ready, dtype: torch.dtype) -> Node:
-        build, sink, heads = self.build, ready.scores.sink, ready.roles.query_heads
+    def _sink(self, lowered: LoweredTerm, dtype: torch.dtype) -> Node:
+        build, sink, heads = self.build, lowered.scores.sink, lowered.dims.query_heads
         assert sink is not None
         if sink.operand is not None:
             node = build.arrange(sink.operand, [heads], (True,))
             return node if leaves(heads) else build.call(aten.reshape.default, node, [1])
         size = build.total(heads)
-        return build.call(torch.full, (size,), sink.number, dtype=dtype, device=ready.value.value.fake.device)
+        return build.call(torch.full, (size,), sink.number, dtype=dtype, device=lowered.value.value.fake.device)

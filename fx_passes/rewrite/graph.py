@@ -17,16 +17,16 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from fx_passes.canonicalise.attentions import Found, attentions
-from fx_passes.canonicalise.axes import NotUnderstood
-from fx_passes.canonicalise.masks import Claim
+from fx_passes.canonicalise.axes import FailedMatch
+from fx_passes.canonicalise.masks import MaskGuard
 from fx_passes.find.context import Context, fake_of
 from fx_passes.find.relations import Relation
 from fx_passes.find.trace import Trace, Value
 from fx_passes.report import LEFT, REWRITTEN, Key, Report
-from fx_passes.rewrite.bodies import Draws, bodies, operands
 from fx_passes.rewrite.build import Builder
 from fx_passes.rewrite.emit import Emitter
-from fx_passes.rewrite.owners import Frame
+from fx_passes.rewrite.hop_subgraphs import Draws, operands, subgraphs
+from fx_passes.rewrite.module_counts import Frame
 from fx_passes.rewrite.replace import end_of_views, other_results, remove_dead, replace, replace_lse
 from fx_passes.rewrite.sharding import check_sharding
 from fx_passes.rewrite.sites import Sites
@@ -68,7 +68,7 @@ class Result:
     rewritten: int = 0
     sites: list[Key] = field(default_factory=list)
     buffers: set[Node] = field(default_factory=set)
-    claims: list[Claim] = field(default_factory=list)
+    claims: list[MaskGuard] = field(default_factory=list)
     relations: list[Relation] = field(default_factory=list)
 
 
@@ -104,10 +104,10 @@ def rewrite_graph(
     """
     sites = Sites(report, frame or Frame())
     job = _Job(options, sites, Draws(options.state), Result(sites=sites.keys), dry)
-    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     if not any(fake_of(n) is not None for n in gm.graph.nodes):
         FakeTensorProp(gm).propagate(*(example_inputs or ()))
-    examples = dict(zip(places, example_inputs or (), strict=False))
+    examples = dict(zip(placeholders, example_inputs or (), strict=False))
     _rewrite(Context(gm, examples), job)
     job.draws.prepare()
     return job.result
@@ -117,7 +117,7 @@ def _rewrite(context: Context, job: _Job) -> int:
     """Rewrites a graph and the bodies of its higher-order operators; returns how many softmaxes."""
     gm, trace = context.gm, Trace(context)
     done = 0
-    for body, calls in bodies(gm):
+    for body, calls in subgraphs(gm):
         done += _rewrite(Context(body, parent=context, calls=tuple(calls), operands=operands(calls[0])), job)
     dead: list[Node] = []
     here = sum(_apply(trace, found, job, dead) for found in attentions(trace))
@@ -138,7 +138,7 @@ def _apply(trace: Trace, found: Found, job: _Job, dead: list[Node]) -> int:
     status, reason = LEFT, found.reason
     if found.walk is not None:
         try:
-            check_sharding(found.ready)
+            check_sharding(found.lowered)
             if not job.dry:
                 _emit(trace, found, numbers, job)
                 job.result.buffers |= found.walk.buffers
@@ -147,7 +147,7 @@ def _apply(trace: Trace, found: Found, job: _Job, dead: list[Node]) -> int:
                 visited = [n for v in found.walk.visited for n in (v.node, v.home) if n in trace.context.position]
                 dead += [*visited, *(user for n in visited for user in n.users if user.target is operator.getitem)]
             status = REWRITTEN
-        except NotUnderstood as why:
+        except FailedMatch as why:
             reason = str(why)
         except Exception as error:
             log.debug("emitting %s failed", found.attention, exc_info=True)
@@ -165,17 +165,17 @@ def _emit(trace: Trace, found: Found, numbers: list[int], job: _Job) -> None:
     attention = dataclasses.replace(found.attention, out=target, layout=layout)
     build = Builder(context, before)
     device = target.fake.device
-    c, places, seed = job.draws.get(context, device, before, build.node(attention.value.value), numbers)
+    c, slots, seed = job.draws.get(context, device, before, build.node(attention.value.value), numbers)
     mark = list(context.gm.graph.nodes)  # the draw stays: other sites share it
     autocast = bool(context.state[before].autocast) or torch.is_autocast_enabled(device.type)
     shared = {"sampler": options.sampler, "forward": options.forward, "state": options.state.id}
     kept = [(v, v.node, v.version) for v in _values(trace)]
     try:
-        c_of = dict(zip(numbers, places, strict=True))
+        c_of = dict(zip(numbers, slots, strict=True))
         emitter = Emitter(build, c, c_of, seed, shared, autocast)
         statistics = other_results(trace, found.softs[0])
         emitter.wants_lse = bool(statistics)
-        new = emitter.emit(attention, found.ready, numbers)
+        new = emitter.emit(attention, found.lowered, numbers)
         replace(trace, build, target, new)
         if emitter.lse is not None:
             replace_lse(trace, build, found.softs[0], emitter.lse, statistics)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fx_passes.canonicalise.masks import Claim
+from fx_passes.canonicalise.masks import MaskGuard
 from fx_passes.find.sizes import Symbols, symbols
 from fx_passes.rewrite.graph import Result
 
@@ -29,7 +29,7 @@ class Guarded:
     """The original of a graph, taken before its rewrite, and the real buffers among its inputs."""
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
-        self.places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.inputs = list(example_inputs)
         self.original = _shallow(gm)
 
@@ -43,12 +43,12 @@ class Guarded:
         if not result.buffers and not result.claims and not result.relations:
             return compiled
         related = {
-            (places, relation.holds): Related(places, relation.holds)
+            (inputs, relation.holds): RelationGuard(inputs, relation.holds)
             for relation in result.relations
-            for places in [tuple(self.places.index(node) for node in relation.nodes)]
+            for inputs in [tuple(self.placeholders.index(node) for node in relation.nodes)]
         }
-        watched = {i: Watched(self.inputs[i]) for i, n in enumerate(self.places) if n in result.buffers}
-        lengths = Lengths(symbols(self.places), result.claims)
+        watched = {i: BufferGuard(self.inputs[i]) for i, n in enumerate(self.placeholders) if n in result.buffers}
+        lengths = ShapeGuard(symbols(self.placeholders), result.claims)
         original, fallback = self.original, [None]
         self.inputs = []
 
@@ -64,10 +64,10 @@ class Guarded:
         return guarded
 
 
-class Lengths:
+class ShapeGuard:
     """Claims on masks over symbolic sizes, and the sizes at which they were checked."""
 
-    def __init__(self, where: Symbols, claims: list[Claim]) -> None:
+    def __init__(self, where: Symbols, claims: list[MaskGuard]) -> None:
         self.where, self.claims = where, claims
         self.checked: dict[tuple[int, ...], bool] = {}
 
@@ -85,15 +85,15 @@ class Lengths:
         return self.checked[numbers]
 
 
-class Related:
+class RelationGuard:
     """A relation between inputs, and for which tensors, at which versions, it was seen to hold."""
 
-    def __init__(self, places: tuple[int, ...], relation: Callable[..., bool]) -> None:
-        self.places, self.relation = places, relation
+    def __init__(self, inputs: tuple[int, ...], relation: Callable[..., bool]) -> None:
+        self.inputs, self.relation = inputs, relation
         self.last: tuple[Any, ...] = ()
 
     def holds(self, args: Sequence[Any]) -> bool:
-        tensors = [args[i] for i in self.places]
+        tensors = [args[i] for i in self.inputs]
         if len(self.last) == len(tensors) and all(
             ref() is x and version == x._version for (ref, version), x in zip(self.last, tensors, strict=True)
         ):
@@ -104,7 +104,7 @@ class Related:
         return True
 
 
-class Watched:
+class BufferGuard:
     """One buffer: which tensor it was, at which version, and a copy of its values."""
 
     def __init__(self, buffer: Tensor) -> None:

@@ -7,7 +7,7 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
-from fx_passes.canonicalise.axes import Layout, NotUnderstood
+from fx_passes.canonicalise.axes import FailedMatch, Layout
 from fx_passes.canonicalise.views import after, is_view
 from fx_passes.find.calls import is_call
 from fx_passes.find.context import Context, fake_of, written
@@ -23,7 +23,7 @@ def end_of_views(trace: Trace, value: Value, layout: Layout) -> tuple[Value, Lay
             break
         try:
             moved = after(users[0], layout)
-        except NotUnderstood:
+        except FailedMatch:
             break
         if moved is None:
             break
@@ -48,7 +48,7 @@ def replace(trace: Trace, build: Builder, value: Value, new: Node) -> None:
         return
     for user in list(home.users):
         if user.target is not operator.getitem or not isinstance(user.args[1], int):
-            raise NotUnderstood("the results of the operation around it are passed on as a whole")
+            raise FailedMatch("the results of the operation around it are passed on as a whole")
         result = record.out[user.args[1]]
         if isinstance(result, Value) and user.users:
             _emit_again(build, result, user)
@@ -68,7 +68,7 @@ def other_results(trace: Trace, soft: Value) -> list[Node]:
         return []
     used = [u for u in home.users if u.target is operator.getitem and u.args[1] and u.users]
     if any(u.args[1] != 1 for u in used):
-        raise NotUnderstood("its largest scores are used")
+        raise FailedMatch("its largest scores are used")
     return used
 
 

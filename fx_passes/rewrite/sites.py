@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fx_passes.find.source_location import locate
 from fx_passes.find.trace import Value
-from fx_passes.find.where import locate
 from fx_passes.report import REWRITTEN, Key, Report, Site
-from fx_passes.rewrite.owners import Frame
+from fx_passes.rewrite.module_counts import Frame
 
 
 @dataclass

@@ -183,7 +183,7 @@ def _call(state: State, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sampl
 def test_the_host_never_waits(sampler: str) -> None:
     state = State(30.0, seed=0)
     q, k, v = (torch.randn(1, 4, 1024, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    _call(state, q, k, v, sampler).sum().backward()  # compiles, and makes the state's mirror
+    _call(state, q, k, v, sampler).sum().backward()  # compiles, and makes the device state
     torch.cuda.set_sync_debug_mode("error")
     try:
         state.c = 20.0

@@ -10,7 +10,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fx_passes.mirror import capturing
+from fx_passes.device_state import capturing
 from fx_passes.ops import tile_rule, tiled
 from fx_passes.ops.cuda import library
 from fx_passes.ops.cuda.launch import launch_backward, launch_forward

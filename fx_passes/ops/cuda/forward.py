@@ -12,7 +12,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fx_passes.ops.cuda.scores import LN2, LOG2E, Rules, bounds, dropout_tile, jit, load_rows, power, row_word, scores
+from fx_passes.ops.cuda.scores import (
+    LN2,
+    LOG2E,
+    ScoreMods,
+    bounds,
+    dropout_tile,
+    jit,
+    load_rows,
+    power,
+    row_word,
+    scores,
+)
 from fx_passes.ops.cuda.select import select
 
 
@@ -86,7 +97,7 @@ def attention_forward(
     # A mask that no place decides alone.
     ANY: tl.constexpr = prefix_ptr is not None or qid_ptr is not None or mask_ptr is not None
     dropout_seed = tl.load(dropout_seed_ptr) if dropout_seed_ptr is not None else None
-    rules = Rules(
+    rules = ScoreMods(
         mask_ptr, mask_b, mask_h, mask_m, mask_n, bias_ptr, bias_b, bias_h, bias_m, bias_n,
         qid_ptr, qid_b, kid_ptr, kid_b, prefix_ptr, prefix_b, scale, softcap, left, right, diagonal,
         dropout_seed, dropout_stream, dropout_threshold, dropout_inverse,

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_passes.ops.cuda.columns import attention_columns
+from fx_passes.ops.cuda.bwd_dkdv import attention_columns
+from fx_passes.ops.cuda.bwd_dq import attention_delta, attention_rows, count_points, place_points
 from fx_passes.ops.cuda.config import Config, config, has_large_tiles, padded
 from fx_passes.ops.cuda.forward import attention_forward
 from fx_passes.ops.cuda.lists import Lists, c_limit
-from fx_passes.ops.cuda.rows import attention_delta, attention_rows, count_points, place_points
 from fx_passes.ops.draws import STREAM_DROPOUT, STREAM_ROW, stream_word
 from fx_passes.ops.problem import Gradients, Problem, Softmax
 
@@ -39,7 +39,7 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
 
 
 def shared_arguments(problem: Problem, dropout_seed: Tensor) -> dict[str, Any]:
-    """The arguments that make the kernels' `Rules`, and head sizes; None where a rule is off."""
+    """The arguments that make the kernels' `ScoreMods`, and head sizes; None where a rule is off."""
     s, mask, bias = problem.static, problem.attn_mask, problem.attn_bias
     none = dict.fromkeys(("b", "h", "m", "n"))
     arguments: dict[str, Any] = {

@@ -36,7 +36,7 @@ def jit(kernel: Callable[..., Any]) -> Any:
     )(kernel)
 
 
-class Rules(NamedTuple):
+class ScoreMods(NamedTuple):
     """What acts on the logits and the weights of a call. None switches a rule off when a kernel is compiled.
 
     `mask_m` is None where a mask is a function of the key alone. See `launch.shared_arguments`.

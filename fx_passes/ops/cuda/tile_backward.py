@@ -14,7 +14,7 @@ import triton.language as tl
 
 from fx_passes.ops.cuda.scores import (
     LOG2E,
-    Rules,
+    ScoreMods,
     capped,
     dropout_tile,
     jit,
@@ -74,7 +74,7 @@ def tile_dq(
     """
     NATURAL: tl.constexpr = bias_ptr is not None or softcap is not None
     dropout_seed = tl.load(dropout_seed_ptr) if dropout_seed_ptr is not None else None
-    rules = Rules(
+    rules = ScoreMods(
         mask_ptr, mask_b, mask_h, mask_m, mask_n, bias_ptr, bias_b, bias_h, bias_m, bias_n,
         qid_ptr, qid_b, kid_ptr, kid_b, prefix_ptr, prefix_b, scale, softcap, left, right, diagonal,
         dropout_seed, dropout_stream, dropout_threshold, dropout_inverse,
@@ -214,7 +214,7 @@ def tile_dkdv(
     """
     NATURAL: tl.constexpr = bias_ptr is not None or softcap is not None
     dropout_seed = tl.load(dropout_seed_ptr) if dropout_seed_ptr is not None else None
-    rules = Rules(
+    rules = ScoreMods(
         mask_ptr, mask_b, mask_h, mask_m, mask_n, bias_ptr, bias_b, bias_h, bias_m, bias_n,
         qid_ptr, qid_b, kid_ptr, kid_b, prefix_ptr, prefix_b, scale, softcap, left, right, diagonal,
         dropout_seed, dropout_stream, dropout_threshold, dropout_inverse,

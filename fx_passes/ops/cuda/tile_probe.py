@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fx_passes.ops.cuda.scores import LOG2E, Rules, jit, load_rows, power, row_word, scores
+from fx_passes.ops.cuda.scores import LOG2E, ScoreMods, jit, load_rows, power, row_word, scores
 
 
 @jit
@@ -101,7 +101,7 @@ def tile_probe(
     # A mask that no place decides alone.
     ANY: tl.constexpr = prefix_ptr is not None or qid_ptr is not None or mask_ptr is not None or left is not None
     PACK: tl.constexpr = BM // PROBED
-    rules = Rules(
+    rules = ScoreMods(
         mask_ptr, mask_b, mask_h, mask_m, mask_n, bias_ptr, bias_b, bias_h, bias_m, bias_n,
         qid_ptr, qid_b, kid_ptr, kid_b, prefix_ptr, prefix_b, scale, softcap, left, right, diagonal,
         None, None, None, None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fx_passes.find.where import _module_path
+from fx_passes.find.source_location import _module_path
 
 
 @pytest.mark.parametrize(

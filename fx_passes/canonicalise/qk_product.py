@@ -6,7 +6,7 @@ import operator
 
 import torch
 
-from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, all_axes, broadcast, known, leaves
+from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, Layout, all_axes, broadcast, known, leaves
 from fx_passes.canonicalise.contraction import Contraction, contraction, is_contraction
 from fx_passes.canonicalise.forms import arguments, level
 from fx_passes.canonicalise.views import before, is_cast, is_view
@@ -45,13 +45,13 @@ def is_activations_product(context: Context, c: Contraction, keys: Dim) -> bool:
     return min(level(context, c.left.value), level(context, c.right.value)) >= Level.COMPUTED
 
 
-def carries(context: Context, value: Value, layout: Layout, keys: Dim) -> bool:
+def contains_qk_product(context: Context, value: Value, layout: Layout, keys: Dim) -> bool:
     """Whether a value is, elementwise or rearranged, made of a product of two activations that runs over `keys`.
 
     The product's rows, if it has such, must be an axis of the value too. Else what a linear layer makes of an
     attention's result, over whose features the layer sums, would be scores of its rows.
     """
-    return _carries(
+    return _contains_qk_product(
         context, value, layout, keys, set(), [axis for axis in all_axes(layout) if axis not in leaves(keys)]
     )
 
@@ -73,7 +73,9 @@ def _others(left: set[Axis], right: set[Axis], keys: Dim) -> set[Axis]:
     return right - left if left & set(leaves(keys)) else left - right
 
 
-def _carries(context: Context, value: Value, layout: Layout, keys: Dim, seen: set[int], kept: list[Axis]) -> bool:
+def _contains_qk_product(
+    context: Context, value: Value, layout: Layout, keys: Dim, seen: set[int], kept: list[Axis]
+) -> bool:
     if value.op is operator.getitem and value.args[1] == 0:
         value = Value(value.args[0].op, value.args[0].args, value.args[0].kwargs, value.fake)
     if id(value) in seen or len(seen) > _LIMIT or value.op is None or not isinstance(value.fake, torch.Tensor):
@@ -89,26 +91,28 @@ def _carries(context: Context, value: Value, layout: Layout, keys: Dim, seen: se
             return any(_mixes(context, o.value, o.layout, keys, seen, kept) for o in (c.left, c.right))
         if is_view(value) or is_cast(value):
             inner = before(value, layout) if is_view(value) else layout
-            return _carries(context, value.args[0], inner, keys, seen, kept)
+            return _contains_qk_product(context, value.args[0], inner, keys, seen, kept)
         if torch.Tag.pointwise in getattr(value.op, "tags", ()) or value.op in _ELEMENTWISE:
             return any(
-                _carries(context, v, broadcast(layout, v.shape), keys, seen, kept)
+                _contains_qk_product(context, v, broadcast(layout, v.shape), keys, seen, kept)
                 for v in arguments(value)
                 if v.fake is not None
             )
         if value.op is partly_written:
-            return _carries(context, value.args[0], layout, keys, seen, kept)
+            return _contains_qk_product(context, value.args[0], layout, keys, seen, kept)
         if value.op in (aten.amax.default, aten.max.dim):
             return _largest(context, value, layout, keys, seen, kept)
         if value.op in _RANGES:
             return _ranges(context, value, layout, keys, seen, kept)
-    except NotUnderstood:
+    except FailedMatch:
         return False
     return False
 
 
 def _mixes(context: Context, value: Value, layout: Layout, keys: Dim, seen: set[int], kept: list[Axis]) -> bool:
-    return bool(set(leaves(keys)) & set(all_axes(layout))) and _carries(context, value, layout, keys, seen, kept)
+    return bool(set(leaves(keys)) & set(all_axes(layout))) and _contains_qk_product(
+        context, value, layout, keys, seen, kept
+    )
 
 
 def _largest(context: Context, value: Value, layout: Layout, keys: Dim, seen: set[int], kept: list[Axis]) -> bool:
@@ -125,7 +129,7 @@ def _largest(context: Context, value: Value, layout: Layout, keys: Dim, seen: se
         if i not in dims or keepdim:
             dim = next(rest)
             wide += [] if i in dims else [dim]
-    return _carries(context, source, tuple(wide), keys, seen, kept)
+    return _contains_qk_product(context, source, tuple(wide), keys, seen, kept)
 
 
 def _ranges(context: Context, value: Value, layout: Layout, keys: Dim, seen: set[int], kept: list[Axis]) -> bool:
@@ -147,9 +151,9 @@ def _ranges(context: Context, value: Value, layout: Layout, keys: Dim, seen: set
             if not mixed and set(leaves(dim)) & set(leaves(kept)):
                 kept.extend(axis)
             new.append(axis)
-        if _carries(context, source, tuple(new), over, seen, kept):
+        if _contains_qk_product(context, source, tuple(new), over, seen, kept):
             return True
     return False
 
 
-__all__ = ["carries", "is_activations_product"]
+__all__ = ["contains_qk_product", "is_activations_product"]

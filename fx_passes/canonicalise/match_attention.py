@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import torch
 
-from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, all_axes, broadcast, fresh, known, leaves
-from fx_passes.canonicalise.carries import carries
+from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, Layout, all_axes, broadcast, fresh, known, leaves
 from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.contraction import Operand, contraction
 from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Scores, Term, Walk, level
+from fx_passes.canonicalise.probs import leads_to_softmax, normalise, probs, through_views
+from fx_passes.canonicalise.qk_product import contains_qk_product
 from fx_passes.canonicalise.scores import scores
 from fx_passes.canonicalise.softmax import divisor, row_sum, softmax_input
 from fx_passes.canonicalise.views import after, is_cast, is_view
-from fx_passes.canonicalise.weights import leads_to_softmax, normalise, through_views, weights
 from fx_passes.find.context import Level
 from fx_passes.find.trace import Trace, Value
 
@@ -28,16 +28,16 @@ def is_attention_softmax(walk: Walk, soft: Value) -> bool:
         return False
     layout, keys = fresh(source.shape), (Axis(source.shape[dim]),)
     layout = (*layout[:dim], keys, *layout[dim + 1 :])
-    return carries(walk.context, source, layout, keys)
+    return contains_qk_product(walk.context, source, layout, keys)
 
 
-def understand(trace: Trace, constants: Constants, product: Value) -> tuple[Attention, Walk]:
+def match_attention(trace: Trace, constants: Constants, product: Value) -> tuple[Attention, Walk]:
     """The attention whose product with V is `product`.
 
     Raises:
-        NotUnderstood: the reason.
+        FailedMatch: the reason.
     """
-    reason: NotUnderstood | None = None
+    reason: FailedMatch | None = None
     for flipped in (False, True):
         walk = Walk(trace, constants)
         c = contraction(product, fresh(product.shape))
@@ -46,28 +46,28 @@ def understand(trace: Trace, constants: Constants, product: Value) -> tuple[Atte
             continue
         try:
             return _attention(walk, product, c.layout, side, value, c.summed), walk
-        except NotUnderstood as why:
+        except FailedMatch as why:
             reason = reason or why
-    raise reason or NotUnderstood("no softmax is in the product")
+    raise reason or FailedMatch("no softmax is in the product")
 
 
 def _attention(walk: Walk, out: Value, layout: Layout, side: Operand, value: Operand, summed: Dim) -> Attention:
     walk.visit(out)
-    terms = weights(walk, side.value, side.layout, summed)
+    terms = probs(walk, side.value, side.layout, summed)
     keys = set(leaves(summed))
     for i, term in enumerate(terms):
         over = set(leaves(term.keys if term.extension is None else term.extension[0]))
         if not over or not over <= keys or over & set(leaves(term.mixed)):
-            raise NotUnderstood("softmax is not taken over the axis that the product with value sums over")
+            raise FailedMatch("softmax is not taken over the axis that the product with value sums over")
         terms[i] = replace(term, mixed=(*leaves(term.mixed), *(a for a in leaves(summed) if a not in over)))
     if level(walk.context, value.value) < Level.COMPUTED:
-        raise NotUnderstood("value is a parameter, not an activation")
+        raise FailedMatch("value is a parameter, not an activation")
     done = [t if t.plain else replace(t, scores=scores(walk, t)) for t in terms]
     for term in done:
         _check_value(walk, term, value, summed)
     if done[-1].plain and any(set(leaves(t.keys if t.extension is None else t.extension[0])) != keys for t in done):
-        raise NotUnderstood(
-            "something is added to the weights, and the product with value sums over more than the keys"
+        raise FailedMatch(
+            "something is added to the probabilities, and the product with value sums over more than the keys"
         )
     if not all(t.normalised for t in done):
         out, layout, done = _normalised_later(walk, out, layout, done, summed, through_views(side))
@@ -76,21 +76,21 @@ def _attention(walk: Walk, out: Value, layout: Layout, side: Operand, value: Ope
 
 
 def _check_value(walk: Walk, term: Term, value: Operand, summed: Dim) -> None:
-    """NotUnderstood where the product with value is one of scores with scores, such as an entropy."""
+    """FailedMatch where the product with value is one of scores with scores, such as an entropy."""
     found, inner = term.scores, through_views(value)
     if inner.value.op is aten.softmax.int and set(leaves(inner.layout[inner.value.args[1]])) & set(leaves(summed)):
-        raise NotUnderstood("value is a softmax over the same keys")
+        raise FailedMatch("value is a softmax over the same keys")
     over = set(leaves(term.keys if term.extension is None else term.extension[0]))
     others = {axis for axis in leaves(summed) if axis not in over}  # summed over, too
     if found is None or found.query is None or found.key is None:
         if others and not term.plain:
-            raise NotUnderstood("the product with value sums over more than the keys")
+            raise FailedMatch("the product with value sums over more than the keys")
         return
     rows = set(all_axes(found.query.layout)) - set(all_axes(found.key.layout))
     if others & rows:
-        raise NotUnderstood("the product with value sums over the rows")
-    if rows & set(all_axes(value.layout)) and carries(walk.context, value.value, value.layout, summed):
-        raise NotUnderstood("value is made of scores")
+        raise FailedMatch("the product with value sums over the rows")
+    if rows & set(all_axes(value.layout)) and contains_qk_product(walk.context, value.value, value.layout, summed):
+        raise FailedMatch("value is made of scores")
 
 
 def _normalised_later(
@@ -98,7 +98,7 @@ def _normalised_later(
 ) -> tuple[Value, Layout, list[Term]]:
     """exp(scores) @ V divided by the row sums of exp(scores)."""
     if len(terms) != 1 or terms[0].mixed or terms[0].extension is not None:
-        raise NotUnderstood("exp is not normalised before the product with value")
+        raise FailedMatch("exp is not normalised before the product with value")
     value = out
     for _ in range(20):
         users = walk.trace.users(value)
@@ -117,7 +117,7 @@ def _normalised_later(
         if moved is None:
             break
         value, layout = user, moved
-    raise NotUnderstood("exp is not divided by its row sums")
+    raise FailedMatch("exp is not divided by its row sums")
 
 
 def _divided_by(user: Value, value: Value, layout: Layout) -> Operand | None:
@@ -133,7 +133,7 @@ def _divided_by(user: Value, value: Value, layout: Layout) -> Operand | None:
 def _check_regions(walk: Walk) -> None:
     for value in walk.visited:
         if value.home is not None and not walk.context.state[value.home].grad:
-            raise NotUnderstood("a part of it is computed without gradient")
+            raise FailedMatch("a part of it is computed without gradient")
 
 
 def _form(terms: list[Term]) -> str:
@@ -147,7 +147,7 @@ def _form(terms: list[Term]) -> str:
     return f"matmul-{spelled}-matmul"
 
 
-def understand_sdpa(trace: Trace, constants: Constants, call: Value) -> tuple[Attention, Walk]:
+def match_sdpa(trace: Trace, constants: Constants, call: Value) -> tuple[Attention, Walk]:
     """A call of scaled_dot_product_attention as an attention."""
     walk = Walk(trace, constants)
     walk.visit(call)
@@ -187,4 +187,4 @@ def understand_sdpa(trace: Trace, constants: Constants, call: Value) -> tuple[At
     return attention, walk
 
 
-__all__ = ["is_attention_softmax", "understand", "understand_sdpa"]
+__all__ = ["is_attention_softmax", "match_attention", "match_sdpa"]

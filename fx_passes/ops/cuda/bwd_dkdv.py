@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fx_passes.ops.cuda.scores import LOG2E, Rules, capped, dropout_entries, jit, load_rows, power, scores
+from fx_passes.ops.cuda.scores import LOG2E, ScoreMods, capped, dropout_entries, jit, load_rows, power, scores
 
 RESOLUTION = tl.constexpr(1 << 29)  # times 24 bits of a tile's length is exact in float64
 
@@ -81,7 +81,7 @@ def attention_columns(
     """Gradients of one tile's keys and values, and (key, dS * scale) of each point, in the place of the point."""
     NATURAL: tl.constexpr = bias_ptr is not None or softcap is not None
     dropout_seed = tl.load(dropout_seed_ptr) if dropout_seed_ptr is not None else None
-    rules = Rules(
+    rules = ScoreMods(
         mask_ptr, mask_b, mask_h, mask_m, mask_n, bias_ptr, bias_b, bias_h, bias_m, bias_n,
         qid_ptr, qid_b, kid_ptr, kid_b, prefix_ptr, prefix_b, scale, softcap, left, right, diagonal,
         dropout_seed, dropout_stream, dropout_threshold, dropout_inverse,

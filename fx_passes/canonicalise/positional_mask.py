@@ -1,4 +1,4 @@
-"""Masks that are functions of places alone: bands, prefixes and chunks, recognised by value."""
+"""Masks that are functions of positions alone: bands, prefixes and chunks, recognised by value."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 @dataclass
-class Places:
-    """A mask of places: a key may lie `left` before and `right` after its query; `prefix` keys are always seen.
+class PositionalMask:
+    """A mask of positions: a key may lie `left` before and `right` after its query; `prefix` keys are always seen.
 
-    With `bottom_right` places count from the last query and the last key.
+    With `bottom_right` positions count from the last query and the last key.
     """
 
     left: int | None = None
@@ -42,10 +42,10 @@ class Places:
         return seen | (j < self.prefix)
 
 
-def both(a: Places, b: Places) -> Places | None:
-    """The mask of places where both are visible, or None where that is none."""
-    if Places() in (a, b):
-        return a if b == Places() else b
+def both(a: PositionalMask, b: PositionalMask) -> PositionalMask | None:
+    """The mask of positions where both are visible, or None where that is none."""
+    if PositionalMask() in (a, b):
+        return a if b == PositionalMask() else b
     banded = [p for p in (a, b) if p.left is not None or p.right is not None]
     if len({p.bottom_right for p in banded}) > 1 or (a.prefix != b.prefix and banded and (a.prefix or b.prefix)):
         return None
@@ -55,14 +55,14 @@ def both(a: Places, b: Places) -> Places | None:
         return None
     bounds = [min((x for x in pair if x is not None), default=None) for pair in ((a.left, b.left), (a.right, b.right))]
     from_the_end = any(p.bottom_right for p in banded)
-    return Places(bounds[0], bounds[1], max(a.prefix, b.prefix), a.chunk or b.chunk, from_the_end)
+    return PositionalMask(bounds[0], bounds[1], max(a.prefix, b.prefix), a.chunk or b.chunk, from_the_end)
 
 
-def places_of(visible: Tensor) -> Places | None:
+def positional_mask_of(visible: Tensor) -> PositionalMask | None:
     """The band, prefix or chunks that a constant mask is, or None."""
     m, n = visible.shape
     if bool(visible.all()):
-        return Places()
+        return PositionalMask()
     i, j = torch.arange(m)[:, None], torch.arange(n)[None, :]
     band = _band(visible, i, j, 0)
     if band is not None:
@@ -74,13 +74,13 @@ def places_of(visible: Tensor) -> Places | None:
             return band
     first = int(visible[:, 0].long().cumprod(0).sum())
     if 1 < first < m:
-        for places in (Places(chunk=first), Places(chunk=first, right=0)):
-            if torch.equal(visible, places.visible(m, n)):
-                return places
+        for positional in (PositionalMask(chunk=first), PositionalMask(chunk=first, right=0)):
+            if torch.equal(visible, positional.visible(m, n)):
+                return positional
     return None
 
 
-def _band(visible: Tensor, i: Tensor, j: Tensor, prefix: int) -> Places | None:
+def _band(visible: Tensor, i: Tensor, j: Tensor, prefix: int) -> PositionalMask | None:
     beyond = visible & (j >= prefix)
     if not bool(beyond.any()):
         return None
@@ -88,7 +88,11 @@ def _band(visible: Tensor, i: Tensor, j: Tensor, prefix: int) -> Places | None:
     right, left = int(distance.max()), -int(distance.min())
     m, n = visible.shape
     bounds = (None if left >= m - 1 else left, None if right >= n - 1 else right)
-    for places in (Places(None, bounds[1], prefix), Places(bounds[0], None, prefix), Places(*bounds, prefix)):
-        if torch.equal(visible, places.visible(m, n)):
-            return places
+    for positional in (
+        PositionalMask(None, bounds[1], prefix),
+        PositionalMask(bounds[0], None, prefix),
+        PositionalMask(*bounds, prefix),
+    ):
+        if torch.equal(visible, positional.visible(m, n)):
+            return positional
     return None

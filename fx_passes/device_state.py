@@ -50,7 +50,7 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-class Mirror:
+class DeviceState:
     """c, counter and counts of one `State` on one device.
 
     Streams may share a device: each waits for what the one before it did here. What a captured graph does when it is

@@ -30,7 +30,7 @@ def _module_path(dynamo: str) -> str:
 
 def _source(trace: str) -> str:
     frames = _FRAME.findall(trace)
-    frames = [f for f in frames if not f[0].endswith("fx_passes/rewrite/owners.py")]
+    frames = [f for f in frames if not f[0].endswith("fx_passes/rewrite/module_counts.py")]
     outside = [f for f in frames if "/torch/" not in f[0]] or frames
     if not outside:
         return ""

@@ -84,7 +84,7 @@ def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, *rest: Any) -> Any:
-    """A convolution over single places is a product over channels, as talking heads have it."""
+    """A convolution over single positions is a product over channels, as talking heads have it."""
     transposed, _, groups = rest
     if transposed or groups != 1 or any(n != 1 for n in (*weight.shape[2:], *stride)) or any(padding):
         return NotImplemented
@@ -100,7 +100,7 @@ def _mv(a: Tensor, b: Tensor) -> Tensor:
     return aten.squeeze.dim(aten.mm.default(a, aten.unsqueeze.default(b, -1)), -1)  # type: ignore[no-any-return]
 
 
-SMALLER: dict[Any, Callable[..., Any]] = {
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.baddbmm.default: _baddbmm,
     aten.addmm.default: _baddbmm,
     aten._softmax.default: _softmax,

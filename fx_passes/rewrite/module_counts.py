@@ -171,8 +171,8 @@ def module_of(frame: FrameType) -> nn.Module | None:
 
 def first_parameter(gm: GraphModule) -> int | None:
     """The position of a graph's first parameter among its inputs, or None."""
-    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    return next((i for i, n in enumerate(places) if is_parameter(n)), None)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    return next((i for i, n in enumerate(placeholders) if is_parameter(n)), None)
 
 
 def count_owners(

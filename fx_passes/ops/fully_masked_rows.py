@@ -17,8 +17,16 @@ from fx_passes.ops.sharding import on_shards
 
 
 @on_shards
-def attend_with_lost_rows(
-    query: Tensor, key: Tensor, value: Tensor, c: Tensor, seed: Tensor, *, lost: str, scale: float, **options: Any
+def attend_with_fully_masked_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    c: Tensor,
+    seed: Tensor,
+    *,
+    fully_masked: str,
+    scale: float,
+    **options: Any,
 ) -> Tensor:
     """`attend` with 4-D operands, whose rows that see no key are those of a softmax of equal scores.
 
@@ -27,7 +35,7 @@ def attend_with_lost_rows(
         key: [B, G, N, D]; G divides H.
         value: [B, G, N, E].
         c, seed, scale, options: as for `attend`.
-        lost: "replaced" where the scores were set to the mask value: they get no gradient. "swamped" where it was added
+        fully_masked: "replaced" where scores were set to the mask value (no gradient). "swamped" where it was added
             and is so large that nothing is left of them; their gradient is that of softmax at equal scores.
 
     Returns:
@@ -36,7 +44,7 @@ def attend_with_lost_rows(
     out = attend(query, key, value, c, seed, scale=scale, **options)
     group = query.shape[1] // key.shape[1]
     mean = value.mean(-2, keepdim=True)
-    if lost == "swamped":
+    if fully_masked == "swamped":
         # d out / d score_j is (v_j - mean) / N; summed over keys a term of the query alone, added with the value 0.
         slope = key.mT @ ((value - mean).detach() * (scale / key.shape[2]))
         first = query @ slope.repeat_interleave(group, 1)

@@ -24,7 +24,7 @@ _STEP = 0x9E3779B97F4A7C1  # between the seeds of calls that share one body
 _BODIES = {"tag_activation_checkpoint": 1, "wrap": 1, "wrap_activation_checkpoint": 1, "invoke_subgraph": 2}
 
 
-def body_of(gm: GraphModule, node: Node) -> GraphModule | None:
+def subgraph_of(gm: GraphModule, node: Node) -> GraphModule | None:
     """The body that a node calls, if it is an operator whose body is entered."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
         return None
@@ -35,11 +35,11 @@ def body_of(gm: GraphModule, node: Node) -> GraphModule | None:
     return body if isinstance(body, GraphModule) else None
 
 
-def bodies(gm: GraphModule) -> Iterator[tuple[GraphModule, list[Node]]]:
+def subgraphs(gm: GraphModule) -> Iterator[tuple[GraphModule, list[Node]]]:
     """Bodies of a graph, each with the nodes that call it."""
     calls: dict[GraphModule, list[Node]] = {}
     for node in gm.graph.nodes:
-        body = body_of(gm, node)
+        body = subgraph_of(gm, node)
         if body is not None:
             calls.setdefault(body, []).append(node)
     yield from calls.items()
@@ -63,7 +63,7 @@ class Draws:
     def get(
         self, context: Context, device: torch.device, before: Node, like: Node, sites: Sequence[int]
     ) -> tuple[Node, list[int], Node]:
-        """The vector of c, the places of these sites in it, and the seed, in front of a node of a graph.
+        """The vector of c, the slots of these sites in it, and the seed, in front of a node of a graph.
 
         `like` is a node of the device there.
         """
@@ -89,10 +89,10 @@ class Draws:
 
     def _draw(self, context: Context, device: torch.device, before: Node, like: Node) -> tuple[Node, Node]:
         graph = context.gm.graph
-        places = [n for n in graph.nodes if n.op == "placeholder"]
-        on_device = [n for n in places if isinstance(fake_of(n), Tensor) and fake_of(n).device == device]
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        on_device = [n for n in placeholders if isinstance(fake_of(n), Tensor) and fake_of(n).device == device]
         if on_device:
-            like, before = on_device[0], places[-1].next
+            like, before = on_device[0], placeholders[-1].next
         with graph.inserting_before(before):
             if is_dtensor(fake_of(like)):  # the draw is this rank's own
                 like = graph.call_function(torch.empty, ((0,),), {"device": device})

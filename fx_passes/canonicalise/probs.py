@@ -1,4 +1,4 @@
-"""From the weights' side of the product with V up to the softmaxes in them: a sum of terms, each with its factors."""
+"""From the probs side of the product with V up to the softmaxes in them: a sum of terms, each with its factors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fx_passes.canonicalise.axes import Axis, Dim, Layout, NotUnderstood, all_axes, broadcast, known, leaves
+from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, Layout, all_axes, broadcast, known, leaves
 from fx_passes.canonicalise.contraction import Operand, contraction, is_contraction, operands
 from fx_passes.canonicalise.forms import Factor, Mask, Sink, Term, Walk, level
 from fx_passes.canonicalise.softmax import RowSum, divisor, row_sum, softmax_input, through
@@ -30,7 +30,7 @@ _LIMIT = 60
 
 
 def leads_to_softmax(context: Context, value: Value, depth: int = 0) -> bool:
-    """Whether a softmax is found above a value through operations that `weights` understands."""
+    """Whether a softmax is found above a value through operations that `probs` understands."""
     if value.op is None or depth > _LIMIT or not isinstance(value.fake, torch.Tensor):
         return False
     if value.op in (aten.softmax.int, aten.exp.default):
@@ -45,7 +45,7 @@ def leads_to_softmax(context: Context, value: Value, depth: int = 0) -> bool:
 
 
 def mixes(context: Context, value: Value) -> bool:
-    """Whether a value is a product with a parameter, which may mix the weights of heads."""
+    """Whether a value is a product with a parameter, which may mix the probabilities of heads."""
     return is_contraction(value) and any(level(context, x) <= Level.PARAMETER for x in operands(value))
 
 
@@ -59,8 +59,8 @@ _PASS = {
 }
 
 
-def weights(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
-    """The terms of a value that is multiplied with V over `keys`; NotUnderstood if it has other parts."""
+def probs(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
+    """The terms of a value that is multiplied with V over `keys`; FailedMatch if it has other parts."""
     walk.visit(value)
     found = softmax_input(value)
     if found is not None:
@@ -68,11 +68,11 @@ def weights(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
     if value.op is aten.exp.default:
         return [Term(value, Operand(value.args[0], layout), keys, normalised=False)]
     if is_view(value):
-        return weights(walk, value.args[0], before(value, layout), keys)
+        return probs(walk, value.args[0], before(value, layout), keys)
     if is_cast(value):
-        return weights(walk, value.args[0], layout, keys)
+        return probs(walk, value.args[0], layout, keys)
     if value.op is aten.neg.default:
-        return [replace(t, scale=-t.scale) for t in weights(walk, value.args[0], layout, keys)]
+        return [replace(t, scale=-t.scale) for t in probs(walk, value.args[0], layout, keys)]
     if value.op is aten.nan_to_num.default:
         return _nan_to_num(walk, value, layout, keys)
     if value.op is aten.dropout.default:
@@ -89,7 +89,7 @@ def weights(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
         return _mixed(walk, value, layout, keys)
     if value.op in (aten.sum.dim_IntList, aten.mean.dim):
         return _summed(walk, value, layout, keys)
-    raise NotUnderstood(f"the weights go through {name(value)} before the product with value")
+    raise FailedMatch(f"the probabilities go through {name(value)} before the product with value")
 
 
 def name(value: Value) -> str:
@@ -100,14 +100,14 @@ def name(value: Value) -> str:
 
 
 def _mixed(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
-    """Weights mixed across heads: a factor for each pair of heads, and a sum over those of the softmax."""
+    """Probabilities mixed across heads: a factor for each pair of heads, and a sum over those of the softmax."""
     c = contraction(value, layout)
     for side, other in ((c.left, c.right), (c.right, c.left)):
         if leads_to_softmax(walk.context, side.value) and not set(leaves(keys)) & set(all_axes(other.layout)):
             factor = Factor(other.value, other.layout)
-            terms = weights(walk, side.value, side.layout, keys)
+            terms = probs(walk, side.value, side.layout, keys)
             return [replace(t, factors=[*t.factors, factor], mixed=(*t.mixed, *c.summed)) for t in terms]
-    raise NotUnderstood("the weights enter another product before the one with value")
+    raise FailedMatch("the probabilities enter another product before the one with value")
 
 
 def _summed(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
@@ -126,29 +126,29 @@ def _summed(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
             wide += [] if i in dims else [dim]
     count = math.prod(axis.size for axis in mixed) if value.op is aten.mean.dim else 1
     if not dims or not isinstance(count, int) or value.kwargs.get("dtype") not in (None, source.dtype):
-        raise NotUnderstood("the weights are summed in a way that was not understood")
-    terms = weights(walk, source, tuple(wide), keys)
+        raise FailedMatch("the probabilities are summed in a way that was not understood")
+    terms = probs(walk, source, tuple(wide), keys)
     return [replace(t, scale=t.scale / count, mixed=(*t.mixed, *mixed)) for t in terms]
 
 
 def _not_mixed(terms: list[Term]) -> list[Term]:
     if any(t.mixed for t in terms):
-        raise NotUnderstood("the weights of several heads are mixed before they are dropped, masked or normalised")
+        raise FailedMatch("the probabilities of several heads are mixed before they are dropped, masked or normalised")
     if any(t.plain for t in terms):
-        raise NotUnderstood("something is added to the weights before they are dropped, masked or normalised")
+        raise FailedMatch("something is added to the probabilities before they are dropped, masked or normalised")
     return terms
 
 
 def _dropout(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
-    terms = _not_mixed(weights(walk, value.args[0], layout, keys))
+    terms = _not_mixed(probs(walk, value.args[0], layout, keys))
     if len(terms) > 1:
-        raise NotUnderstood("dropout acts on a sum of softmaxes")
+        raise FailedMatch("dropout acts on a sum of softmaxes")
     if terms[0].dropout:
-        raise NotUnderstood("the weights go through two dropouts")
+        raise FailedMatch("the probabilities go through two dropouts")
     if not terms[0].normalised:
-        raise NotUnderstood("dropout acts before the weights are normalised")
+        raise FailedMatch("dropout acts before the probabilities are normalised")
     if value.args[1] >= 1:
-        raise NotUnderstood("dropout drops every weight")
+        raise FailedMatch("dropout drops every weight")
     return [replace(terms[0], dropout=float(value.args[1]), shared_dropout=value)]
 
 
@@ -156,20 +156,20 @@ def _product(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
     a, b = value.args[0], value.args[1]
     divides = value.op in (aten.div.Tensor, aten.div.Scalar)
     if value.kwargs.get("rounding_mode") is not None:
-        raise NotUnderstood("the weights are rounded")
+        raise FailedMatch("the probabilities are rounded")
     if not divides and isinstance(b, Value) and leads_to_softmax(walk.context, b):
         if isinstance(a, Value) and leads_to_softmax(walk.context, a):
-            raise NotUnderstood("two softmaxes are multiplied with one another")
+            raise FailedMatch("two softmaxes are multiplied with one another")
         a, b = b, a
     if not isinstance(a, Value) or not leads_to_softmax(walk.context, a):
-        raise NotUnderstood("a softmax divides")
+        raise FailedMatch("a softmax divides")
     inner = broadcast(layout, a.shape)
     if not isinstance(b, (Value, int, float)):
-        raise NotUnderstood("the weights are multiplied by a number that depends on a dynamic size")
+        raise FailedMatch("the probabilities are multiplied by a number that depends on a dynamic size")
     if not isinstance(b, Value):
-        return [replace(t, scale=t.scale / b if divides else t.scale * b) for t in weights(walk, a, inner, keys)]
+        return [replace(t, scale=t.scale / b if divides else t.scale * b) for t in probs(walk, a, inner, keys)]
     side = broadcast(layout, b.shape)
-    terms = weights(walk, a, inner, keys)
+    terms = probs(walk, a, inner, keys)
     inverse = None if divides else divisor(b, side)
     if inverse is not None:
         b, side, divides = inverse.value, inverse.layout, True
@@ -189,28 +189,28 @@ def normalise(walk: Walk, terms: list[Term], keys: Dim, total: RowSum) -> Term:
     A number added to the sum is a sink, whose logit is the number's logarithm.
     """
     if len(terms) != 1:
-        raise NotUnderstood("a sum of softmaxes is normalised")
+        raise FailedMatch("a sum of softmaxes is normalised")
     term = terms[0]
     if term.dropout:
-        raise NotUnderstood("the weights are normalised after dropout")
+        raise FailedMatch("the probabilities are normalised after dropout")
     masks = list(term.masks)
     for factor in term.factors:
         if not set(leaves(keys)) & set(factor.axes):
             continue
         if factor.power != 1 or not _is_zeros_and_ones(walk, factor.value):
-            raise NotUnderstood("the weights are multiplied by a tensor over query and key, and normalised again")
+            raise FailedMatch("the probabilities are multiplied by a tensor over query and key, and normalised again")
         masks.append(Mask(factor.value, factor.layout, True, -math.inf))
     if term.scale <= 0:
-        raise NotUnderstood("the weights are scaled by a number that is not positive, and normalised again")
+        raise FailedMatch("the probabilities are scaled by a number that is not positive, and normalised again")
     kept = [replace(m, fill=-math.inf) for m in masks]
     if not total.extra and total.other is None:
         return replace(term, factors=[], masks=kept, scale=1.0, normalised=True)
     if term.normalised or term.factors or term.scale != 1:
-        raise NotUnderstood("the weights are divided by their sum and a number")
+        raise FailedMatch("the probabilities are divided by their sum and a number")
     if total.other is None:
         return replace(term, masks=kept, normalised=True, sink=Sink(None, math.log(total.extra)))
     if total.extra:
-        raise NotUnderstood("the weights are divided by their sum, a number and a tensor")
+        raise FailedMatch("the probabilities are divided by their sum, a number and a tensor")
     return replace(_with_sink(term, total.other), masks=kept, normalised=True)
 
 
@@ -218,7 +218,7 @@ def _with_sink(term: Term, other: Operand) -> Term:
     """A term to whose row sum ``exp(logit)`` was added. A shift of the scores and the logit by one tensor cancels."""
     other = through_views(other)
     if other.value.op is not aten.exp.default:
-        raise NotUnderstood("the weights are divided by their sum and a tensor that is no exponential")
+        raise FailedMatch("the probabilities are divided by their sum and a tensor that is no exponential")
     logit, scores = through_views(Operand(other.value.args[0], other.layout)), through(term.source.value)
     if not _is_shift(scores):
         return replace(term, sink=Sink(logit))
@@ -242,7 +242,7 @@ def through_views(operand: Operand) -> Operand:
     while is_view(value) or is_cast(value):
         try:
             layout = before(value, layout) if is_view(value) else layout
-        except NotUnderstood:
+        except FailedMatch:
             break
         value = value.args[0]
     return Operand(value, layout)
@@ -266,7 +266,7 @@ def _sum(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
     found: list[Term] = []
     for side, scale in ((a, 1.0), (b, sign)):
         if isinstance(side, Value) and leads_to_softmax(walk.context, side):
-            terms = weights(walk, side, broadcast(layout, side.shape), keys)
+            terms = probs(walk, side, broadcast(layout, side.shape), keys)
             found += [replace(t, scale=t.scale * scale) for t in terms]
         else:
             found.append(_plain(value, side, layout, keys, scale))
@@ -274,21 +274,21 @@ def _sum(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
 
 
 def _plain(soft: Value, side: Any, layout: Layout, keys: Dim, scale: float) -> Term:
-    """A number, or a tensor that is the same for all keys, that is added to weights."""
+    """A number, or a tensor that is the same for all keys, that is added to probabilities."""
     if isinstance(side, (int, float)):
         return Term(soft, Operand(soft, layout), keys, scale=scale * side, plain=True)
     outer = broadcast(layout, side.shape) if isinstance(side, Value) else layout
     if not isinstance(side, Value) or set(leaves(keys)) & set(all_axes(outer)):
-        raise NotUnderstood("something else than a softmax is added to the weights")
+        raise FailedMatch("something else than a softmax is added to the probabilities")
     return Term(soft, Operand(side, outer), keys, scale=scale, factors=[Factor(side, outer)], plain=True)
 
 
 def _nan_to_num(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
     if any(x not in (None, 0, 0.0) for x in (*value.args[1:], *value.kwargs.values())):
-        raise NotUnderstood("NaN weights are replaced by a number that is not zero")
+        raise FailedMatch("NaN probabilities are replaced by a number that is not zero")
     return _not_mixed(
-        weights(walk, value.args[0], layout, keys)
-    )  # rows that see no key have zero weights in the operator
+        probs(walk, value.args[0], layout, keys)
+    )  # rows that see no key have zero probabilities in the operator
 
 
 def number_of(walk: Walk, x: Any, buffers: bool = True) -> float | None:
@@ -329,16 +329,16 @@ def _filled(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
         if fill != 0 or not leads_to_softmax(walk.context, kept):
             continue
         if not keep and condition.op is aten.isnan.default and through(condition.args[0]) is through(kept):
-            return _not_mixed(weights(walk, kept, broadcast(layout, kept.shape), keys))  # as nan_to_num
+            return _not_mixed(probs(walk, kept, broadcast(layout, kept.shape), keys))  # as nan_to_num
         mask = Mask(condition, broadcast(layout, condition.shape), keep, 0.0)
-        terms = _not_mixed(weights(walk, kept, broadcast(layout, kept.shape), keys))
+        terms = _not_mixed(probs(walk, kept, broadcast(layout, kept.shape), keys))
         if not set(leaves(keys)) & set(all_axes(mask.layout)):
             factor = Factor(condition if keep else _negated(condition), mask.layout)
             return [replace(t, factors=[*t.factors, factor]) for t in terms]
         if any(t.dropout for t in terms):
-            raise NotUnderstood("the weights are masked after dropout")
+            raise FailedMatch("the probabilities are masked after dropout")
         return [replace(t, masks=[*t.masks, mask]) for t in terms]
-    raise NotUnderstood("the weights are masked in a way that was not understood")
+    raise FailedMatch("the probabilities are masked in a way that was not understood")
 
 
 def _negated(condition: Value) -> Value:
@@ -354,14 +354,14 @@ def _sliced(walk: Walk, value: Value, layout: Layout, keys: Dim) -> list[Term]:
     step = value.args[4] if len(value.args) > 4 else 1
     part = None if set(leaves(keys)) & set(leaves(layout[dim])) else chunk_of(value, layout)
     if part is not None:
-        return weights(walk, source, part, keys)
+        return probs(walk, source, part, keys)
     if set(leaves(layout[dim])) != set(leaves(keys)) or step != 1 or not isinstance(start, int) or start < 0:
-        raise NotUnderstood("a part of the weights is cut out before the product with value")
+        raise FailedMatch("a part of the probabilities is cut out before the product with value")
     for i, (a, b) in enumerate(zip(value.shape, source.shape, strict=True)):
         if i != dim and not known(a == b):
-            raise NotUnderstood("a part of the weights is cut out before the product with value")
+            raise FailedMatch("a part of the probabilities is cut out before the product with value")
     wide = (Axis(source.shape[dim]),)
-    terms = weights(walk, source, (*layout[:dim], wide, *layout[dim + 1 :]), wide)
+    terms = probs(walk, source, (*layout[:dim], wide, *layout[dim + 1 :]), wide)
     if any(t.extension is not None for t in terms):
-        raise NotUnderstood("the weights are cut twice")
+        raise FailedMatch("the probabilities are cut twice")
     return [replace(t, extension=(layout[dim], start)) for t in terms]
