@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fx_passes.device_state import signed
 from fx_passes.ops.problem import FORWARDS, SAMPLERS
 from fx_passes.state import check_c, check_seed, shown
 
@@ -65,7 +66,7 @@ def as_seed(seed: int | Tensor, query: Tensor) -> Tensor:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed must be an int, a 0-dim int64 tensor or None, but it is {shown(seed)}")
         check_seed(seed)
-        return torch.full((), (seed + (1 << 63)) % (1 << 64) - (1 << 63), dtype=torch.int64, device=query.device)
+        return torch.full((), signed(seed), dtype=torch.int64, device=query.device)
     if seed.dtype != torch.int64:
         raise TypeError(f"seed must be an int or an int64 tensor, but it is a tensor of {seed.dtype}")
     if seed.dim() != 0:
