@@ -17,7 +17,7 @@ from fx_passes.report import Report
 from fx_passes.rewrite import Options, rewrite_graph
 from fx_passes.rewrite.guard import Guarded
 from fx_passes.rewrite.module_counts import count_owners, first_parameter, this_frame
-from fx_passes.state import State
+from fx_passes.state import State, shown
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 
@@ -63,12 +63,10 @@ class SUSBackend:
         check_choice("sampler", sampler, SAMPLERS)
         check_choice("compiler", compiler, COMPILERS)
         check_choice("forward", forward, FORWARDS)
-        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-            raise TypeError(f"seed must be an int or None, but it is {seed!r}")
+        self.state = State(c, seed)
         mend_graph_breaks()
         know_calls()
         self.sampler, self.compiler, self.forward = sampler, compiler, forward
-        self.state = State(c, seed)
         self.report = Report(state=self.state.id)
         self.apart = (
             False  # a graph for each module, so that each attention has a number, hence may have a c, of its own
@@ -107,9 +105,9 @@ class SUSBackend:
             TypeError, ValueError: the name is no identifier, or is that of a backend which is not a SUSBackend.
         """
         if not isinstance(name, str):
-            raise TypeError(f"name must be a string, but it is {name!r}")
+            raise TypeError(f"name must be a string, but it is {shown(name)}")
         if not name.isidentifier():
-            raise ValueError(f"name must be an identifier such as 'sus64', but it is {name!r}")
+            raise ValueError(f"name must be an identifier such as 'sus64', but it is {shown(name)}")
         from torch._dynamo.backends import registry
 
         known = registry._COMPILER_FNS.get(name)

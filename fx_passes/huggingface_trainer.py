@@ -223,7 +223,7 @@ def _checked(c: Any) -> _Schedule:
             "False; the SUSTrainerCallback that is passed to the Trainer goes on from the checkpoint by itself."
         )
     if isinstance(c, Mapping):
-        steps = {_step(step): check_c(value, f"c[{step}]") for step, value in sorted(c.items())}
+        steps = dict(sorted({_step(step): check_c(value, f"c[{step}]") for step, value in c.items()}.items()))
         if 0 not in steps:
             raise ValueError(f"c must say what it is at step 0, but its steps are {list(steps)}")
         return steps

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops import schema  # registers the operators
-from fx_passes.ops.arguments import as_c, as_seed, autocast_dtype, autocasts, broadcast, check_arguments, check_choice
+from fx_passes.ops.arguments import (
+    as_c,
+    as_seed,
+    autocast_dtype,
+    autocasts,
+    broadcast,
+    check_arguments,
+    check_choice,
+    check_state,
+)
 from fx_passes.ops.documents import as_ids
 from fx_passes.ops.exact import exact_attention
 from fx_passes.ops.problem import Forward, Sampler, resolve_sampler
@@ -257,7 +266,7 @@ def sus_attention(
         seed: fixes the draws, an int of 64 bits or such a tensor; None draws anew in each call, following
             `torch.manual_seed` without use of the global generator.
         forward: "auto", or "library" to keep the bits of PyTorch's own kernel where another forward would be faster.
-        state: number of the `fx_passes.state.State` that counts the kept entries; 0 is none.
+        state: number (`id`) of the `fx_passes.state.State` that counts the kept entries; 0 is none.
 
     Inside of forward-mode AD and of the transforms of torch.func (grad, jacrev, vmap, jvp) gradients are exact. What
     gradients of gradients add is exact too, at the first gradient's own draw.
@@ -276,11 +285,12 @@ def sus_attention(
         torch.Size([1, 2, 64, 16])
     """
     check_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, sampler, forward)
+    query_ids, key_ids = as_ids(query, key, query_ids, key_ids)
+    check_state(state)
     c_tensor = as_c(c, query)
     here = query.to_local() if is_dtensor(query) else query  # type: ignore[attr-defined]
     seed_tensor = draw(here, _default_state.id, [])[1] if seed is None else as_seed(seed, query)
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
-    query_ids, key_ids = as_ids(query, key, query_ids, key_ids)
     result: Tensor = attend(
         query,
         key,
