@@ -26,7 +26,7 @@ from sus_lightning.metrics import PER
 from sus_lightning.pacing import INTERVAL, Pacing
 from sus_lightning.probe import Probe, copied, to_be_logged
 from sus_lightning.rewritten import check_rewritten
-from sus_lightning.saved import Saved, check_name, check_real
+from sus_lightning.saved import Saved, check_class_name, check_dict, check_name, check_real
 from sus_lightning.schedules import (
     ConstantSchedule,
     Schedule,
@@ -344,10 +344,15 @@ class SUSBackprop(AnyCallback):
         if "account" in saved:
             account.load_state_dict(state_dict["account"])
         # Before the type was saved there was no AutoC.
-        of = saved.read("schedule_type", check_name, "" if isinstance(self.schedule, AutoC) else None)
+        of = saved.read("schedule_type", check_class_name, "" if isinstance(self.schedule, AutoC) else None)
         same = of is None or of == type(self.schedule).__name__  # a run may go on with another schedule
-        if same and isinstance(self.schedule, Schedule) and "schedule" in saved and state_dict["schedule"]:
-            self.schedule.load_state_dict(state_dict["schedule"])
+        of_schedule = saved.read("schedule", check_dict, {})
+        if same and isinstance(self.schedule, Schedule) and of_schedule:
+            self.schedule.load_state_dict(dict(of_schedule))
+        elif of and not same:
+            rank_zero_info(
+                f"SUSBackprop: the saved state is that of a {of}; {schedule_name(self.schedule)} starts anew."
+            )
         self.backend.c = c
         self._site_c = site_c if same and per_layer(self.schedule) else {}
         state.resume(counter, number)
