@@ -15,11 +15,11 @@ from torch.overrides import TorchFunctionMode
 from fx_passes import eager_calls
 from fx_passes.find.calls import VARLEN, Call, NotTaken, is_varlen, varlen_arguments
 from fx_passes.ops.arguments import check_choice, why_left
-from fx_passes.ops.functional import attend
+from fx_passes.ops.functional import attend, draw
 from fx_passes.ops.problem import FORWARDS, SAMPLERS
 from fx_passes.ops.transforms import transform
 from fx_passes.report import REWRITTEN, Report, Site
-from fx_passes.state import State, draw
+from fx_passes.state import State
 
 
 class sus_backward(TorchFunctionMode):

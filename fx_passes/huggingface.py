@@ -20,10 +20,10 @@ from fx_passes.eager import report_of_calls
 from fx_passes.ops.arguments import check_choice, why_left
 from fx_passes.ops.documents import ids_of_lengths, ids_of_positions
 from fx_passes.ops.exact import exact_attention
-from fx_passes.ops.functional import attend
+from fx_passes.ops.functional import attend, draw
 from fx_passes.ops.problem import FORWARDS, SAMPLERS
 from fx_passes.report import Report
-from fx_passes.state import State, draw
+from fx_passes.state import State
 
 Band = tuple[int | None, int | None]
 _ATTRIBUTE = "_sus_band"  # of a mask: the band (left, right) that holds besides it

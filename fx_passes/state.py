@@ -1,8 +1,8 @@
 """What changes from step to step: c, the counter of draws, and the counts of kept entries.
 
 A compiled graph reads it through one operator per call, `sus::draw`, so that no number of it is ever a guard or a
-constant of the graph: changing c recompiles nothing. On a GPU the state lies in a `Mirror`, so that a captured CUDA
-graph reads it too.
+constant of the graph: changing c recompiles nothing. On a GPU the state lies in a `DeviceState`, so that a captured
+CUDA graph reads it too.
 
 What is promised of draws. The seed of one is a 64-bit mix of
 
@@ -45,7 +45,7 @@ from fx_passes.device_state import DeviceState, mix
 from fx_passes.runs import Run
 
 # Devices whose draws a graph may replay without Python.
-_MIRRORED = {"cuda"}
+_CAPTURED = {"cuda"}
 
 
 def check_c(c: Any, name: str = "c") -> float:
@@ -278,7 +278,7 @@ class State:
     def prepare(self, device: torch.device, sites: Sequence[int]) -> None:
         """Makes what draws for these sites need on a device, if it is one whose graphs may be captured."""
         with self._lock:
-            if device.type in _MIRRORED:
+            if device.type in _CAPTURED:
                 self._on_device(device).prepare(sites, self.c_of)
 
     def _on_device(self, device: torch.device) -> DeviceState:
@@ -290,7 +290,7 @@ class State:
 
     def draw(self, device: torch.device, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
         """c of the sites (float64) and a fresh seed (0-dim int64), new tensors on the device."""
-        if device.type not in _MIRRORED:
+        if device.type not in _CAPTURED:
             c = torch.tensor([self.c_of(site) for site in sites], dtype=torch.float64, device=device)
             return c, torch.tensor(self.next_seed(), dtype=torch.int64, device=device)
         with self._lock:
@@ -315,7 +315,7 @@ class State:
     def count(self, entries: float | Tensor, rows: float, dense: float, device: torch.device) -> None:
         """Adds to the counts what a backward on a device used; on a GPU nobody waits, and replays count too."""
         with self._lock:
-            if device.type in _MIRRORED:
+            if device.type in _CAPTURED:
                 self._on_device(device).count(entries, rows, dense)
                 return
             self._kept.entries += float(entries)
@@ -376,37 +376,3 @@ def _in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_in_child)
-
-
-def _draw(like: Tensor, state: int, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
-    found = _states.get(state)
-    if found is None:
-        raise RuntimeError("the SUSBackend that compiled this graph no longer exists; keep a reference to it")
-    return found.draw(like.device, sites)
-
-
-def _fake_draw(like: Tensor, state: int, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
-    return like.new_empty((len(sites),), dtype=torch.float64), like.new_empty((), dtype=torch.int64)
-
-
-def _vmapped_draw(
-    info: Any, in_dims: Any, like: Tensor, state: int, sites: Sequence[int]
-) -> tuple[tuple[Tensor, Tensor], tuple[None, None]]:
-    """One draw for the whole batch: entries are told apart by their place in it."""
-    return draw(like, state, sites), (None, None)
-
-
-# Not by `custom_op`: an operator whose results have no gradient needs no autograd, whose node torch.func would refuse.
-_library: Any = torch.library.Library("sus", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(
-    "draw(Tensor like, int state, int[] sites) -> (Tensor, Tensor)",
-    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
-)
-_library.impl("draw", _draw, "CompositeExplicitAutograd")
-_library.impl("draw", torch.library.fallthrough_kernel, "Autograd")
-torch.library.register_fake("sus::draw", _fake_draw)
-torch.library.register_vmap("sus::draw", _vmapped_draw)
-
-# draw(like, state, sites): c of each site (float64 [sites]) and a fresh seed (0-dim int64) of a state, on the device of
-# `like`.
-draw = torch.ops.sus.draw.default

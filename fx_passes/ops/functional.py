@@ -25,9 +25,10 @@ from fx_passes.ops.arguments import (
 from fx_passes.ops.documents import as_ids
 from fx_passes.ops.exact import exact_attention
 from fx_passes.ops.problem import Forward, Sampler, resolve_sampler
+from fx_passes.ops.schema import draw
 from fx_passes.ops.sharding import is_dtensor, on_shards
 from fx_passes.ops.transforms import NEEDS_LIBRARY, transform
-from fx_passes.state import State, draw, get_state
+from fx_passes.state import State, get_state
 
 _default_state = State(float("inf"))
 

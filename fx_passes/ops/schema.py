@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from fx_passes.ops import dispatch
 from fx_passes.ops.exact import exact_attention
 from fx_passes.ops.problem import STATICS, TENSORS, Problem, Softmax, Static, Upstream, is_logsumexp
 from fx_passes.ops.transforms import has_tangent
+from fx_passes.state import get_state
 
 _DRAWN = ("c", "seed", "dropout_seed")
 _OUTPUTS = ("out", "maximum", "total", "kept")
@@ -281,3 +282,37 @@ def _with_lse(grad: Tensor, lse_grad: Tensor, out: Tensor, value: Tensor) -> dic
 
 
 attention.register_autograd(_backward, setup_context=_setup)
+
+
+def _draw(like: Tensor, state: int, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
+    found = get_state(state)
+    if found is None:
+        raise RuntimeError("the SUSBackend that compiled this graph no longer exists; keep a reference to it")
+    return found.draw(like.device, sites)
+
+
+def _fake_draw(like: Tensor, state: int, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return like.new_empty((len(sites),), dtype=torch.float64), like.new_empty((), dtype=torch.int64)
+
+
+def _vmapped_draw(
+    info: Any, in_dims: Any, like: Tensor, state: int, sites: Sequence[int]
+) -> tuple[tuple[Tensor, Tensor], tuple[None, None]]:
+    """One draw for the whole batch: entries are told apart by their place in it."""
+    return draw(like, state, sites), (None, None)
+
+
+# Not by `custom_op`: an operator whose results have no gradient needs no autograd, whose node torch.func would refuse.
+_library: Any = torch.library.Library("sus", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(
+    "draw(Tensor like, int state, int[] sites) -> (Tensor, Tensor)",
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
+)
+_library.impl("draw", _draw, "CompositeExplicitAutograd")
+_library.impl("draw", torch.library.fallthrough_kernel, "Autograd")
+torch.library.register_fake("sus::draw", _fake_draw)
+torch.library.register_vmap("sus::draw", _vmapped_draw)
+
+# draw(like, state, sites): c of each site (float64 [sites]) and a fresh seed (0-dim int64) of a state, on the device of
+# `like`.
+draw = torch.ops.sus.draw.default
