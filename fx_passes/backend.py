@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch.fx import GraphModule
 
 from fx_passes.find.dynamo_patches import know_calls, mend_graph_breaks
 from fx_passes.ops.functional import check_choice
-from fx_passes.ops.problem import FORWARDS, SAMPLERS
+from fx_passes.ops.problem import FORWARDS, SAMPLERS, Forward, Sampler
 from fx_passes.report import Report
 from fx_passes.rewrite import Options, rewrite_graph
 from fx_passes.rewrite.guard import Guarded
 from fx_passes.rewrite.module_counts import count_owners, first_parameter, this_frame
 from fx_passes.state import State, shown
 
-COMPILERS = ("inductor", "aot_eager", "eager")
+Compiler = Literal["inductor", "aot_eager", "eager"]
+COMPILERS: tuple[str, ...] = get_args(Compiler)
 
 
 class SUSBackend:
@@ -56,10 +57,10 @@ class SUSBackend:
     def __init__(
         self,
         c: float = 30.0,
-        sampler: str = "auto",
-        compiler: str = "inductor",
+        sampler: Sampler = "auto",
+        compiler: Compiler = "inductor",
         seed: int | None = None,
-        forward: str = "auto",
+        forward: Forward = "auto",
     ) -> None:
         check_choice("sampler", sampler, SAMPLERS)
         check_choice("compiler", compiler, COMPILERS)
@@ -183,7 +184,7 @@ def _from_environment() -> dict[str, Any]:
     return found
 
 
-_by_options: dict[tuple[tuple[str, Any], ...], SUSBackend] = {}
+_by_options: dict[tuple[Any, ...], SUSBackend] = {}
 
 
 def sus(
@@ -195,15 +196,15 @@ def sus(
     SUS_SAMPLER, SUS_COMPILER, SUS_SEED and SUS_FORWARD. Calls with equal options share one backend.
     """
     chosen = {**_from_environment(), **(options or {})}
-    key = tuple(sorted(chosen.items()))
-    if key not in _by_options:
-        try:
-            _by_options[key] = SUSBackend(**chosen)
-        except (TypeError, ValueError) as error:
-            names = [variable for name, (variable, _) in _VARIABLES.items() if name in chosen.keys() - (options or {})]
-            given = f" (with {', '.join(names)} of the environment)" if names else ""
-            raise type(error)(f"options of the backend 'sus'{given}: {error}") from None
-    return _by_options[key](gm, example_inputs, **({"mode": mode} if mode else {}))
+    try:
+        made = SUSBackend(**chosen)
+    except (TypeError, ValueError) as error:
+        names = [variable for name, (variable, _) in _VARIABLES.items() if name in chosen.keys() - (options or {})]
+        given = f" (with {', '.join(names)} of the environment)" if names else ""
+        raise type(error)(f"options of the backend 'sus'{given}: {error}") from None
+    # By what was checked: among what was given, True is equal to 1, and a list has no hash.
+    backend = _by_options.setdefault((made.c, made.sampler, made.compiler, made.state.seed, made.forward), made)
+    return backend(gm, example_inputs, **({"mode": mode} if mode else {}))
 
 
 sus.rewrites_attention = True  # type: ignore[attr-defined]

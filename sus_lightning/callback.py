@@ -15,7 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from fx_passes import SUSBackend
+from fx_passes.backend import Compiler
 from fx_passes.ops.functional import check_choice
+from fx_passes.ops.problem import Forward, Sampler
 from fx_passes.state import check_c, check_counter
 from sus_lightning._lightning_compat import AnyCallback, accumulates, logged_step, logs_now
 from sus_lightning.account import Account, Summary, plot
@@ -126,14 +128,14 @@ class SUSBackprop(AnyCallback):
     def __init__(
         self,
         c: float | Literal["auto"] | Schedule | dict[int, float] | Callable[[int], float] = "auto",
-        sampler: str = "auto",
-        compiler: str = "inductor",
+        sampler: Sampler = "auto",
+        compiler: Compiler = "inductor",
         variance_every_n_steps: int | None = None,
         variance_draws: int = 1,
         seed: int | None = None,
         mode: str | None = None,
         modules: list[str] | str | None = None,
-        forward: str = "auto",
+        forward: Forward = "auto",
         variance_per: str = "kind",
         progress_bar: list[str] | None = None,
     ) -> None:

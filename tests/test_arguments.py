@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fx_passes import SUSBackend, explain, sus_attention, sus_backward
+from fx_passes import SUSBackend, backend, explain, sus_attention, sus_backward
+from fx_passes.expect import Expectation
 from fx_passes.ops import functional
 from fx_passes.state import State
 
@@ -65,6 +66,14 @@ FORMS: dict[str, tuple[Callable[..., Any], dict[str, list[Any]]]] = {
     "sus_backward": (sus_backward, OBJECT),
     "sus_backward.c": (lambda c: setattr(sus_backward(), "c", c), {"c": NO_C}),
     "SUSBackend": (SUSBackend, {**OBJECT, "compiler": NO_CHOICE}),
+    'torch.compile(backend="sus")': (
+        lambda **options: backend.sus(None, [], options=options),  # type: ignore[arg-type]
+        {**OBJECT, "compiler": NO_CHOICE, "unknown": [3]},
+    ),
+    "Expectation.speedup": (
+        lambda **given: Expectation([], 1.0, 1.0).speedup(**{"c": 3.0, **given}),
+        {"c": NO_C, "times": [*NO_SEED[:6], None, 0, -1]},
+    ),
     "SUSBackend.c": (lambda c: setattr(SUSBackend(), "c", c), {"c": NO_C}),
     "SUSBackend.register": (SUSBackend().register, {"name": ["", "a b", "inductor", None, 3, [], Unprintable()]}),
     "explain": (lambda model: explain(model, X), {"model": ["x", None, 3, X, Unprintable()]}),

@@ -220,11 +220,16 @@ def why_left(
         return "dtypes " + ", ".join(sorted(str(d) for d in dtypes))
     if type(is_causal) is not bool or type(enable_gqa) is not bool:
         return "is_causal or enable_gqa is not a bool"
-    if type(dropout_p) not in (int, float) or not 0 <= dropout_p < 1:
+    if not _is_number(dropout_p) or not 0 <= dropout_p < 1:
         return "dropout_p outside of [0, 1)"
-    if scale is not None and (type(scale) not in (int, float) or not math.isfinite(scale)):
-        return "scale is not finite"
+    if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
+        return "scale is no finite int or float"
     return _why_shapes(query, key, value, enable_gqa) or _why_mask(query, key, value, attn_mask, is_causal)
+
+
+def _is_number(x: Any) -> bool:
+    """Also NumPy's float64, which is a float. Not by `numbers.Real`, which Dynamo does not trace."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def _unusual(x: Any) -> str | None:

@@ -237,9 +237,9 @@ def sus_attention(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     c: float | Tensor = 30.0,
-    sampler: str = "auto",
+    sampler: Sampler = "auto",
     seed: int | Tensor | None = None,
-    forward: str = "auto",
+    forward: Forward = "auto",
     state: int = 0,
 ) -> Tensor:
     """F.scaled_dot_product_attention with a SUS backward (arXiv 2505.15080): same forward, sparse unbiased gradients.

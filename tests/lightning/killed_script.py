@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,8 @@ def main() -> None:
                 os.dup2(2, 1)  # what a fit prints is no answer
                 live(Path(folder))
                 status = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(status)
