@@ -45,7 +45,7 @@ from fx_passes.device_state import DeviceState, mix
 from fx_passes.runs import Run
 
 # Devices whose draws a graph may replay without Python.
-_CAPTURED = {"cuda"}
+_MIRRORED = {"cuda"}
 
 
 def check_c(c: Any, name: str = "c") -> float:
@@ -278,7 +278,7 @@ class State:
     def prepare(self, device: torch.device, sites: Sequence[int]) -> None:
         """Makes what draws for these sites need on a device, if it is one whose graphs may be captured."""
         with self._lock:
-            if device.type in _CAPTURED:
+            if device.type in _MIRRORED:
                 self._on_device(device).prepare(sites, self.c_of)
 
     def _on_device(self, device: torch.device) -> DeviceState:
@@ -290,7 +290,7 @@ class State:
 
     def draw(self, device: torch.device, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
         """c of the sites (float64) and a fresh seed (0-dim int64), new tensors on the device."""
-        if device.type not in _CAPTURED:
+        if device.type not in _MIRRORED:
             c = torch.tensor([self.c_of(site) for site in sites], dtype=torch.float64, device=device)
             return c, torch.tensor(self.next_seed(), dtype=torch.int64, device=device)
         with self._lock:
@@ -315,7 +315,7 @@ class State:
     def count(self, entries: float | Tensor, rows: float, dense: float, device: torch.device) -> None:
         """Adds to the counts what a backward on a device used; on a GPU nobody waits, and replays count too."""
         with self._lock:
-            if device.type in _CAPTURED:
+            if device.type in _MIRRORED:
                 self._on_device(device).count(entries, rows, dense)
                 return
             self._kept.entries += float(entries)
