@@ -15,11 +15,11 @@ from torch.overrides import TorchFunctionMode
 from fx_passes import eager_calls
 from fx_passes.find.calls import VARLEN, Call, NotTaken, is_varlen, varlen_arguments
 from fx_passes.ops.arguments import check_choice, why_left
-from fx_passes.ops.functional import attend
-from fx_passes.ops.problem import FORWARDS, SAMPLERS
+from fx_passes.ops.functional import attend, draw
+from fx_passes.ops.problem import FORWARDS, SAMPLERS, Forward, Sampler
 from fx_passes.ops.transforms import transform
 from fx_passes.report import REWRITTEN, Report, Site
-from fx_passes.state import State, draw
+from fx_passes.state import State
 
 
 class sus_backward(TorchFunctionMode):
@@ -55,7 +55,9 @@ class sus_backward(TorchFunctionMode):
         1
     """
 
-    def __init__(self, c: float = 30.0, sampler: str = "auto", seed: int | None = None, forward: str = "auto") -> None:
+    def __init__(
+        self, c: float = 30.0, sampler: Sampler = "auto", seed: int | None = None, forward: Forward = "auto"
+    ) -> None:
         check_choice("sampler", sampler, SAMPLERS)
         check_choice("forward", forward, FORWARDS)
         super().__init__()

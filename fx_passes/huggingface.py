@@ -20,10 +20,10 @@ from fx_passes.eager import report_of_calls
 from fx_passes.ops.arguments import check_choice, why_left
 from fx_passes.ops.documents import ids_of_lengths, ids_of_positions
 from fx_passes.ops.exact import exact_attention
-from fx_passes.ops.functional import attend
-from fx_passes.ops.problem import FORWARDS, SAMPLERS
+from fx_passes.ops.functional import attend, draw
+from fx_passes.ops.problem import FORWARDS, SAMPLERS, Forward, Sampler
 from fx_passes.report import Report
-from fx_passes.state import State, draw
+from fx_passes.state import State
 
 Band = tuple[int | None, int | None]
 _ATTRIBUTE = "_sus_band"  # of a mask: the band (left, right) that holds besides it
@@ -61,7 +61,9 @@ class register_sus_attention:
         >>> sus.c = 50
     """
 
-    def __init__(self, c: float = 30.0, sampler: str = "auto", seed: int | None = None, forward: str = "auto") -> None:
+    def __init__(
+        self, c: float = 30.0, sampler: Sampler = "auto", seed: int | None = None, forward: Forward = "auto"
+    ) -> None:
         check_choice("sampler", sampler, SAMPLERS)
         check_choice("forward", forward, FORWARDS)
         self.state = State(c, seed)

@@ -1,8 +1,8 @@
 """What changes from step to step: c, the counter of draws, and the counts of kept entries.
 
 A compiled graph reads it through one operator per call, `sus::draw`, so that no number of it is ever a guard or a
-constant of the graph: changing c recompiles nothing. On a GPU the state lies in a `Mirror`, so that a captured CUDA
-graph reads it too.
+constant of the graph: changing c recompiles nothing. On a GPU the state lies in a `DeviceState`, so that a captured
+CUDA graph reads it too.
 
 What is promised of draws. The seed of one is a 64-bit mix of
 
@@ -376,37 +376,3 @@ def _in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_in_child)
-
-
-def _draw(like: Tensor, state: int, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
-    found = _states.get(state)
-    if found is None:
-        raise RuntimeError("the SUSBackend that compiled this graph no longer exists; keep a reference to it")
-    return found.draw(like.device, sites)
-
-
-def _fake_draw(like: Tensor, state: int, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
-    return like.new_empty((len(sites),), dtype=torch.float64), like.new_empty((), dtype=torch.int64)
-
-
-def _vmapped_draw(
-    info: Any, in_dims: Any, like: Tensor, state: int, sites: Sequence[int]
-) -> tuple[tuple[Tensor, Tensor], tuple[None, None]]:
-    """One draw for the whole batch: entries are told apart by their place in it."""
-    return draw(like, state, sites), (None, None)
-
-
-# Not by `custom_op`: an operator whose results have no gradient needs no autograd, whose node torch.func would refuse.
-_library: Any = torch.library.Library("sus", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(
-    "draw(Tensor like, int state, int[] sites) -> (Tensor, Tensor)",
-    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
-)
-_library.impl("draw", _draw, "CompositeExplicitAutograd")
-_library.impl("draw", torch.library.fallthrough_kernel, "Autograd")
-torch.library.register_fake("sus::draw", _fake_draw)
-torch.library.register_vmap("sus::draw", _vmapped_draw)
-
-# draw(like, state, sites): c of each site (float64 [sites]) and a fresh seed (0-dim int64) of a state, on the device of
-# `like`.
-draw = torch.ops.sus.draw.default

@@ -15,7 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from fx_passes import SUSBackend
+from fx_passes.backend import Compiler
 from fx_passes.ops.functional import check_choice
+from fx_passes.ops.problem import Forward, Sampler
 from fx_passes.state import check_c, check_counter
 from sus_lightning._lightning_compat import AnyCallback, accumulates, logged_step, logs_now
 from sus_lightning.account import Account, Summary, plot
@@ -26,7 +28,7 @@ from sus_lightning.metrics import PER
 from sus_lightning.pacing import INTERVAL, Pacing
 from sus_lightning.probe import Probe, copied, to_be_logged
 from sus_lightning.rewritten import check_rewritten
-from sus_lightning.saved import Saved, check_name, check_real
+from sus_lightning.saved import Saved, check_class_name, check_dict, check_name, check_real
 from sus_lightning.schedules import (
     ConstantSchedule,
     Schedule,
@@ -126,14 +128,14 @@ class SUSBackprop(AnyCallback):
     def __init__(
         self,
         c: float | Literal["auto"] | Schedule | dict[int, float] | Callable[[int], float] = "auto",
-        sampler: str = "auto",
-        compiler: str = "inductor",
+        sampler: Sampler = "auto",
+        compiler: Compiler = "inductor",
         variance_every_n_steps: int | None = None,
         variance_draws: int = 1,
         seed: int | None = None,
         mode: str | None = None,
         modules: list[str] | str | None = None,
-        forward: str = "auto",
+        forward: Forward = "auto",
         variance_per: str = "kind",
         progress_bar: list[str] | None = None,
     ) -> None:
@@ -342,10 +344,15 @@ class SUSBackprop(AnyCallback):
         if "account" in saved:
             account.load_state_dict(state_dict["account"])
         # Before the type was saved there was no AutoC.
-        of = saved.read("schedule_type", check_name, "" if isinstance(self.schedule, AutoC) else None)
+        of = saved.read("schedule_type", check_class_name, "" if isinstance(self.schedule, AutoC) else None)
         same = of is None or of == type(self.schedule).__name__  # a run may go on with another schedule
-        if same and isinstance(self.schedule, Schedule) and "schedule" in saved and state_dict["schedule"]:
-            self.schedule.load_state_dict(state_dict["schedule"])
+        of_schedule = saved.read("schedule", check_dict, {})
+        if same and isinstance(self.schedule, Schedule) and of_schedule:
+            self.schedule.load_state_dict(dict(of_schedule))
+        elif of and not same:
+            rank_zero_info(
+                f"SUSBackprop: the saved state is that of a {of}; {schedule_name(self.schedule)} starts anew."
+            )
         self.backend.c = c
         self._site_c = site_c if same and per_layer(self.schedule) else {}
         state.resume(counter, number)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fx_passes.state import shown
+
 Ids = tuple[Tensor, Tensor]  # [B or 1, M] and [B or 1, N], int64
 
 
@@ -30,7 +32,9 @@ def as_ids(query: Tensor, key: Tensor, query_ids: Tensor | None, key_ids: Tensor
 
 def _as_ids(name: str, ids: object, x: Tensor) -> Tensor:
     if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be a tensor of int32 or int64 or None, but it is {ids!r}")
+        raise TypeError(f"{name} must be a tensor of int32 or int64 or None, but it is {shown(ids)}")
+    if ids.is_nested or ids.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, but it is {'nested' if ids.is_nested else ids.layout}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be of int32 or int64, but it is of {ids.dtype}")
     if ids.device != x.device:

@@ -84,7 +84,7 @@ def _tile(problem: Problem, rows: slice, keys: slice) -> Tile:
         logits = tanh * s.softcap
     if problem.attn_bias is not None:
         logits = logits.add_(part(problem.attn_bias, rows, keys))
-    visible = _visible(problem, rows, keys)
+    visible = visible_keys(problem, rows, keys)
     if visible is not None:
         logits = logits.masked_fill_(~visible, -torch.inf)
     return Tile(rows.start, keys.start, logits, slope, visible)
@@ -96,7 +96,8 @@ def part(x: Tensor, rows: slice, keys: slice) -> Tensor:
     return x[..., keys] if x.shape[-1] != 1 else x
 
 
-def _visible(problem: Problem, rows: slice, keys: slice) -> Tensor | None:
+def visible_keys(problem: Problem, rows: slice, keys: slice) -> Tensor | None:
+    """Which keys rows see, bool, broadcastable to [B, H, m, n]; None where they see all of them."""
     s, device = problem.static, problem.query.device
     first, last = rows.start + problem.diagonal, rows.stop - 1 + problem.diagonal
     band: Tensor | None = None
