@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fx_passes.find.source_location import _module_path
+from fx_passes.find.source_location import module_path
 
 
 @pytest.mark.parametrize(
@@ -19,5 +19,5 @@ from fx_passes.find.source_location import _module_path
         ("L['self'].layers[1].forward.__self__._modules['attn']", "layers.1.attn"),  # a forward of its own
     ],
 )
-def test_module_path(dynamo: str, path: str) -> None:
-    assert _module_path(dynamo) == path
+def testmodule_path(dynamo: str, path: str) -> None:
+    assert module_path(dynamo) == path
