@@ -120,7 +120,7 @@ class State:
         slow: by site, why calls took the slower PyTorch path, and how many did for each reason.
         calls: how many calls of eager code got a SUS backward.
         left: why calls were left to the library's exact function, and how many were for each reason.
-        by_form: both by the form of a call, such as "sdpa" or "flash"; the reason "" is that of calls that were not left.
+        by_form: both by a call's form, such as "sdpa" or "flash", and reason, which is "" where it was not left.
         id: the number by which operators find this state.
     """
 

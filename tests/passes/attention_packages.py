@@ -176,8 +176,7 @@ def _flash_attn_3_of_2024() -> dict[str, Any]:
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False,
         window_size=(-1, -1), deterministic=False, seqused_q=None, seqused_k=None, block_table=None,
     ):  # fmt: skip
-        out = packed(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size)
-        return out  # noqa: RET504
+        return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size)
 
     return locals()
 

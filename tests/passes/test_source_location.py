@@ -19,5 +19,5 @@ from fx_passes.find.source_location import module_path
         ("L['self'].layers[1].forward.__self__._modules['attn']", "layers.1.attn"),  # a forward of its own
     ],
 )
-def testmodule_path(dynamo: str, path: str) -> None:
+def test_module_path(dynamo: str, path: str) -> None:
     assert module_path(dynamo) == path
