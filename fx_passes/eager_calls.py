@@ -86,7 +86,7 @@ def _functions() -> Iterator[tuple[str, FunctionType]]:
 
 
 def _exchangeable(code: CodeType) -> bool:
-    return not code.co_freevars and not code.co_posonlyargcount and not code.co_flags & inspect.CO_VARARGS
+    return not code.co_posonlyargcount and not code.co_flags & inspect.CO_VARARGS
 
 
 def _handlers() -> list[Handler]:
@@ -105,7 +105,7 @@ def _asking(key: str, function: FunctionType) -> CodeType:
     names: dict[str, Any] = {}
     exec(f"def asks{named}:\n    return {_NAME}({key!r}, {given})", names)
     code: CodeType = names["asks"].__code__
-    return code
+    return code.replace(co_freevars=function.__code__.co_freevars)  # a function and its code must have as many
 
 
 def dispatch(key: str, /, **given: Any) -> Any:

@@ -140,7 +140,7 @@ def distance(found: list[Tensor], true: list[Tensor]) -> float:
 
 
 def compare(case: Case, device: str) -> Iterator[Row]:
-    """The function itself, `sus_backward` around it and `SUSBackend`, both at c = inf, and that others come at c = 2."""
+    """The function itself, `sus_backward` around it and `SUSBackend` at c = inf, and at c = 2, with other gradients."""
     function, tensors = call(case, device)
     row: Row = {"package": case.module, "function": case.function, "what": case.what}
     if case.function == "flex_attention":
