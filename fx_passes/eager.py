@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from types import FunctionType
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fx_passes import eager_calls
-from fx_passes.find.calls import VARLEN, Call, NotTaken, is_varlen, varlen_arguments
+from fx_passes.find.calls import VARLEN, Call, NotTaken, form_of_key, is_varlen, varlen_arguments
 from fx_passes.ops.arguments import check_choice, why_left
 from fx_passes.ops.functional import attend, draw
 from fx_passes.ops.problem import FORWARDS, SAMPLERS, Forward, Sampler
@@ -85,7 +86,7 @@ class sus_backward(TorchFunctionMode):
 
     @property
     def report(self) -> Report:
-        """The calls that got a SUS backward as one site, and one site for each reason for which calls did not."""
+        """A site for the calls of each form that got a SUS backward, and one for each reason why calls did not."""
         return report_of_calls(self.state)
 
     def __torch_function__(
@@ -174,20 +175,22 @@ class sus_backward(TorchFunctionMode):
         except eager_calls.NoGradient:
             raise
         except NotTaken as why:
-            self.state.note_left(str(why))
+            self.state.note_left(str(why), form_of_key(key))
             raise
-        self.state.note_call()
+        self.state.note_call("flex")
         return result
 
-    def _attend_call(self, call: Call) -> tuple[Tensor, Tensor]:
-        bias = call.mask if call.bias is None else call.bias
-        reason = why_left(call.query, call.key, call.value, bias, call.dropout_p, False, call.scale, True)
+    def _attend_call(self, call: Call, form: str) -> tuple[Tensor, Tensor]:
+        reason = why_left(call.query, call.key, call.value, call.bias, call.dropout_p, False, call.scale, True)
         if reason is not None:
             raise NotTaken(reason)
-        if transform(*call.operands()) is None:
-            self.state.note_call()
+        around = transform(*call.operands())
+        if around is None:
+            self.state.note_call(form)
+        else:
+            self.state.note_left(around, form)
         c, seed = draw(call.query, self.state.id, [0])
-        options = {"sampler": self.sampler, "forward": self.forward, "state": self.state.id}
+        options = {"sampler": self.sampler, "forward": self.forward, "state": 0 if around else self.state.id}
         return eager_calls.attend_call(call, c[0], seed, **options)
 
     @cached_property
@@ -225,8 +228,8 @@ _POSITIONAL = tuple(_DEFAULTS)[:6]
 def report_of_calls(state: State) -> Report:
     """A report on calls that no graph shows: their number, and of those that were left, the reasons."""
     report = Report(state=state.id)
-    if state.calls:
-        report.add(Site("", f"{state.calls} calls", form="sdpa", tier=1, status=REWRITTEN))
-    for number, (reason, count) in enumerate(state.left.items(), 1):
-        report.add(Site("", f"{count} calls", number, form="sdpa", reason=reason, number=number))
+    kinds = sorted(state.by_form.items(), key=lambda kind: bool(kind[0][1]))  # those that were left come last
+    for number, ((form, reason), count) in enumerate(kinds):
+        where = Site("", f"{count} calls", number, form, reason=reason, number=number)
+        report.add(where if reason else replace(where, tier=1, status=REWRITTEN))
     return report

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fx_passes.eager import report_of_calls
 from fx_passes.ops.arguments import check_choice, why_left
-from fx_passes.ops.documents import ids_of_lengths, ids_of_positions
+from fx_passes.ops.documents import ids_of_lengths, ids_of_positions, shared_places
 from fx_passes.ops.exact import exact_attention
 from fx_passes.ops.functional import attend, draw
 from fx_passes.ops.problem import FORWARDS, SAMPLERS, Forward, Sampler
@@ -90,7 +90,7 @@ class register_sus_attention:
 
     @property
     def report(self) -> Report:
-        """The calls that got a SUS backward as one site, and one site for each reason for which calls did not."""
+        """A site for the calls that got a SUS backward, and one for each reason why calls did not."""
         return report_of_calls(self.state)
 
     def _attention(
@@ -114,12 +114,17 @@ class register_sus_attention:
         """Signature and result of transformers' attention functions: [B, H, M, D] to [B, M, H, E]."""
         band, mask, bias = _masks(module, query, attention_mask, is_causal, position_bias)
         ids = _documents(query, key, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
-        banded = any(side is not None for side in band)
-        if ids[0] is not ids[1] and banded and not torch.compiler.is_dynamo_compiling():
-            raise ValueError(
-                "cu_seq_lens_q and cu_seq_lens_k must be equal in causal attention: the places of queries and keys "
-                "would count from different beginnings"
-            )
+        rows = None
+        if ids[0] is not ids[1] and band != (None, None):
+            # As in flash-attn, the band of each document counts from its last query and its last key.
+            shared = shared_places(cu_seq_lens_q, cu_seq_lens_k, query.shape[2], key.shape[2], from_end=True)
+            if mask is None and bias is None:
+                rows, ids = shared.query, (shared.query_ids, shared.key_ids)
+                query = shared.spread(query, shared.query)
+                key, value = (shared.spread(x, shared.key) for x in (key, value))
+            else:
+                near = _in_band(shared.key - shared.query[:, None], band)
+                mask, band = near if mask is None else mask & near, (None, None)
         reason = why_left(query, key, value, None, dropout, False, scaling, query.shape[1] != key.shape[1])
         if reason is not None:
             self.state.note_left(reason)
@@ -139,7 +144,7 @@ class register_sus_attention:
                 softcap=softcap or 0.0,
                 dropout_p=dropout,
             )
-            return out.transpose(1, 2).contiguous(), None
+            return _rows(out, rows), None
         if torch.is_grad_enabled():
             self.state.note_call()
         c, seed = draw(query, self.state.id, [0])
@@ -163,7 +168,19 @@ class register_sus_attention:
             forward=self.forward,
             state=self.state.id,
         )
-        return out.transpose(1, 2).contiguous(), None
+        return _rows(out, rows), None
+
+
+def _rows(out: Tensor, rows: Tensor | None) -> Tensor:
+    """[B, H, M, E] as transformers wants it; `rows` are those of the queries, where there are others."""
+    return (out if rows is None else out.index_select(2, rows)).transpose(1, 2).contiguous()
+
+
+def _in_band(distance: Tensor, band: Band) -> Tensor:
+    """Bool [M, N] for the distances of keys after queries."""
+    left, right = band
+    near = torch.ones_like(distance, dtype=torch.bool) if right is None else distance <= right
+    return near if left is None else near & (distance >= -left)
 
 
 def _masks(
