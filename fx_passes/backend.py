@@ -11,18 +11,17 @@ import torch
 from torch.fx import GraphModule
 
 from fx_passes.find.dynamo_patches import know_calls, mend_graph_breaks
-from fx_passes.ops.functional import check_choice
-from fx_passes.ops.problem import FORWARDS, SAMPLERS
+from fx_passes.handle import Handle
+from fx_passes.ops.arguments import check_choice
 from fx_passes.report import Report
 from fx_passes.rewrite import Options, rewrite_graph
 from fx_passes.rewrite.guard import Guarded
 from fx_passes.rewrite.module_counts import count_owners, first_parameter, this_frame
-from fx_passes.state import State
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 
 
-class SUSBackend:
+class SUSBackend(Handle):
     """A backend for `torch.compile` in whose graphs attention has a SUS backward (arXiv 2505.15080).
 
     Graphs that are compiled where no gradient is recorded stay as they are.
@@ -60,27 +59,14 @@ class SUSBackend:
         seed: int | None = None,
         forward: str = "auto",
     ) -> None:
-        check_choice("sampler", sampler, SAMPLERS)
         check_choice("compiler", compiler, COMPILERS)
-        check_choice("forward", forward, FORWARDS)
-        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-            raise TypeError(f"seed must be an int or None, but it is {seed!r}")
+        super().__init__(c, sampler, seed, forward)
         mend_graph_breaks()
         know_calls()
-        self.sampler, self.compiler, self.forward = sampler, compiler, forward
-        self.state = State(c, seed)
+        self.compiler = compiler
         self.report = Report(state=self.state.id)
-        self.apart = (
-            False  # a graph for each module, so that each attention has a number, hence may have a c, of its own
-        )
-
-    @property
-    def c(self) -> float:
-        return self.state.c
-
-    @c.setter
-    def c(self, value: float) -> None:
-        self.state.c = value
+        # A graph for each module, so that each attention has a number, hence may have a c, of its own.
+        self.apart = False
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         """Called by Dynamo for each graph. `kwargs` are torch.compile's `mode` and `options`, for Inductor."""

@@ -14,15 +14,14 @@ from torch.overrides import TorchFunctionMode
 
 from fx_passes import eager_calls
 from fx_passes.find.calls import VARLEN, Call, NotTaken, is_varlen, varlen_arguments
-from fx_passes.ops.arguments import check_choice, why_left
+from fx_passes.handle import CallHandle
+from fx_passes.ops.arguments import why_left
 from fx_passes.ops.functional import attend
-from fx_passes.ops.problem import FORWARDS, SAMPLERS
 from fx_passes.ops.transforms import transform
-from fx_passes.report import REWRITTEN, Report, Site
-from fx_passes.state import State, draw
+from fx_passes.state import draw
 
 
-class sus_backward(TorchFunctionMode):
+class sus_backward(CallHandle, TorchFunctionMode):
     """Gives F.scaled_dot_product_attention a SUS backward inside a ``with`` block, in eager code.
 
     It acts on direct calls and on modules that call it, such as nn.TransformerEncoderLayer in training, and also on
@@ -56,34 +55,8 @@ class sus_backward(TorchFunctionMode):
     """
 
     def __init__(self, c: float = 30.0, sampler: str = "auto", seed: int | None = None, forward: str = "auto") -> None:
-        check_choice("sampler", sampler, SAMPLERS)
-        check_choice("forward", forward, FORWARDS)
-        super().__init__()
-        self.state = State(c, seed)
-        self.sampler, self.forward = sampler, forward
-
-    @property
-    def c(self) -> float:
-        return self.state.c
-
-    @c.setter
-    def c(self, value: float) -> None:
-        self.state.c = value
-
-    @property
-    def calls(self) -> int:
-        """How many calls got a SUS backward; what `torch.compile` traces is not counted."""
-        return self.state.calls
-
-    @property
-    def left(self) -> dict[str, int]:
-        """How many calls went to their own function, by reason."""
-        return self.state.left
-
-    @property
-    def report(self) -> Report:
-        """The calls that got a SUS backward as one site, and one site for each reason for which calls did not."""
-        return report_of_calls(self.state)
+        CallHandle.__init__(self, c, sampler, seed, forward)
+        TorchFunctionMode.__init__(self)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -217,13 +190,3 @@ _DEFAULTS: dict[str, Any] = {
     "enable_gqa": False,
 }
 _POSITIONAL = tuple(_DEFAULTS)[:6]
-
-
-def report_of_calls(state: State) -> Report:
-    """A report on calls that no graph shows: their number, and of those that were left, the reasons."""
-    report = Report(state=state.id)
-    if state.calls:
-        report.add(Site("", f"{state.calls} calls", form="sdpa", tier=1, status=REWRITTEN))
-    for number, (reason, count) in enumerate(state.left.items(), 1):
-        report.add(Site("", f"{count} calls", number, form="sdpa", reason=reason, number=number))
-    return report
