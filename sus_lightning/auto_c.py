@@ -166,7 +166,9 @@ class AutoC(Adaptive):
         # it, since either may be wrong then. Each change of mind asks for more.
         doubt = there.error * max(1.0 if self._count < _FEW else 0.5 * _FEW / self._count, 0.5 * self._switches)
         exact = math.isinf(self._c)
-        leave = there.gain - doubt <= _RETURN if exact else there.gain + doubt < _LEAVE
+        full = self._finite >= landscape.full_from  # nothing is left out: a gain is the least likely thing
+        doubt = max(doubt, 2 * there.error) if full else doubt
+        leave = there.gain - doubt <= _RETURN if exact or full else there.gain + doubt < _LEAVE
         self._switches += leave != exact
         self._c = math.inf if leave else self._finite
 

@@ -110,12 +110,16 @@ class Landscape:
     Args:
         probes: the oldest first, at least one.
         center: the c in use or of interest.
+
+    Attributes:
+        noise_scale: in batches of a step; NaN where it is not known.
+        full_from: the smallest c at which nearly all entries were kept; infinite where there was none.
     """
 
     def __init__(self, probes: Sequence[Probed], center: float) -> None:
         self.noise_scale = average_noise_scale([(p.spread, p.squared_gradient) for p in probes])
         self._kept = _Kept(point for probe in probes for point in probe.passes)
-        self._full_from, self._full = _fit_full(probes)
+        self.full_from, self._full = _fit_full(probes)
         self._variances = _fit_variance(probes, center)
         self._times, self._error = self._fit_time(probes, center)
 
@@ -124,7 +128,7 @@ class Landscape:
         if math.isinf(c):
             return Estimate(0.0, 0.0, self._error)
         log_penalty = sum(w * math.log(penalty(a * c**-p, self.noise_scale)) for w, p, a in self._variances)
-        if c >= self._full_from:
+        if c >= self.full_from:
             return Estimate(self._full[0], log_penalty, self._full[1])
         if not self._times:
             return Estimate(0.0, log_penalty, self._error)
