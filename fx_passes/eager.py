@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 from types import FunctionType
 from typing import Any
@@ -14,16 +13,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fx_passes import eager_calls
-from fx_passes.find.calls import VARLEN, Call, NotTaken, form_of_key, is_varlen, varlen_arguments
-from fx_passes.ops.arguments import check_choice, why_left
+from fx_passes.find.calls import FLEX, VARLEN, Call, NotTaken, form_of_key, is_varlen, varlen_arguments
+from fx_passes.handle import CallHandle
+from fx_passes.ops.arguments import why_left
 from fx_passes.ops.functional import attend, draw
-from fx_passes.ops.problem import FORWARDS, SAMPLERS, Forward, Sampler
+from fx_passes.ops.problem import Forward, Sampler
 from fx_passes.ops.transforms import transform
-from fx_passes.report import REWRITTEN, Report, Site
-from fx_passes.state import State
 
 
-class sus_backward(TorchFunctionMode):
+class sus_backward(CallHandle, TorchFunctionMode):
     """Gives F.scaled_dot_product_attention a SUS backward inside a ``with`` block, in eager code.
 
     It acts on direct calls and on modules that call it, such as nn.TransformerEncoderLayer in training, and also on
@@ -59,35 +57,8 @@ class sus_backward(TorchFunctionMode):
     def __init__(
         self, c: float = 30.0, sampler: Sampler = "auto", seed: int | None = None, forward: Forward = "auto"
     ) -> None:
-        check_choice("sampler", sampler, SAMPLERS)
-        check_choice("forward", forward, FORWARDS)
-        super().__init__()
-        self.state = State(c, seed)
-        self.sampler, self.forward = sampler, forward
-
-    @property
-    def c(self) -> float:
-        """Expected number of kept entries per query row and head; may be set at any time."""
-        return self.state.c
-
-    @c.setter
-    def c(self, value: float) -> None:
-        self.state.c = value
-
-    @property
-    def calls(self) -> int:
-        """How many calls got a SUS backward; what `torch.compile` traces is not counted."""
-        return self.state.calls
-
-    @property
-    def left(self) -> dict[str, int]:
-        """How many calls went to their own function, by reason."""
-        return self.state.left
-
-    @property
-    def report(self) -> Report:
-        """A site for the calls of each form that got a SUS backward, and one for each reason why calls did not."""
-        return report_of_calls(self.state)
+        CallHandle.__init__(self, c, sampler, seed, forward)
+        TorchFunctionMode.__init__(self)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -169,7 +140,7 @@ class sus_backward(TorchFunctionMode):
     def _call(self, key: str, given: dict[str, Any]) -> Any:
         """A call of flex_attention, flash-attn, xformers or varlen_attn."""
         try:
-            if key != eager_calls.FLEX:
+            if key != FLEX:
                 return eager_calls.handle(key, given, self._attend_call)
             result = self._flex(**given)
         except eager_calls.NoGradient:
@@ -223,13 +194,3 @@ _DEFAULTS: dict[str, Any] = {
     "enable_gqa": False,
 }
 _POSITIONAL = tuple(_DEFAULTS)[:6]
-
-
-def report_of_calls(state: State) -> Report:
-    """A report on calls that no graph shows: their number, and of those that were left, the reasons."""
-    report = Report(state=state.id)
-    kinds = sorted(state.by_form.items(), key=lambda kind: bool(kind[0][1]))  # those that were left come last
-    for number, ((form, reason), count) in enumerate(kinds):
-        where = Site("", f"{count} calls", number, form, reason=reason, number=number)
-        report.add(where if reason else replace(where, tier=1, status=REWRITTEN))
-    return report

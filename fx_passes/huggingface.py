@@ -16,14 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fx_passes.eager import report_of_calls
-from fx_passes.ops.arguments import check_choice, why_left
+from fx_passes.handle import CallHandle
+from fx_passes.ops.arguments import why_left
 from fx_passes.ops.documents import ids_of_lengths, ids_of_positions, shared_places
 from fx_passes.ops.exact import exact_attention
 from fx_passes.ops.functional import attend, draw
-from fx_passes.ops.problem import FORWARDS, SAMPLERS, Forward, Sampler
-from fx_passes.report import Report
-from fx_passes.state import State
+from fx_passes.ops.problem import Forward, Sampler
 
 Band = tuple[int | None, int | None]
 _ATTRIBUTE = "_sus_band"  # of a mask: the band (left, right) that holds besides it
@@ -38,7 +36,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class register_sus_attention:
+class register_sus_attention(CallHandle):
     """Registers "sus" with transformers' AttentionInterface and AttentionMaskInterface, and is the handle to it.
 
     Args:
@@ -64,34 +62,12 @@ class register_sus_attention:
     def __init__(
         self, c: float = 30.0, sampler: Sampler = "auto", seed: int | None = None, forward: Forward = "auto"
     ) -> None:
-        check_choice("sampler", sampler, SAMPLERS)
-        check_choice("forward", forward, FORWARDS)
-        self.state = State(c, seed)
-        self.sampler, self.forward = sampler, forward
+        super().__init__(c, sampler, seed, forward)
         from transformers import AttentionInterface, AttentionMaskInterface
 
         AttentionInterface.register("sus", self._attention)
         # Dynamo cannot look into the functions of which transformers makes a mask.
         AttentionMaskInterface.register("sus", torch._disable_dynamo(sus_mask))  # type: ignore[attr-defined]
-
-    @property
-    def c(self) -> float:
-        """Expected number of kept entries per query row and head; may be set at any time."""
-        return self.state.c
-
-    @c.setter
-    def c(self, value: float) -> None:
-        self.state.c = value
-
-    @property
-    def calls(self) -> int:
-        """How many calls got a SUS backward; what `torch.compile` traces is not counted."""
-        return self.state.calls
-
-    @property
-    def report(self) -> Report:
-        """A site for the calls that got a SUS backward, and one for each reason why calls did not."""
-        return report_of_calls(self.state)
 
     def _attention(
         self,

@@ -161,6 +161,7 @@ class SUSBackprop(AnyCallback):
         self._summary: Summary | None = None
         self._site_c: dict[int, float] = {}  # by number of the site: known before the sites are, after a resume
         self._checked = self._warned = self._told = False
+        self._share: tuple[int, float] | tuple[()] | None = None  # what `_attention_share` returned
         if observes(self.schedule) and not self.variance_every_n_steps:
             raise ValueError(
                 f"variance_every_n_steps must be above 0 for c={schedule_name(self.schedule)}, which adapts c from the "
@@ -296,6 +297,8 @@ class SUSBackprop(AnyCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._disable()
         self._kept(trainer)
+        if self._probe is not None and math.isinf(self.backend.c):
+            self._say_nothing_is_gained()  # too few probes to have said so earlier
         summary = self._close(trainer)
         rank_zero_info(str(summary))
         self._log_now(trainer, {f"summary_{k}": v for k, v in summary.numbers().items() if math.isfinite(v)})
@@ -361,7 +364,7 @@ class SUSBackprop(AnyCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a fit: references to the module, compiled code and batches."""
-        free: dict[str, Any] = dict.fromkeys(("_module", "_compilation", "_probe", "_unseen", "_times"))
+        free: dict[str, Any] = dict.fromkeys(("_module", "_compilation", "_probe", "_unseen", "_times", "_share"))
         return {**vars(self), **free, "_earlier": deque(), "_checked": False, "_warned": False, "_told": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SUSBackprop:
@@ -387,6 +390,7 @@ class SUSBackprop(AnyCallback):
         self._compilation = self._probe = self._unseen = self._times = None
         self._earlier.clear()
         self._checked = self._warned = self._told = False
+        self._share = None
 
     def _set_c(self, step: int) -> None:
         state, c = self.backend.state, value_at(self.schedule, step)
@@ -407,19 +411,26 @@ class SUSBackprop(AnyCallback):
         self._site_c = site_c(schedule, modules)
         self._variance = to_be_logged(values) | speedups
         self._set_c(step)
-        if isinstance(schedule, AutoC) and schedule.gains_nothing and not self._told:
-            self._told = True
-            self._say_nothing_is_gained(schedule, probe, batch, batch_idx)
+        if isinstance(schedule, AutoC) and math.isinf(self.backend.c):
+            if self._share is None:
+                self._share = self._attention_share(probe, batch, batch_idx)
+            if schedule.gains_nothing:
+                self._say_nothing_is_gained()
         self._pacing.probed(trainer, step, values, step_seconds)
 
-    def _say_nothing_is_gained(self, schedule: AutoC, probe: Probe, batch: Any, batch_idx: int) -> None:
+    def _attention_share(self, probe: Probe, batch: Any, batch_idx: int) -> tuple[int, float] | tuple[()]:
+        """Keys of an attention row, and attention's backward in the operations of a step; nothing where not known."""
         self._disable()  # attention is counted in the module as it was given
         try:
             expected = probe.expectation(batch, batch_idx)
         finally:
             self._enable()
-        share = (expected.keys, expected.backward_share) if expected is not None and expected.calls else ()
-        rank_zero_info(schedule.verdict(*share))
+        return (expected.keys, expected.backward_share) if expected is not None and expected.calls else ()
+
+    def _say_nothing_is_gained(self) -> None:
+        if not self._told and isinstance(self.schedule, AutoC):
+            self._told = True
+            rank_zero_info(self.schedule.verdict(*(self._share or ())))
 
     def _kept(self, trainer: pl.Trainer) -> dict[str, float]:
         """Kept entries since the last call, over all ranks."""
