@@ -64,6 +64,7 @@ class sus_backward(TorchFunctionMode):
 
     @property
     def c(self) -> float:
+        """Expected number of kept entries per query row and head; may be set at any time."""
         return self.state.c
 
     @c.setter
@@ -200,7 +201,7 @@ def _arguments(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
     """The arguments of F.scaled_dot_product_attention by name; None where they do not fit its signature."""
     if len(args) > len(_POSITIONAL) or not kwargs.keys() <= _DEFAULTS.keys():
         return None
-    given = dict(zip(_POSITIONAL, args, strict=False))
+    given = dict(zip(_POSITIONAL, args))  # noqa: B905 - Dynamo of torch 2.8 takes strict=False for True
     if given.keys() & kwargs.keys():
         return None
     return {**_DEFAULTS, **given, **kwargs}

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 
 from fx_passes import (
     SUSBackend,
@@ -24,6 +23,7 @@ from fx_passes import (
 from tests.passes import attention_packages as packages
 from tests.passes.harness import run, tensors
 from tests.passes.test_calls import BNHD, CALLS, DOCS, ENDS, VARLEN, B, D, H, N, called, causal, eager_flex, softcap
+from tests.torch_versions import varlen_attn, varlen_options
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,9 +55,9 @@ def test_calls_of_packages(name: str) -> None:
 @pytest.mark.parametrize("name", VARLEN)
 def test_varlen(name: str) -> None:
     options, ends, groups, _ = VARLEN[name]
-    window = options.get("window_size", (-1, -1))
+    window, named = options.get("window_size", (-1, -1)), varlen_options(options)
     check(
-        lambda q, k, v: varlen_attn(q, k, v, ENDS, ends, 19, 19, **options),
+        lambda q, k, v: varlen_attn(q, k, v, ENDS, ends, 19, 19, **named),
         lambda q, k, v: packages.packed(q, k, v, ENDS, ends, options.get("scale"), False, window),
         *tensors((N, H, D), (N, groups, D), (N, groups, D)),
     )

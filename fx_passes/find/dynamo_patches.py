@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules import transformer
 
 from fx_passes.find import calls
+from fx_passes.torch_compat import inner_backend
 
 _RESUMED = "torch_dynamo_resume_in_"
 _CLASSES = (
@@ -108,7 +109,7 @@ def _holds_attention(code: CodeType) -> bool:
 def _rewrites(backend: Any) -> bool:
     """Whether a backend, or Dynamo's callback to one, rewrites attention. Dynamo wraps backends, once or more."""
     while backend is not None and getattr(backend, "rewrites_attention", False) is not True:
-        backend = getattr(backend, "compiler_fn", None) or getattr(backend, "_torchdynamo_orig_backend", None)
+        backend = inner_backend(backend)
     return backend is not None
 
 

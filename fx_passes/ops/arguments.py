@@ -181,9 +181,8 @@ def broadcast(*shapes: torch.Size) -> torch.Size:
 
 
 def _broadcasts(mask: Tensor, full: tuple[int, ...]) -> bool:
-    return mask.dim() <= len(full) and all(
-        size in (1, target) for size, target in zip(mask.shape[::-1], full[::-1], strict=False)
-    )
+    sizes = zip(mask.shape[::-1], full[::-1])  # noqa: B905 - Dynamo of torch 2.8 takes strict=False for True
+    return mask.dim() <= len(full) and all(size in (1, target) for size, target in sizes)
 
 
 def why_left(

@@ -36,9 +36,8 @@ def _as_ids(name: str, ids: object, x: Tensor) -> Tensor:
     if ids.device != x.device:
         raise ValueError(f"{name} must be on the query's device {x.device}, but it is on {ids.device}")
     batch, length = x.shape[:-3], x.shape[-2]
-    fits = 1 <= ids.dim() <= len(batch) + 1 and all(
-        size in (1, wanted) for size, wanted in zip(ids.shape[-2::-1], batch[::-1], strict=False)
-    )
+    sizes = zip(ids.shape[-2::-1], batch[::-1])  # noqa: B905 - Dynamo of torch 2.8 takes strict=False for True
+    fits = 1 <= ids.dim() <= len(batch) + 1 and all(size in (1, wanted) for size, wanted in sizes)
     if not fits or ids.shape[-1] != length:
         raise ValueError(
             f"{name} must be of shape [{length}] or {[*batch, length]} (1 where it is broadcast), but it is "

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import math_attention
 from torch.nn.attention.flex_attention import (
-    AuxOutput,
-    AuxRequest,
     BlockMask,
     _create_empty_block_mask,
     _identity,
@@ -26,12 +24,12 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
     or_masks,
 )
-from torch.nn.attention.varlen import varlen_attn
 
 from fx_passes import SUSBackend, explain
 from fx_passes.report import Site
 from tests.passes import attention_packages as packages
 from tests.passes.harness import run, tensors
+from tests.torch_versions import AuxOutput, AuxRequest, needs_aux, varlen_attn, varlen_options
 
 B, H, N, D = 2, 4, 40, 8
 DOCS = torch.arange(N) // 7
@@ -45,9 +43,11 @@ def eager_flex(q, k, v, score_mod=None, block_mask=None, scale=None, enable_gqa=
     """FlexAttention's own eager form, which torch gives nobody on a CPU where a gradient is wanted."""
     block_mask = _create_empty_block_mask(q, k) if block_mask is None else block_mask
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse, top = math_attention(q, k, v, score_mod or _identity, block_mask.as_tuple(), scale, {})
-    aux = AuxOutput(lse=lse * math.log(2), max_scores=top * math.log(2))
-    return (out, aux) if "return_aux" in more else (out, aux.lse) if more.get("return_lse") else out
+    out, lse, *top = math_attention(q, k, v, score_mod or _identity, block_mask.as_tuple(), scale, {})
+    lse = lse * math.log(2)
+    if "return_aux" in more:
+        return out, AuxOutput(lse=lse, max_scores=top[0] * math.log(2))
+    return (out, lse) if more.get("return_lse") else out
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -368,13 +368,14 @@ VARLEN: dict[str, tuple[dict[str, Any], Tensor, int, str]] = {
 @pytest.mark.parametrize("name", VARLEN)
 def test_varlen(name: str) -> None:
     options, ends, groups, mask = VARLEN[name]
+    named = varlen_options(options)
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window = options.get("window_size", (-1, -1))
         return packages.packed(q, k, v, ENDS, ends, options.get("scale"), False, window)
 
     site = check(
-        lambda q, k, v: varlen_attn(q, k, v, ENDS, ends, 19, 19, **options),
+        lambda q, k, v: varlen_attn(q, k, v, ENDS, ends, 19, 19, **named),
         plain,
         *tensors((N, H, D), (N, groups, D), (N, groups, D)),
     )
@@ -384,6 +385,7 @@ def test_varlen(name: str) -> None:
 # -- what flex_attention returns besides the output
 
 
+@needs_aux
 def test_sinks_through_the_logsumexp() -> None:
     def f(flex: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
         out, aux = flex(q, k, v, None, CAUSAL, return_aux=AuxRequest(lse=True))
@@ -403,6 +405,7 @@ def test_sinks_through_the_logsumexp() -> None:
 CAUSAL = create_block_mask(causal, None, None, N, N, device="cpu")
 
 
+@needs_aux
 def test_logsumexp_that_is_used() -> None:
     def f(flex: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, aux = flex(q, k, v, softcap, CAUSAL, return_aux=AuxRequest(lse=True))

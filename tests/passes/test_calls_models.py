@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fx_passes import SUSBackend
 from tests.passes import attention_packages as packages
 from tests.passes.test_calls import called
+from tests.torch_versions import varlen_attn, varlen_options
 
 
 @pytest.fixture
@@ -181,9 +181,11 @@ def plain_of(plain: nn.Module, model: nn.Module) -> Callable[..., Tensor]:
 
 
 def test_a_torchtitan_block_with_varlen_attention() -> None:
+    options = varlen_options({"window_size": (-1, 0)})
+
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         parts = (x.flatten(0, 1) for x in (q, k, v))
-        return varlen_attn(*parts, mask, mask, 20, 20, window_size=(-1, 0)).view(q.shape)
+        return varlen_attn(*parts, mask, mask, 20, 20, **options).view(q.shape)
 
     model, plain = Model(attention).double(), Model(dense).double()
     ids = (torch.arange(N) % 50)[None]
@@ -275,6 +277,7 @@ LINEAR: dict[str, Any] = {
 @pytest.mark.parametrize("name", LINEAR)
 def test_no_tensor_over_queries_and_keys(name: str, flash_attn: None, monkeypatch: pytest.MonkeyPatch) -> None:
     masks = LINEAR[name]
+    options = varlen_options({"window_size": (32, 0)}) if name == "varlen" else {}
     shape = (2, 1, LONG, 4) if masks else (LONG, 1, 4)
     args = [torch.randn(shape, requires_grad=True) for _ in range(3)]
     block = create_block_mask(and_masks(*masks), 2, None, LONG, LONG, device="cpu") if masks else None
@@ -283,9 +286,9 @@ def test_no_tensor_over_queries_and_keys(name: str, flash_attn: None, monkeypatc
         if masks:
             return flex_attention(q, k, v, block_mask=block)
         if name == "varlen":
-            return varlen_attn(q, k, v, LONG_ENDS, LONG_ENDS, 70, 70, window_size=(32, 0))
-        options = {"cu_seqlens_q": LONG_ENDS, "cu_seqlens_k": LONG_ENDS, "max_seqlen_q": 70, "max_seqlen_k": 70}
-        return called("flash_attn", "flash_attn_varlen_func", {**options, "causal": True})(q, k, v)
+            return varlen_attn(q, k, v, LONG_ENDS, LONG_ENDS, 70, 70, **options)
+        lengths = {"cu_seqlens_q": LONG_ENDS, "cu_seqlens_k": LONG_ENDS, "max_seqlen_q": 70, "max_seqlen_k": 70}
+        return called("flash_attn", "flash_attn_varlen_func", {**lengths, "causal": True})(q, k, v)
 
     largest = Largest()
 
