@@ -109,6 +109,12 @@ class SUSBackend(Handle):
         registry.register_backend(self, name)
         return self
 
+    def for_another_model(self) -> SUSBackend:
+        """Another backend with the same options, c and number of draws, and an empty report."""
+        backend = SUSBackend(self.c, self.sampler, self.compiler, self.state.seed, self.forward)
+        backend.state.counter = self.state.counter
+        return backend
+
     def separate_copy(self) -> SUSBackend:
         """Another backend with the same options, c, number of draws and report. `copy.deepcopy` gives the same one."""
         copy = SUSBackend.__new__(SUSBackend)

@@ -214,7 +214,8 @@ class AutoC(Adaptive):
         read = self._read(saved, finite=False)
         read["_finite"] = saved.read("finite", partial(check_number, finite=True), self._finite)
         read["_switches"] = saved.read("switches", check_count, 0)
-        read["_probes"] = saved.read("probes", _check_probes, [])
+        none: list[Probed] = []
+        read["_probes"] = saved.read("probes", _check_probes, none)
         vars(self).update(read)
 
 
