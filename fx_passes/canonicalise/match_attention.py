@@ -185,7 +185,7 @@ def _form(terms: list[Term]) -> str:
     if len(terms) > 1:
         return f"{len(terms)} x {spelled}, one product"
     scores = terms[0].scores
-    if scores is None or scores.product is None:
+    if scores is None or scores.query is None:
         return f"logits-{spelled}-matmul"
     return f"matmul-{spelled}-matmul"
 
