@@ -177,6 +177,8 @@ FLEX: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "documents of each entry": (and_masks(causal, documents_of_batch), None, {}, "causal + documents"),
     "documents in chunks": (and_masks(documents, lambda b, h, i, j: i // 8 == j // 8), None, {}, "chunk 8 + documents"),
     "documents twice": (and_masks(documents, documents_of_batch), None, {}, "documents"),
+    "documents, multiplied": (lambda b, h, i, j: (i >= j) * (DOCS[i] == DOCS[j]), None, {}, "causal + documents"),
+    "documents, not other ones": (lambda b, h, i, j: ~(DOCS[i] != DOCS[j]) & ~(j > i), None, {}, "causal + documents"),
     "documents and padding": (
         and_masks(documents_of_batch, real_rows, real_keys), None, {}, "documents + mask"
     ),
@@ -610,6 +612,21 @@ def test_calls_without_gradient_stay() -> None:
         out = torch.compile(f, backend=backend)(*tensors(*BNHD))
     torch.testing.assert_close(out, f(*tensors(*BNHD)))
     assert not backend.report.sites
+
+
+def test_a_call_that_stays_a_node_is_traced_as_what_it_computes() -> None:
+    """The stand-in looks at values, as flash-attn 4 compiles kernels: AOTAutograd cannot trace it."""
+    SUSBackend(compiler="eager")
+
+    def keeps(gm: Any, inputs: Any) -> Any:
+        assert "call_known" in str(gm.graph)
+        return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
+
+    keeps.rewrites_attention = True  # type: ignore[attr-defined]
+    f = called("flash_attn", "flash_attn_varlen_func", {**PAGED, "causal": True})
+    torch._dynamo.reset()
+    found, true = (run(g, tensors(*PACKED)) for g in (torch.compile(f, backend=keeps, fullgraph=True), f))
+    torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-9)
 
 
 def test_other_backends_see_nothing_of_it() -> None:
