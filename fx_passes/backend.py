@@ -25,7 +25,8 @@ COMPILERS = ("inductor", "aot_eager", "eager")
 class SUSBackend:
     """A backend for `torch.compile` in whose graphs attention has a SUS backward (arXiv 2505.15080).
 
-    Graphs that are compiled where no gradient is recorded stay as they are.
+    Graphs that are compiled where no gradient is recorded stay as they are. The attribute `report` is a `Report` on all
+    graphs that it has compiled.
 
     Args:
         c: expected number of kept entries per query row and head, above 0; `float("inf")` is the exact backward.
@@ -76,6 +77,7 @@ class SUSBackend:
 
     @property
     def c(self) -> float:
+        """Expected number of kept entries per query row and head; may be set at any time."""
         return self.state.c
 
     @c.setter
@@ -101,7 +103,7 @@ class SUSBackend:
         """Makes it ``torch.compile(model, backend=name)``, for programs that take the name of a backend only.
 
         Returns:
-            itself, the handle to `c` and `report`. A name that another SUSBackend had is taken over.
+            itself, whose `c` and `report` are those of the name. A name that another SUSBackend had is taken over.
 
         Raises:
             TypeError, ValueError: the name is no identifier, or is that of a backend which is not a SUSBackend.

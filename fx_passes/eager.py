@@ -64,6 +64,7 @@ class sus_backward(TorchFunctionMode):
 
     @property
     def c(self) -> float:
+        """Expected number of kept entries per query row and head; may be set at any time."""
         return self.state.c
 
     @c.setter

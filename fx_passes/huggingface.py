@@ -54,11 +54,11 @@ class register_sus_attention:
         ImportError: transformers is not installed.
         TypeError, ValueError: an argument is not allowed; the message names it.
 
-    Example::
+    Examples:
+        After it, ``AutoModelForCausalLM.from_pretrained(path, attn_implementation="sus")`` trains with SUS.
 
-        sus = register_sus_attention(c=100)
-        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sus")
-        sus.c = 50
+        >>> sus = register_sus_attention(c=100)
+        >>> sus.c = 50
     """
 
     def __init__(self, c: float = 30.0, sampler: str = "auto", seed: int | None = None, forward: str = "auto") -> None:
@@ -74,6 +74,7 @@ class register_sus_attention:
 
     @property
     def c(self) -> float:
+        """Expected number of kept entries per query row and head; may be set at any time."""
         return self.state.c
 
     @c.setter

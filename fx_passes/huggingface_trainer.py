@@ -26,9 +26,9 @@ _Schedule = float | dict[int, float] | Callable[[int], float]
 class SUSTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Trains any model of transformers' ``Trainer`` with the sparse, unbiased backward of SUS backprop.
 
-    While ``train`` runs, the model is compiled in place by a :class:`~fx_passes.SUSBackend`; calls without gradient
+    While ``train`` runs, the model is compiled in place by a `fx_passes.SUSBackend`; calls without gradient
     (evaluation, generation) run it as it was. A model with ``attn_implementation="sus"`` is not compiled: then the
-    callback sets the c of its :class:`register_sus_attention`. ``TrainingArguments(torch_compile=True)`` is fine: what
+    callback sets the c of its `register_sus_attention`. ``TrainingArguments(torch_compile=True)`` is fine: what
     it compiled is compiled with this backend instead.
 
     After the first forward and backward the report of what was found is printed; if no attention was rewritten,
@@ -40,15 +40,21 @@ class SUSTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         c: expected number of kept entries per query row and head, above 0; ``float("inf")`` is the exact backward. A
             dict ``{step: c}`` or any callable of the global step, such as the schedules of `sus_lightning`, sets it
             before each optimizer step. (Those that adapt to probes need Lightning.)
-        sampler, compiler, seed, forward: as for `SUSBackend`.
+        sampler: as for `SUSBackend`.
+        compiler: as for `SUSBackend`.
+        seed: as for `SUSBackend`.
+        forward: as for `SUSBackend`.
 
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
         RuntimeError: in training, if no attention was rewritten.
 
-    Example::
+    Examples:
+        ``Trainer(model, args, train_dataset=data, callbacks=[SUSTrainerCallback(c=30)])``
 
-        trainer = Trainer(model, args, train_dataset=data, callbacks=[SUSTrainerCallback(c=30)])
+        >>> from fx_passes.huggingface import SUSTrainerCallback
+        >>> SUSTrainerCallback(c={0: 256, 1000: 30}).c
+        256.0
     """
 
     def __init__(

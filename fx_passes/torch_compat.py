@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 # The flash kernel for the CPU of torch 2.8 reads and writes out of bounds where keys have fewer heads than queries.
-CPU_KERNEL_HAS_GQA = torch.__version__ >= (2, 9)
+CPU_KERNEL_HAS_GQA = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
 
 def inner_backend(backend: Any) -> Any:
@@ -26,9 +26,8 @@ def inner_backend(backend: Any) -> Any:
 @cache
 def _fakes_symbolic_views() -> bool:
     from torch._subclasses import fake_impls
-    from torch.ops import aten
 
-    return aten.view.default in fake_impls.op_implementations_dict
+    return torch.ops.aten.view.default in fake_impls.op_implementations_dict
 
 
 def symbolic_sizes() -> AbstractContextManager[Any]:

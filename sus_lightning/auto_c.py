@@ -26,11 +26,11 @@ _SURE = 0.05  # settled at infinity: what SUS could still gain, with its error
 
 
 class AutoC(Schedule):
-    """Chooses c for the most progress per second: the ``c="auto"`` of :class:`~sus_lightning.SUSBackprop`.
+    """Chooses c for the most progress per second: the ``c="auto"`` of `SUSBackprop`.
 
     A larger c costs time, a smaller one gradient noise, and noise costs steps. With t(c) the time of a training step's
     forward and backward, r(c) the relative variance and x the gradient noise scale in batches of a step, progress per
-    second is proportional to::
+    second is proportional to:
 
         1 / (t(c) * (1 + r(c) * x / (1 + x)))
 

@@ -48,11 +48,11 @@ if TYPE_CHECKING:
 class SUSBackprop(AnyCallback):
     """Gives softmax attention the sparse, unbiased backward of SUS backprop (arXiv 2505.15080) while a model trains.
 
-    When ``fit`` starts, the submodules of the LightningModule are compiled in place by a
-    :class:`~fx_passes.SUSBackend`, which finds attention in their graphs and exchanges its backward; the forward stays
-    as it is. Validation, test and prediction run the module as it was given, and so does everything after ``fit``.
-    A module that was already compiled (``torch.compile(lightning_module)``, ``self.model = torch.compile(...)``,
-    ``self.model.compile()``) is compiled with the same mode, and given back as it was.
+    When ``fit`` starts, the submodules of the LightningModule are compiled in place by a `fx_passes.SUSBackend`, which
+    finds attention in their graphs and replaces its backward; the forward stays as it is. Validation, test and
+    prediction run the module as it was given, and so does everything after ``fit``. A module that was already compiled
+    (``torch.compile(lightning_module)``, ``self.model = torch.compile(...)``, ``self.model.compile()``) is compiled
+    with the same mode, and given back as it was.
 
     Every ``variance_every_n_steps`` optimizer steps a probe measures how much variance SUS adds to the gradient,
     relative to the variance that it has from the choice of the batch. It never changes training: weights are bitwise
@@ -67,10 +67,10 @@ class SUSBackprop(AnyCallback):
     - ``sus/relative_variance`` (0.01 is an increase by 1%), also per kind of parameter (``sus/relative_variance_of/q``,
       ``k``, ``v``, ``o``, ``qkv``, ``rest``) and, with ``variance_per="layer"``, per layer;
       ``sus/worst_relative_variance`` (largest of the attention projections), ``sus/sus_variance``,
-      ``sus/batch_variance``, ``sus/gradient_noise_scale``: see :class:`~sus_lightning.GradientVariance`;
+      ``sus/batch_variance``, ``sus/gradient_noise_scale``: see `GradientVariance`;
     - ``sus/step_speedup``: seconds of a step's forward and backward, exact over SUS, as the probe measured them, and
       ``sus/net_speedup``: the same divided by the penalty 1 + r x / (1 + x) in steps that the variance costs;
-    - ``sus/summary_...``, when fit ends: the numbers of :attr:`summary`, which is also printed.
+    - ``sus/summary_...``, when fit ends: the numbers of `summary`, which is also printed.
 
     Works with ``lightning.pytorch`` and with ``pytorch_lightning``. It can be pickled and deep-copied, before, in and
     after ``fit``; what it made is then a callback that is not attached to any fit, with the same arguments, c and
@@ -78,27 +78,16 @@ class SUSBackprop(AnyCallback):
 
     Note:
         c and the number of draws so far are saved in checkpoints: a run that was resumed draws what the run without
-        interruption would have drawn. So is the state of a schedule that has one (:class:`~sus_lightning.AutoC`,
-        :class:`~sus_lightning.VarianceTarget`); a run may go on with another schedule, which starts anew.
+        interruption would have drawn. So is the state of a schedule that has one (`AutoC`, `VarianceTarget`); a run may
+        go on with another schedule, which starts anew.
 
     Note:
         If no attention was rewritten after the first training step, ``fit`` stops with an error that shows what was
         found and why it was left.
 
-    Example::
-
-        from lightning.pytorch import Trainer
-        from sus_lightning import LinearSchedule, SUSBackprop, VarianceTarget
-
-        trainer = Trainer(callbacks=[SUSBackprop()])  # c chooses itself
-        trainer = Trainer(callbacks=[SUSBackprop(c=30)])
-        trainer = Trainer(callbacks=[SUSBackprop(c=LinearSchedule(256, 30, steps=2000))])
-        trainer = Trainer(callbacks=[SUSBackprop(c=VarianceTarget(0.01))])
-        trainer = Trainer(callbacks=[SUSBackprop(c=lambda step: 256 / (1 + step / 100))])
-
     Args:
         c: expected number of kept entries per query row and head, above 0; ``float("inf")`` is the exact backward.
-            "auto" is :class:`~sus_lightning.AutoC`, which chooses it for the most progress per second. A schedule, a
+            "auto" is `AutoC`, which chooses it for the most progress per second. A schedule, a
             dict ``{step: c}`` or any callable of the global step sets it before each training step, without
             recompilation.
         sampler: "auto" ("tile" on a GPU, else "systematic"), "systematic" (one draw per row), "independent" (one per
@@ -123,6 +112,15 @@ class SUSBackprop(AnyCallback):
         TypeError, ValueError: an argument is not allowed; the message names it.
         MisconfigurationException: no attention was rewritten, or the strategy is DeepSpeed.
 
+    Examples:
+        >>> from lightning.pytorch import Trainer
+        >>> from sus_lightning import LinearSchedule, SUSBackprop, VarianceTarget
+        >>> trainer = Trainer(callbacks=[SUSBackprop()], logger=False)  # c chooses itself
+        >>> SUSBackprop(c=30).c
+        30.0
+        >>> callback = SUSBackprop(c=LinearSchedule(256, 30, steps=2000))
+        >>> callback = SUSBackprop(c=VarianceTarget(0.01))
+        >>> callback = SUSBackprop(c=lambda step: 256 / (1 + step / 100))
     """
 
     def __init__(

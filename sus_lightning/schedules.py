@@ -20,12 +20,12 @@ class Schedule(ABC):
     YAML by its ``class_path``, and can keep state: what ``state_dict`` returns is saved in the checkpoint and given to
     ``load_state_dict``.
 
-    Example::
-
-        class InverseSquareRoot(Schedule):
-            def __call__(self, step: int) -> float:
-                return max(30.0, 1000.0 / (1 + step) ** 0.5)
-
+    Examples:
+        >>> class InverseSquareRoot(Schedule):
+        ...     def __call__(self, step: int) -> float:
+        ...         return max(30.0, 1000.0 / (1 + step) ** 0.5)
+        >>> InverseSquareRoot()(99)
+        100.0
     """
 
     @abstractmethod
@@ -36,10 +36,11 @@ class Schedule(ABC):
         """Called after each variance probe, with the values that it logs (their names without ``sus/``)."""
 
     def state_dict(self) -> dict[str, Any]:
+        """What the checkpoint keeps of this schedule."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        pass
+        """Takes over what `state_dict` had returned."""
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
