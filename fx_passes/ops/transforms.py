@@ -28,7 +28,7 @@ def _transformed() -> bool:
     return bool(_functorch.get_dynamic_layer_stack_depth() > 0)
 
 
-# Dynamo guards on the stack, and calls this while it traces: what `torch.compiler.assume_constant_result` does, but that
+# Dynamo guards on the stack, and calls this while it traces, as with `torch.compiler.assume_constant_result`, which
 # imports Dynamo.
 _transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
