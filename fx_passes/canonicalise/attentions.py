@@ -12,9 +12,9 @@ from fx_passes.canonicalise.axes import FailedMatch
 from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.forms import Attention, Walk
 from fx_passes.canonicalise.lower import LoweredTerm, bias_is_dense, lower
-from fx_passes.canonicalise.match_attention import is_attention_softmax, match_attention, match_sdpa
+from fx_passes.canonicalise.match_attention import is_attention_softmax, match_attention, match_sdpa, products
 from fx_passes.find import calls, flex
-from fx_passes.find.anchors import SDPA, is_anchor, products, softmaxes
+from fx_passes.find.anchors import SDPA, is_anchor, softmaxes
 from fx_passes.find.context import fake_of
 from fx_passes.find.live import is_live
 from fx_passes.find.trace import Trace, Value

@@ -92,6 +92,7 @@ class Scores:
     sink: Sink | None = None
     wide: tuple[Dim, int] | None = None
     why: str = ""  # for tier 2: what was not expressible
+    visited: tuple[Value, ...] = ()  # every value that was gone through
 
 
 @dataclass
@@ -132,8 +133,6 @@ class Attention:
     form: str
     visited: list[Value]
     causal: bool = False  # F.scaled_dot_product_attention's is_causal
-    window: tuple[int | None, int | None] = (None, None)
-    scale: float | None = None
 
 
 class Walk:

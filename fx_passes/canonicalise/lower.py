@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 
 from fx_passes.canonicalise.attention_dims import AttentionDims, attention_dims, peeled
 from fx_passes.canonicalise.axes import FailedMatch, all_axes, free_axes, leaves, product
+from fx_passes.canonicalise.columns import wide
 from fx_passes.canonicalise.contraction import Operand
 from fx_passes.canonicalise.forms import Attention, Bias, Factor, Scores, Sink, Term, Walk, level
 from fx_passes.canonicalise.masks import LoweredMask, lower_mask, wants_gradient
 from fx_passes.canonicalise.positional_mask import PositionalMask
-from fx_passes.canonicalise.scores import wide
 from fx_passes.find.context import Level
 
 _WIDEST = 256  # values that the kernels take

@@ -7,18 +7,21 @@ from dataclasses import replace
 import torch
 
 from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, Layout, all_axes, broadcast, fresh, known, leaves
+from fx_passes.canonicalise.columns import scores
 from fx_passes.canonicalise.constants import Constants
-from fx_passes.canonicalise.contraction import Operand, contraction
+from fx_passes.canonicalise.contraction import Operand, contraction, is_contraction
 from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Scores, Term, Walk, level
-from fx_passes.canonicalise.probs import leads_to_softmax, normalise, probs, through_views
-from fx_passes.canonicalise.qk_product import contains_qk_product
-from fx_passes.canonicalise.scores import scores
-from fx_passes.canonicalise.softmax import divisor, row_sum, softmax_input
+from fx_passes.canonicalise.normalise import normalise
+from fx_passes.canonicalise.probs import mixes
+from fx_passes.canonicalise.reader import ProbsReader, contains_qk_product
+from fx_passes.canonicalise.rules import PROBS
+from fx_passes.canonicalise.softmax import divisor, row_sum, softmax_input, through_views
 from fx_passes.canonicalise.views import after, is_cast, is_view
 from fx_passes.find.context import Level
 from fx_passes.find.trace import Trace, Value
 
 aten = torch.ops.aten
+_MOST = 80  # operations behind a softmax in which products with V are looked for
 
 
 def is_attention_softmax(walk: Walk, soft: Value) -> bool:
@@ -28,7 +31,26 @@ def is_attention_softmax(walk: Walk, soft: Value) -> bool:
         return False
     layout, keys = fresh(source.shape), (Axis(source.shape[dim]),)
     layout = (*layout[:dim], keys, *layout[dim + 1 :])
-    return contains_qk_product(walk.context, source, layout, keys)
+    return contains_qk_product(walk, source, layout, keys)
+
+
+def products(trace: Trace, soft: Value) -> list[Value]:
+    """The products that a softmax's result enters, through operations that have a rule for probabilities."""
+    found: list[Value] = []
+    seen: set[Value] = set()
+    todo = [soft]
+    while todo and len(seen) < _MOST:
+        value = todo.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        for user in trace.users(value):
+            if is_contraction(user):
+                found += [] if user in found else [user]
+                todo += [user] if mixes(trace.context, user) else []
+            elif user.op in PROBS or is_view(user) or is_cast(user):
+                todo.append(user)
+    return found
 
 
 def match_attention(trace: Trace, constants: Constants, product: Value) -> tuple[Attention, Walk]:
@@ -38,22 +60,26 @@ def match_attention(trace: Trace, constants: Constants, product: Value) -> tuple
         FailedMatch: the reason.
     """
     reason: FailedMatch | None = None
+    unclear = ""
     for flipped in (False, True):
         walk = Walk(trace, constants)
         c = contraction(product, fresh(product.shape))
         side, value = (c.right, c.left) if flipped else (c.left, c.right)
-        if not leads_to_softmax(trace.context, side.value):
-            continue
+        reader = ProbsReader(walk, c.summed)
+        walk.visit(product)
         try:
-            return _attention(walk, product, c.layout, side, value, c.summed), walk
+            terms = reader.read(side.value, side.layout)
+            if terms is not None:
+                return _attention(walk, product, c.layout, terms, side, value, c.summed), walk
         except FailedMatch as why:
             reason = reason or why
-    raise reason or FailedMatch("no softmax is in the product")
+        unclear = unclear or reader.unclear
+    raise reason or FailedMatch(unclear or "no softmax is in the product")
 
 
-def _attention(walk: Walk, out: Value, layout: Layout, side: Operand, value: Operand, summed: Dim) -> Attention:
-    walk.visit(out)
-    terms = probs(walk, side.value, side.layout, summed)
+def _attention(
+    walk: Walk, out: Value, layout: Layout, terms: list[Term], side: Operand, value: Operand, summed: Dim
+) -> Attention:
     keys = set(leaves(summed))
     for i, term in enumerate(terms):
         over = set(leaves(term.keys if term.extension is None else term.extension[0]))
@@ -89,7 +115,7 @@ def _check_value(walk: Walk, term: Term, value: Operand, summed: Dim) -> None:
     rows = set(all_axes(found.query.layout)) - set(all_axes(found.key.layout))
     if others & rows:
         raise FailedMatch("the product with value sums over the rows")
-    if rows & set(all_axes(value.layout)) and contains_qk_product(walk.context, value.value, value.layout, summed):
+    if rows & set(all_axes(value.layout)) and contains_qk_product(walk, value.value, value.layout, summed):
         raise FailedMatch("value is made of scores")
 
 
@@ -111,8 +137,8 @@ def _normalised_later(
             found = row_sum(below.value, below.layout, unnormalised.value, unnormalised.layout, summed)
             if found is None or not all(known(a == b) for a, b in zip(user.shape, value.shape, strict=True)):
                 break
-            term = normalise(walk, terms, summed, found)
-            return user, layout, [replace(term, scores=scores(walk, term))]
+            terms = normalise(walk, terms, summed, found)
+            return user, layout, [replace(term, scores=scores(walk, term)) for term in terms]
         moved = after(user, layout) if is_view(user) and user.args[0] is value else layout if is_cast(user) else None
         if moved is None:
             break
@@ -185,6 +211,3 @@ def match_sdpa(trace: Trace, constants: Constants, call: Value) -> tuple[Attenti
         call, (*lead, rows, out), [term], v, "sdpa", walk.visited, causal=bool(given.get("is_causal"))
     )
     return attention, walk
-
-
-__all__ = ["is_attention_softmax", "match_attention", "match_sdpa"]
