@@ -143,6 +143,10 @@ def auto_c_bytes() -> str:
     return _auto_c("auto-c-bytes-2048")
 
 
+def auto_c_bytes_8192() -> str:
+    return _auto_c("auto-c-bytes-8192")
+
+
 def auto_c_smollm2() -> str:
     return _auto_c("auto-c-smollm2-2048")
 
@@ -277,6 +281,7 @@ TABLES: dict[str, Callable[[], str]] = {
         noise_smollm2,
         expectations,
         auto_c_bytes,
+        auto_c_bytes_8192,
         auto_c_smollm2,
         auto_c_landscapes,
         found_by_family,
