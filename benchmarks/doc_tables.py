@@ -57,9 +57,19 @@ def until(pair: dict[str, Any]) -> str:
     return "not reached" if at is None else f"{at / exact:.2f}"
 
 
+def variance_rows(name: str) -> list[dict[str, Any]]:
+    """Of variance-NAME.json and, where it lacks them, of the earlier files of one n each, which have no errors."""
+    earlier = []
+    for n in (1024, 2048, 4096):
+        for r in (read(f"variance-{name}-{n}") or {"rows": []})["rows"]:
+            worst = max(r[f"{x}_proj"] for x in "qkvo")
+            earlier.append({**r, "point": name, "n": n, "worst": worst, "error": None})
+    rows = (read(f"variance-{name}") or {"rows": []})["rows"]
+    return list({(r["point"], r["n"], r["sampler"], r["c"]): r for r in [*earlier, *rows]}.values())
+
+
 def variance(name: str) -> str:
-    result = read(f"variance-{name}")
-    found = {(r["point"], r["n"], r["sampler"], r["c"]): r for r in (result["rows"] if result else [])}
+    found = {(r["point"], r["n"], r["sampler"], r["c"]): r for r in variance_rows(name)}
     points = sorted({key[0] for key in found}, key=training_step)
     cs = sorted({key[3] for key in found})
     rows = []
@@ -80,11 +90,14 @@ def training_step(point: str) -> int:
 
 def noise(r: dict[str, Any]) -> str:
     """Total with its standard error, and the worst kind."""
-    return f"{percent(r['total'])} ± {percent(r['error'])}; {percent(r['worst'])}"
+    if r["worst"] < 1e-5:
+        return "below 0.001%"
+    error = "" if r["error"] is None else f" ± {percent(r['error'])}"
+    return f"{percent(r['total'])}{error}; {percent(r['worst'])}"
 
 
 def percent(x: float) -> str:
-    return "0" if x < 5e-6 else f"{100 * x:.2g}%" if x < 0.1 else f"{100 * x:.0f}%"
+    return f"{100 * x:.2g}%" if x < 0.1 else f"{100 * x:.0f}%"
 
 
 def attention_scaling() -> str:

@@ -96,12 +96,11 @@ def train_quality() -> Any | None:
 
 def variance() -> Any | None:
     panels = []
-    byte, smol = read("variance-byte"), read("variance-smollm2")
-    for point in sorted({r["point"] for r in byte["rows"]}, key=doc_tables.training_step) if byte else []:
+    byte, smollm2 = doc_tables.variance_rows("byte"), doc_tables.variance_rows("smollm2")
+    for point in sorted({r["point"] for r in byte}, key=doc_tables.training_step):
         title = f"byte model, step {doc_tables.training_step(point)}"
-        panels.append((title, [r for r in byte["rows"] if r["point"] == point]))
-    if smol:
-        panels.append(("SmolLM2-135M, pretrained", smol["rows"]))
+        panels.append((title, [r for r in byte if r["point"] == point]))
+    panels.append(("SmolLM2-135M, pretrained", smollm2))
     figure, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels) + 0.8, 3.7), sharey=True, squeeze=False)
     colours = dict(zip((512, 1024, 2048, 4096), (PURPLE, BLUE, ORANGE, GREEN), strict=True))
     for axis, (title, rows) in zip(axes[0], panels, strict=True):
@@ -158,7 +157,7 @@ def whole_steps() -> Any | None:
 PICTURES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "time-against-n": (time_against_n, ("attention-scaling",)),
     "train-quality": (train_quality, ("train-quality-byte", "train-quality-smollm2")),
-    "variance": (variance, ("variance-byte", "variance-smollm2")),
+    "variance": (variance, ("variance-byte", "variance-smollm2", "variance-smollm2-2048")),
     "whole-steps": (whole_steps, ("steps-example", "steps-gpt2", "steps-smollm2")),
 }
 

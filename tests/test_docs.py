@@ -154,6 +154,14 @@ def test_paths_exist(page: str) -> None:
         assert glob.glob(str(ROOT / path.rstrip("."))), f"{page} names {path}"
 
 
+@pytest.mark.parametrize("page", _NAMES)
+def test_options_of_commands_exist(page: str) -> None:
+    for script, options in re.findall(r"python ((?:benchmarks|examples)/\w+\.py)([^`#\n]*)", (ROOT / page).read_text()):
+        source = (ROOT / script).read_text()
+        for option in re.findall(r"--[a-z][\w-]*", options):
+            assert f'"{option}"' in source, f"{page}: {script} has no {option}"
+
+
 def test_the_site_is_built_with_its_warnings() -> None:
     """`mkdocs build --strict` counts what it prints: with --quiet no warning fails it."""
     files = [*(ROOT / ".ci").glob("*"), *(ROOT / ".github/workflows").glob("*")]

@@ -12,6 +12,7 @@ from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.contraction import Operand, contraction, is_contraction
 from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Scores, Term, Walk, level
 from fx_passes.canonicalise.normalise import normalise
+from fx_passes.canonicalise.operators import name
 from fx_passes.canonicalise.probs import mixes
 from fx_passes.canonicalise.reader import ProbsReader, contains_qk_product
 from fx_passes.canonicalise.rules import PROBS
@@ -34,9 +35,10 @@ def is_attention_softmax(walk: Walk, soft: Value) -> bool:
     return contains_qk_product(walk, source, layout, keys)
 
 
-def products(trace: Trace, soft: Value) -> list[Value]:
-    """The products that a softmax's result enters, through operations that have a rule for probabilities."""
+def products(trace: Trace, soft: Value) -> tuple[list[Value], list[str]]:
+    """The products that a softmax's result enters, through operations with a rule; and the operations without one."""
     found: list[Value] = []
+    ends: set[str] = set()
     seen: set[Value] = set()
     todo = [soft]
     while todo and len(seen) < _MOST:
@@ -50,7 +52,9 @@ def products(trace: Trace, soft: Value) -> list[Value]:
                 todo += [user] if mixes(trace.context, user) else []
             elif user.op in PROBS or is_view(user) or is_cast(user):
                 todo.append(user)
-    return found
+            else:
+                ends.add(name(user))
+    return found, sorted(ends)
 
 
 def match_attention(trace: Trace, constants: Constants, product: Value) -> tuple[Attention, Walk]:
@@ -88,7 +92,9 @@ def _attention(
         terms[i] = replace(term, mixed=(*leaves(term.mixed), *(a for a in leaves(summed) if a not in over)))
     if level(walk.context, value.value) < Level.COMPUTED:
         raise FailedMatch("value is a parameter, not an activation")
-    done = [t if t.plain else replace(t, scores=scores(walk, t)) for t in terms]
+    done = sorted([t if t.plain else _with_scores(walk, t, len(terms) == 1) for t in terms], key=lambda t: t.plain)
+    if done[0].plain:
+        raise FailedMatch("softmax is not taken of a product of two activations")
     for term in done:
         _check_value(walk, term, value, summed)
     if done[-1].plain and any(set(leaves(t.keys if t.extension is None else t.extension[0])) != keys for t in done):
@@ -99,6 +105,17 @@ def _attention(
         out, layout, done = _normalised_later(walk, out, layout, done, summed, through_views(side))
     _check_regions(walk)
     return Attention(out, layout, done, value, _form(done), walk.visited)
+
+
+def _with_scores(walk: Walk, term: Term, alone: bool) -> Term:
+    """A term with its scores. Beside others, a softmax of something else is a tensor of probabilities (ConViT)."""
+    try:
+        return replace(term, scores=scores(walk, term))
+    except FailedMatch:
+        if alone or term.dropout or term.masks or term.extension is not None or not term.normalised:
+            raise
+    factors = [Factor(term.soft, term.source.layout), *term.factors]
+    return Term(term.soft, term.source, term.keys, term.scale, factors, plain=True, mixed=term.mixed)
 
 
 def _check_value(walk: Walk, term: Term, value: Operand, summed: Dim) -> None:
@@ -168,7 +185,7 @@ def _form(terms: list[Term]) -> str:
     if len(terms) > 1:
         return f"{len(terms)} x {spelled}, one product"
     scores = terms[0].scores
-    if scores is None or scores.product is None:
+    if scores is None or scores.query is None:
         return f"logits-{spelled}-matmul"
     return f"matmul-{spelled}-matmul"
 

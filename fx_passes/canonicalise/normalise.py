@@ -11,6 +11,7 @@ from fx_passes.canonicalise.axes import Dim, FailedMatch, broadcast, leaves
 from fx_passes.canonicalise.contraction import Operand
 from fx_passes.canonicalise.forms import Mask, Sink, Term, Walk
 from fx_passes.canonicalise.readings import is_zeros_and_ones
+from fx_passes.canonicalise.row_sums import over_row_sums
 from fx_passes.canonicalise.softmax import RowSum, through, through_views
 from fx_passes.find.trace import Value
 
@@ -30,6 +31,8 @@ def normalise(walk: Walk, terms: list[Term], keys: Dim, total: RowSum) -> list[T
 
     A number added to the sum is a sink, whose logit is the number's logarithm.
     """
+    if not total.extra and total.other is None and (len(terms) > 1 or terms[0].mixed):
+        return over_row_sums(terms, keys)
     one_softmax(terms)
     if len(terms) != 1:
         raise FailedMatch("a sum of softmaxes is normalised")

@@ -26,7 +26,6 @@ MATMULS = {aten.bmm.default, aten.mm.default}
 SUMS = {aten.add.Tensor, aten.sub.Tensor}
 PRODUCTS = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 DIVISIONS = {aten.div.Tensor, aten.div.Scalar}
-REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim}
 LARGEST = {aten.amax.default, aten.max.dim}
 CLAMPS_BELOW = {aten.clamp_min.default, aten.clamp.default}
 

@@ -47,7 +47,7 @@ def product(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None
     extra = set(all_axes(key.layout)) - set(all_axes(query.layout)) - mine
     if extra and reader.contains_qk_product(key):
         raise FailedMatch("the scores are mixed across heads")
-    return Scores(Operand(value, layout), product=c, query=query, key=key)
+    return Scores(Operand(value, layout), query=query, key=key)
 
 
 def cut(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:

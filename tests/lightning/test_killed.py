@@ -50,6 +50,7 @@ def test_killed_at_20_random_moments(tmp_path: Path) -> None:
                 if life(folder, where, choose.randint(1, most[where])) == 0:
                     break
                 kills[where] += 1
+                print(where, "in run", len(ends), flush=True)
             if not (folder / "end.pt").exists():
                 assert life(folder, "-", 0) == 0
             ends.append(folder / "end.pt")
