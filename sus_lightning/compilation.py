@@ -19,6 +19,7 @@ from torch._dynamo import OptimizedModule
 from torchmetrics import Metric
 
 from fx_passes.rewrite.module_counts import Owner, compile_call
+from fx_passes.torch_compat import innermost_backend
 from sus_lightning.caches import allow_compilation, clear_caches
 
 _MISSING = object()
@@ -285,8 +286,6 @@ def _options_of(compiled: Any) -> dict[str, Any]:
 
     A mode is a set of options to Inductor, which is how it is found again here.
     """
-    from torch._dynamo.eval_frame import innermost_backend
-
     if not hasattr(compiled, "callback"):
         code, cells = getattr(compiled, "__code__", None), getattr(compiled, "__closure__", None) or ()
         names = code.co_freevars if code is not None else ()
