@@ -14,7 +14,8 @@ from torch._dynamo import OptimizedModule
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from fx_passes.backend import SUSBackend
+from fx_passes.backend import Compiler, SUSBackend
+from fx_passes.ops.problem import Forward, Sampler
 from fx_passes.state import State, check_c
 
 # Past Dynamo's own limit of 8 it would run attention uncompiled, hence without SUS.
@@ -60,10 +61,10 @@ class SUSTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     def __init__(
         self,
         c: float | Mapping[int, float] | Callable[[int], float] = 30.0,
-        sampler: str = "systematic",
-        compiler: str = "inductor",
+        sampler: Sampler = "systematic",
+        compiler: Compiler = "inductor",
         seed: int | None = None,
-        forward: str = "auto",
+        forward: Forward = "auto",
     ) -> None:
         self._schedule = _checked(c)
         self.backend = SUSBackend(_at(self._schedule, 0), sampler, compiler, seed, forward)
@@ -107,9 +108,7 @@ class SUSTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         registered = _registered_state(model)
         self._registered = registered
         if self.backend.report.sites:  # of another training; they would hide that nothing is found in this model
-            old = self.backend
-            self.backend = SUSBackend(old.c, old.sampler, old.compiler, old.state.seed, old.forward)
-            self.backend.state.counter = old.state.counter
+            self.backend = self.backend.for_another_model()
         known = state.stateful_callbacks.get(type(self).__name__)  # of the checkpoint that is resumed from
         known = known[0] if isinstance(known, list) else known
         self.saved = self.saved or (known or {}).get("attributes", {}).get("saved")
@@ -229,7 +228,7 @@ def _checked(c: Any) -> _Schedule:
             "False; the SUSTrainerCallback that is passed to the Trainer goes on from the checkpoint by itself."
         )
     if isinstance(c, Mapping):
-        steps = {_step(step): check_c(value, f"c[{step}]") for step, value in sorted(c.items())}
+        steps = dict(sorted({_step(step): check_c(value, f"c[{step}]") for step, value in c.items()}.items()))
         if 0 not in steps:
             raise ValueError(f"c must say what it is at step 0, but its steps are {list(steps)}")
         return steps

@@ -21,6 +21,7 @@ import sus_lightning
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="no docs beside the tests")
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 _NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 _FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
@@ -151,6 +152,23 @@ def test_paths_exist(page: str) -> None:
         named += re.findall(r"\]\((docs/[\w./-]+)", text)
     for path in named:
         assert glob.glob(str(ROOT / path.rstrip("."))), f"{page} names {path}"
+
+
+@pytest.mark.parametrize("page", _NAMES)
+def test_options_of_commands_exist(page: str) -> None:
+    for script, options in re.findall(r"python ((?:benchmarks|examples)/\w+\.py)([^`#\n]*)", (ROOT / page).read_text()):
+        source = (ROOT / script).read_text()
+        for option in re.findall(r"--[a-z][\w-]*", options):
+            assert f'"{option}"' in source, f"{page}: {script} has no {option}"
+
+
+def test_the_site_is_built_with_its_warnings() -> None:
+    """`mkdocs build --strict` counts what it prints: with --quiet no warning fails it."""
+    files = [*(ROOT / ".ci").glob("*"), *(ROOT / ".github/workflows").glob("*")]
+    builds = [line for file in files for line in file.read_text().splitlines() if "mkdocs build" in line]
+    for line in builds:
+        assert "--strict" in line
+        assert "-q" not in line.split("#")[0], line
 
 
 def _documented() -> set[str]:
