@@ -11,19 +11,20 @@ import torch
 from torch.fx import GraphModule
 
 from fx_passes.find.dynamo_patches import know_calls, mend_graph_breaks
-from fx_passes.ops.functional import check_choice
-from fx_passes.ops.problem import FORWARDS, SAMPLERS, Forward, Sampler
+from fx_passes.handle import Handle
+from fx_passes.ops.arguments import check_choice
+from fx_passes.ops.problem import Forward, Sampler
 from fx_passes.report import Report
 from fx_passes.rewrite import Options, rewrite_graph
 from fx_passes.rewrite.guard import Guarded
 from fx_passes.rewrite.module_counts import count_owners, first_parameter, this_frame
-from fx_passes.state import State, shown
+from fx_passes.state import shown
 
 Compiler = Literal["inductor", "aot_eager", "eager"]
 COMPILERS: tuple[str, ...] = get_args(Compiler)
 
 
-class SUSBackend:
+class SUSBackend(Handle):
     """A backend for `torch.compile` in whose graphs attention has a SUS backward (arXiv 2505.15080).
 
     Graphs that are compiled where no gradient is recorded stay as they are. The attribute `report` is a `Report` on all
@@ -62,26 +63,14 @@ class SUSBackend:
         seed: int | None = None,
         forward: Forward = "auto",
     ) -> None:
-        check_choice("sampler", sampler, SAMPLERS)
         check_choice("compiler", compiler, COMPILERS)
-        check_choice("forward", forward, FORWARDS)
-        self.state = State(c, seed)
+        super().__init__(c, sampler, seed, forward)
         mend_graph_breaks()
         know_calls()
-        self.sampler, self.compiler, self.forward = sampler, compiler, forward
+        self.compiler = compiler
         self.report = Report(state=self.state.id)
-        self.apart = (
-            False  # a graph for each module, so that each attention has a number, hence may have a c, of its own
-        )
-
-    @property
-    def c(self) -> float:
-        """Expected number of kept entries per query row and head; may be set at any time."""
-        return self.state.c
-
-    @c.setter
-    def c(self, value: float) -> None:
-        self.state.c = value
+        # A graph for each module, so that each attention has a number, hence may have a c, of its own.
+        self.apart = False
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         """Called by Dynamo for each graph. `kwargs` are torch.compile's `mode` and `options`, for Inductor."""
@@ -119,6 +108,12 @@ class SUSBackend:
         registry._COMPILER_FNS.pop(name, None)
         registry.register_backend(self, name)
         return self
+
+    def for_another_model(self) -> SUSBackend:
+        """Another backend with the same options, c and number of draws, and an empty report."""
+        backend = SUSBackend(self.c, self.sampler, self.compiler, self.state.seed, self.forward)
+        backend.state.counter = self.state.counter
+        return backend
 
     def separate_copy(self) -> SUSBackend:
         """Another backend with the same options, c, number of draws and report. `copy.deepcopy` gives the same one."""

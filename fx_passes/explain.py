@@ -57,7 +57,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         found = rewrite_graph(gm, options, report, example_inputs, dry=True, frame=frame)
         return count_owners(gm, report, found.sites, parameter, frame)
 
-    look.rewrites_attention = True  # type: ignore[attr-defined]
+    look.rewrites_attention, look.report = True, report  # type: ignore[attr-defined]
     torch._dynamo.reset()  # what was compiled earlier would not be seen
     run = model.forward if isinstance(model, torch.nn.Module) else model
     with torch.enable_grad():

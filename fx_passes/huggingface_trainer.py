@@ -108,9 +108,7 @@ class SUSTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         registered = _registered_state(model)
         self._registered = registered
         if self.backend.report.sites:  # of another training; they would hide that nothing is found in this model
-            old = self.backend
-            self.backend = SUSBackend(old.c, old.sampler, old.compiler, old.state.seed, old.forward)
-            self.backend.state.counter = old.state.counter
+            self.backend = self.backend.for_another_model()
         known = state.stateful_callbacks.get(type(self).__name__)  # of the checkpoint that is resumed from
         known = known[0] if isinstance(known, list) else known
         self.saved = self.saved or (known or {}).get("attributes", {}).get("saved")

@@ -120,6 +120,7 @@ class State:
         slow: by site, why calls took the slower PyTorch path, and how many did for each reason.
         calls: how many calls of eager code got a SUS backward.
         left: why calls were left to the library's exact function, and how many were for each reason.
+        by_form: both by a call's form, such as "sdpa" or "flash", and reason, which is "" where it was not left.
         id: the number by which operators find this state.
     """
 
@@ -131,6 +132,7 @@ class State:
         self.slow: dict[int, Counter[str]] = {}
         self.calls = 0
         self.left: Counter[str] = Counter()
+        self.by_form: Counter[tuple[str, str]] = Counter()
         self._run: Run | None = None
         self._number: int | None = None
         self._places: weakref.WeakKeyDictionary[Run, _Place] = weakref.WeakKeyDictionary()  # in runs that were left
@@ -327,17 +329,19 @@ class State:
         with self._lock:
             self.slow.setdefault(site, Counter())[reason] += 1
 
-    def note_left(self, reason: str) -> None:
+    def note_left(self, reason: str, form: str = "sdpa") -> None:
         """Counts a call that the library's exact function computes. (What Dynamo traces is not counted: see below.)"""
         if not torch.compiler.is_dynamo_compiling():
             with self._lock:
                 self.left[reason] += 1
+                self.by_form[form, reason] += 1
 
-    def note_call(self) -> None:
+    def note_call(self, form: str = "sdpa") -> None:
         """Counts a call that gets a SUS backward. Dynamo would guard on the number, and compile for each anew."""
         if not torch.compiler.is_dynamo_compiling():
             with self._lock:
                 self.calls += 1
+                self.by_form[form, ""] += 1
 
     def pop_kept(self) -> Kept:
         """The counts since the last call, which starts them anew."""

@@ -209,9 +209,9 @@ def why_left(
     It raises nothing: what is wrong about a call, the library's own function says.
     """
     tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
-    reason = next((r for r in map(_unusual, tensors) if r is not None), None)
-    if reason is not None:
-        return reason
+    for reason in map(_unusual, tensors):
+        if reason is not None:
+            return reason
     if any(x.device != query.device for x in tensors) or query.device.type not in _DEVICES:
         return f"device {query.device.type}" if query.device.type not in _DEVICES else "tensors on several devices"
     device = query.device.type
