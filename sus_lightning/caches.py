@@ -55,7 +55,7 @@ def _clear(code: CodeType, backend: Callable[..., Any]) -> list[Any]:
     entries = _debug_get_cache_entry_list(code)
     dead = [e for e in entries if isinstance(e.guard_manager, DeletedGuardManagerWrapper)]
     ours = [e for e in entries if e not in dead and _is(e.backend, backend)]
-    managers = [e.guard_manager for e in ours]
+    managers, compiled = [e.guard_manager for e in ours], [e.code for e in ours]
     if not ours:
         return []
     if len(ours) + len(dead) == len(entries) or len(ours) + len(dead) > _MOST_DEAD:
@@ -65,7 +65,24 @@ def _clear(code: CodeType, backend: Callable[..., Any]) -> list[Any]:
             cast(Any, manager.extra_state).invalidate(
                 entry, DeletedGuardManagerWrapper("its backend is not in use any more")
             )
+    for made in compiled:
+        _remove_globals(made)
     return managers
+
+
+def _remove_globals(code: CodeType) -> None:
+    """Removes graphs and resume functions of code that Dynamo made from the globals of the user's module.
+
+    Dynamo does so when the code dies. Behind a graph break it never does: the graph of an inner frame was traced with
+    this code on the stack, and its tracebacks keep the code, out of the garbage collector's sight.
+    """
+    from torch._dynamo.utils import CleanupManager
+
+    hooks = CleanupManager.instance
+    if code in hooks:
+        for hook in hooks[code]:
+            hook()
+        hooks[code] = []
 
 
 def _forget(managers: Sequence[Any]) -> None:
