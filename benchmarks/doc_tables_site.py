@@ -102,20 +102,16 @@ def _ms(x: float) -> str:
     return f"{x:.3g}"
 
 
-def noise_smollm2() -> str:
-    """Relative variance on SmolLM2-135M: total / query projections, and the keys kept per row."""
+def kept_smollm2() -> str:
+    """Keys kept per row on SmolLM2-135M."""
     table = []
     for n in (1024, 2048, 4096):
         found = read(f"variance-smollm2-{n}")
-        rows = {(row["sampler"], row["c"]): row for row in found["rows"]} if found else {}
-        for c in sorted({c for _, c in rows}):
-            cells = [str(n), f"{c:g}"]
-            for sampler in ("systematic", "tile"):
-                row = rows.get((sampler, c))
-                both = [f"{row['total']:.2%} / {row['q_proj']:.1%}", _kept(row["kept"])] if row else [ABSENT, ""]
-                cells += both
-            table.append(cells)
-    return markdown(["n", "c", "systematic", "kept", "tile", "kept"], table)
+        kept = {(row["sampler"], row["c"]): row["kept"] for row in found["rows"]} if found else {}
+        for c in sorted({c for _, c in kept}):
+            cells = [_kept(kept[s, c]) if (s, c) in kept else ABSENT for s in ("systematic", "tile")]
+            table.append([str(n), f"{c:g}", *cells])
+    return markdown(["n", "c", "systematic", "tile"], table)
 
 
 def _kept(x: float) -> str:
@@ -141,6 +137,10 @@ def expectations() -> str:
 
 def auto_c_bytes() -> str:
     return _auto_c("auto-c-bytes-2048")
+
+
+def auto_c_bytes_8192() -> str:
+    return _auto_c("auto-c-bytes-8192")
 
 
 def auto_c_smollm2() -> str:
@@ -274,9 +274,10 @@ TABLES: dict[str, Callable[[], str]] = {
     for f in (
         attention_cpu,
         gpu_headline,
-        noise_smollm2,
+        kept_smollm2,
         expectations,
         auto_c_bytes,
+        auto_c_bytes_8192,
         auto_c_smollm2,
         auto_c_landscapes,
         found_by_family,

@@ -23,8 +23,9 @@ import random
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +42,10 @@ from train_lm import ByteLM, Training, Windows, standard_library  # noqa: E402
 
 from sus_lightning import SUSBackprop, timing  # noqa: E402
 
+CLOCK = (
+    "CPU time of the process, one thread, while other programs used the machine: they slow a run's steps more at some "
+    "hours than at others. results/steps-quality.json has the ratio of steps that took turns in one process."
+)
 SETTINGS = ("exact", "c30", "c100", "auto")
 SIZES = {
     "byte": {"n": 4096, "steps": 400, "lr": 2e-3, "warmup": 20, "every": 50, "save": 25, "probe": 40,
@@ -230,6 +235,49 @@ def gathered(file: Path) -> dict[str, Any]:
     }
 
 
+def reached(curve: list[list[float]], loss: float) -> float | None:
+    """Seconds until the curve, with lines between its points, is down at the loss; None where it never is."""
+    for (_, t0, y0), (_, t1, y1) in pairwise(curve):
+        if y1 <= loss:
+            return t0 if y0 <= loss else t0 + (t1 - t0) * (y0 - loss) / (y0 - y1)
+    return None
+
+
+def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per setting, of the seeds that are finished: final losses, and what the exact run of the same seed compares to.
+
+    "minus exact" has for each seed the mean difference over the validation windows and its standard error over them.
+    """
+    finals = {(r["setting"], r["seed"]): r for r in runs if r["finished"]}
+    rows = []
+    for setting in SETTINGS:
+        mine = [finals[setting, seed] for seed in range(3) if (setting, seed) in finals]
+        losses = [fmean(r["final"]) for r in mine]
+        row: dict[str, Any] = {"setting": setting, "seeds": [r["seed"] for r in mine], "minus exact": []}
+        if mine:
+            row |= {"mean": fmean(losses), "lowest": min(losses), "highest": max(losses)}
+            row["std"] = stdev(losses) if len(losses) > 1 else None
+        for r in (r for r in mine if ("exact", r["seed"]) in finals):
+            exact = finals["exact", r["seed"]]
+            apart = [a - b for a, b in zip(r["final"], exact["final"], strict=True)]
+            error = stdev(apart) / len(apart) ** 0.5
+            at = reached(r["curve"], exact["curve"][-1][2])
+            row["minus exact"].append(
+                {
+                    "seed": r["seed"],
+                    "difference": fmean(apart),
+                    "error": error,
+                    "seconds to exact's final loss": at,
+                    "exact's seconds": exact["seconds"],
+                    "seconds": r["seconds"],
+                }
+            )
+        if row["minus exact"]:
+            row["mean difference"] = fmean(x["difference"] for x in row["minus exact"])
+        rows.append(row)
+    return rows
+
+
 def gather(name: str, state: Path) -> None:
     files = {(s, seed): state / f"{name}-{s}-seed{seed}.jsonl" for seed in range(3) for s in SETTINGS}
     runs = [{"setting": s, "seed": seed, **gathered(f)} for (s, seed), f in files.items() if f.exists()]
@@ -237,7 +285,7 @@ def gather(name: str, state: Path) -> None:
     for r in runs:
         assert r.pop("settings") == shared["settings"], f"{r['setting']}, seed {r['seed']}: other settings"
         r["commit"] = r.pop("environment")["commit"]
-    result = {"model": name, **shared, "runs": runs}
+    result = {"model": name, "clock": CLOCK, **shared, "summary": summary(runs), "runs": runs}
     (RESULTS / f"train-quality-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     for r in runs:
         final = sum(r["final"]) / len(r["final"]) if r["final"] else float("nan")

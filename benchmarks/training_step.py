@@ -4,6 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/training_step.py --n 2048 4096 8192 16384   # the example: 4 layers, width 128
     OMP_NUM_THREADS=1 python benchmarks/training_step.py --model gpt2 --n 1024 2048 4096  # with its dropout of 0.1
     OMP_NUM_THREADS=1 python benchmarks/training_step.py --model smollm2 --n 1024 2048    # pretrained, on Python code
+    OMP_NUM_THREADS=1 python benchmarks/training_step.py --model quality --n 4096         # that of train_quality.py
 
 A step is forward, loss, backward and AdamW on one sequence. Four take it in turn with the same weights: exact (eager),
 exact under Inductor, SUS (what the callback does), and "free": exact (eager) with an attention backward that costs
@@ -111,7 +112,8 @@ def problem(name: str, n: int) -> tuple[torch.nn.Module, Tensor]:
 
         model = SmolLM2()
         return model, windows(model.tokenizer, n + 1, 1).tensors[0]
-    return GPT2(n) if name == "gpt2" else ByteLM(), torch.randint(256, (1, n + 1))
+    makers = {"gpt2": lambda: GPT2(n), "example": ByteLM, "quality": lambda: ByteLM(4, 192, 3)}
+    return makers[name](), torch.randint(256, (1, n + 1))
 
 
 def measure(a: argparse.Namespace, n: int) -> dict[str, Any]:
@@ -149,7 +151,7 @@ def measure(a: argparse.Namespace, n: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("example", "gpt2", "smollm2"), default="example")
+    parser.add_argument("--model", choices=("example", "gpt2", "smollm2", "quality"), default="example")
     parser.add_argument("--n", type=int, nargs="+", default=[8192])
     parser.add_argument("--c", type=float, default=30.0)
     parser.add_argument("--repeats", type=int, default=3)

@@ -14,7 +14,8 @@ from torch._dynamo import OptimizedModule
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from fx_passes.backend import SUSBackend
+from fx_passes.backend import Compiler, SUSBackend
+from fx_passes.ops.problem import Forward, Sampler
 from fx_passes.state import State, check_c
 
 # Past Dynamo's own limit of 8 it would run attention uncompiled, hence without SUS.
@@ -60,10 +61,10 @@ class SUSTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     def __init__(
         self,
         c: float | Mapping[int, float] | Callable[[int], float] = 30.0,
-        sampler: str = "systematic",
-        compiler: str = "inductor",
+        sampler: Sampler = "systematic",
+        compiler: Compiler = "inductor",
         seed: int | None = None,
-        forward: str = "auto",
+        forward: Forward = "auto",
     ) -> None:
         self._schedule = _checked(c)
         self.backend = SUSBackend(_at(self._schedule, 0), sampler, compiler, seed, forward)
@@ -227,7 +228,7 @@ def _checked(c: Any) -> _Schedule:
             "False; the SUSTrainerCallback that is passed to the Trainer goes on from the checkpoint by itself."
         )
     if isinstance(c, Mapping):
-        steps = {_step(step): check_c(value, f"c[{step}]") for step, value in sorted(c.items())}
+        steps = dict(sorted({_step(step): check_c(value, f"c[{step}]") for step, value in c.items()}.items()))
         if 0 not in steps:
             raise ValueError(f"c must say what it is at step 0, but its steps are {list(steps)}")
         return steps

@@ -14,7 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from fx_passes import SUSBackend
+from fx_passes.backend import Compiler
 from fx_passes.ops.functional import check_choice
+from fx_passes.ops.problem import Forward, Sampler
 from sus_lightning._lightning_compat import AnyCallback, accumulates, logs_now
 from sus_lightning.account import Account, Summary, plot
 from sus_lightning.arguments import check_mode, check_modules, check_progress_bar
@@ -122,14 +124,14 @@ class SUSBackprop(AnyCallback):
     def __init__(
         self,
         c: float | Literal["auto"] | Schedule | dict[int, float] | Callable[[int], float] = "auto",
-        sampler: str = "auto",
-        compiler: str = "inductor",
+        sampler: Sampler = "auto",
+        compiler: Compiler = "inductor",
         variance_every_n_steps: int | None = None,
         variance_draws: int = 1,
         seed: int | None = None,
         mode: str | None = None,
         modules: list[str] | str | None = None,
-        forward: str = "auto",
+        forward: Forward = "auto",
         variance_per: str = "kind",
         progress_bar: list[str] | None = None,
     ) -> None:
@@ -156,6 +158,7 @@ class SUSBackprop(AnyCallback):
         self._summary: Summary | None = None
         self._site_c: dict[int, float] = {}  # by number of the site: known before the sites are, after a resume
         self._warned = self._told = False
+        self._share: tuple[int, float] | tuple[()] | None = None  # what `_attention_share` returned
         if observes(self.schedule) and not self.variance_every_n_steps:
             raise ValueError(
                 f"variance_every_n_steps must be above 0 for c={schedule_name(self.schedule)}, which adapts c from the "
@@ -283,6 +286,8 @@ class SUSBackprop(AnyCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._disable()
         self._kept(trainer)
+        if self._probe is not None and math.isinf(self.backend.c):
+            self._say_nothing_is_gained()  # too few probes to have said so earlier
         summary = self._close(trainer)
         rank_zero_info(str(summary))
         log_now(trainer, {f"summary_{k}": v for k, v in summary.numbers().items() if math.isfinite(v)})
@@ -310,7 +315,7 @@ class SUSBackprop(AnyCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a fit: references to the module, compiled code and batches."""
-        free: dict[str, Any] = dict.fromkeys(("_module", "_compilation", "_probe", "_times"))
+        free: dict[str, Any] = dict.fromkeys(("_module", "_compilation", "_probe", "_times", "_share"))
         new = {"_first": FirstStep(), "_earlier": EarlierBatches(), "_warned": False, "_told": False}
         return {**vars(self), **free, **new}
 
@@ -352,6 +357,7 @@ class SUSBackprop(AnyCallback):
         self._first = FirstStep()
         self._earlier.clear()
         self._warned = self._told = False
+        self._share = None
 
     def _set_c(self, step: int) -> None:
         state, c = self.backend.state, value_at(self.schedule, step)
@@ -372,19 +378,26 @@ class SUSBackprop(AnyCallback):
         self._site_c = site_c(schedule, modules)
         self._variance = to_be_logged(values) | speedups
         self._set_c(step)
-        if isinstance(schedule, AutoC) and schedule.gains_nothing and not self._told:
-            self._told = True
-            self._say_nothing_is_gained(schedule, probe, batch, batch_idx)
+        if isinstance(schedule, AutoC) and math.isinf(self.backend.c):
+            if self._share is None:
+                self._share = self._attention_share(probe, batch, batch_idx)
+            if schedule.gains_nothing:
+                self._say_nothing_is_gained()
         self._pacing.probed(trainer, step, values, step_seconds)
 
-    def _say_nothing_is_gained(self, schedule: AutoC, probe: Probe, batch: Any, batch_idx: int) -> None:
+    def _attention_share(self, probe: Probe, batch: Any, batch_idx: int) -> tuple[int, float] | tuple[()]:
+        """Keys of an attention row, and attention's backward in the operations of a step; nothing where not known."""
         self._disable()  # attention is counted in the module as it was given
         try:
             expected = probe.expectation(batch, batch_idx)
         finally:
             self._enable()
-        share = (expected.keys, expected.backward_share) if expected is not None and expected.calls else ()
-        rank_zero_info(schedule.verdict(*share))
+        return (expected.keys, expected.backward_share) if expected is not None and expected.calls else ()
+
+    def _say_nothing_is_gained(self) -> None:
+        if not self._told and isinstance(self.schedule, AutoC):
+            self._told = True
+            rank_zero_info(self.schedule.verdict(*(self._share or ())))
 
     def _kept(self, trainer: pl.Trainer) -> dict[str, float]:
         """Kept entries since the last call, over all ranks."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_info
 
 from fx_passes.state import check_c, check_counter, shown
 from sus_lightning.account import Account
 from sus_lightning.auto_c import AutoC
 from sus_lightning.pacing import Pacing
-from sus_lightning.saved import Saved, check_name, check_real
-from sus_lightning.schedules import Schedule, check_count
+from sus_lightning.saved import Saved, check_class_name, check_dict, check_name, check_real
+from sus_lightning.schedules import Schedule, check_count, schedule_name
 from sus_lightning.steering import per_layer
 
 if TYPE_CHECKING:
@@ -54,10 +57,14 @@ def load_saved_state(callback: SUSBackprop, state_dict: dict[str, Any]) -> None:
     if "account" in saved:
         account.load_state_dict(state_dict["account"])
     # Before the type was saved there was no AutoC.
-    of = saved.read("schedule_type", check_name, "" if isinstance(callback.schedule, AutoC) else None)
+    of = saved.read("schedule_type", check_class_name, "" if isinstance(callback.schedule, AutoC) else None)
     same = of is None or of == type(callback.schedule).__name__  # a run may go on with another schedule
-    if same and isinstance(callback.schedule, Schedule) and "schedule" in saved and state_dict["schedule"]:
-        callback.schedule.load_state_dict(state_dict["schedule"])
+    of_schedule: Mapping[str, Any] = saved.read("schedule", check_dict, {})
+    if same and isinstance(callback.schedule, Schedule) and of_schedule:
+        callback.schedule.load_state_dict(dict(of_schedule))
+    elif of and not same:
+        now = schedule_name(callback.schedule)
+        rank_zero_info(f"SUSBackprop: the saved state is that of a {of}; {now} starts anew.")
     callback.backend.c = c
     callback._site_c = site_c if same and per_layer(callback.schedule) else {}
     state.resume(counter, number)

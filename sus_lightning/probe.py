@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from fx_passes import SUSBackend
 from fx_passes.expect import Expectation, expect
 from fx_passes.state import Kept
-from sus_lightning.auto_c import AT
+from sus_lightning.adaptive import ALONE, AT
 from sus_lightning.earlier_batches import copied
 from sus_lightning.gradients import Gradients, StepGradient, muted
 from sus_lightning.metrics import GradientVariance
@@ -24,7 +24,6 @@ from sus_lightning.parameter_kinds import clean_name
 from sus_lightning.snapshot import Snapshot
 from sus_lightning.strategies import copies, is_sharded, local
 from sus_lightning.timing import Clock, PassTimes, shapes
-from sus_lightning.variance_target import ALONE
 
 # Draws of a probe come from a part of the counter's range that training never reaches: had they been those of the
 # training step that follows, a c adapted from them would depend on that step's own noise.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -20,6 +20,14 @@ class Schedule(ABC):
     YAML by its ``class_path``, and can keep state: what ``state_dict`` returns is saved in the checkpoint and given to
     ``load_state_dict``.
 
+    Probes ask all schedules the same: what to measure (`measure`, `measure_at`), and to `observe` it. Most need
+    nothing of that.
+
+    Attributes:
+        on: the relative variance that counts: "total", over all parameters; or "worst", the largest among the q, k, v
+            and o projections of all layers.
+        per: "model" is one c for all attention; "layer" gives each attention module its own, `c_of`.
+
     Examples:
         >>> class InverseSquareRoot(Schedule):
         ...     def __call__(self, step: int) -> float:
@@ -28,12 +36,27 @@ class Schedule(ABC):
         100.0
     """
 
+    on = "total"
+    per = "model"
+
     @abstractmethod
     def __call__(self, step: int) -> float:
         """c for the optimizer step number ``step`` (from 0): above 0, infinity allowed."""
 
     def observe(self, variance: Mapping[str, float]) -> None:  # noqa: B027 (nothing to do for most schedules)
         """Called after each variance probe, with the values that it logs (their names without ``sus/``)."""
+
+    def c_of(self, module: str, c: float | None = None) -> float:
+        """c of an attention module, with `per` = "layer", where `c`, by default the one in use, is the mean."""
+        raise NotImplementedError(f"{type(self).__name__} has no c of single modules")
+
+    def measure(self, modules: Sequence[str]) -> list[str]:
+        """Of these attention modules, those whose variance the next probe is to measure alone."""
+        return []
+
+    def measure_at(self) -> list[float]:
+        """The c, besides the one in use, at which the next probe is to measure: all finite."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint keeps of this schedule."""

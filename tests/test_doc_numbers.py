@@ -36,6 +36,12 @@ def test_items_of_lists_are_chosen_by_value():
     assert by_value == f"{next(r['total'] for r in rows if r['sampler'] == 'tile' and r['c'] == 30):.6f}"
 
 
+@pytest.mark.parametrize("name", sorted(doc_numbers.tables.TABLES))
+def test_a_table_has_cells_in_every_line(name):
+    lines = doc_numbers.table(name).strip().splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

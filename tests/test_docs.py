@@ -21,6 +21,7 @@ import sus_lightning
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="no docs beside the tests")
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 _NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 _FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
@@ -153,6 +154,23 @@ def test_paths_exist(page: str) -> None:
         assert glob.glob(str(ROOT / path.rstrip("."))), f"{page} names {path}"
 
 
+@pytest.mark.parametrize("page", _NAMES)
+def test_options_of_commands_exist(page: str) -> None:
+    for script, options in re.findall(r"python ((?:benchmarks|examples)/\w+\.py)([^`#\n]*)", (ROOT / page).read_text()):
+        source = (ROOT / script).read_text()
+        for option in re.findall(r"--[a-z][\w-]*", options):
+            assert f'"{option}"' in source, f"{page}: {script} has no {option}"
+
+
+def test_the_site_is_built_with_its_warnings() -> None:
+    """`mkdocs build --strict` counts what it prints: with --quiet no warning fails it."""
+    files = [*(ROOT / ".ci").glob("*"), *(ROOT / ".github/workflows").glob("*")]
+    builds = [line for file in files for line in file.read_text().splitlines() if "mkdocs build" in line]
+    for line in builds:
+        assert "--strict" in line
+        assert "-q" not in line.split("#")[0], line
+
+
 def _documented() -> set[str]:
     pages = "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
     return set(re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE))
@@ -166,7 +184,8 @@ def test_api_pages_have_every_public_name() -> None:
         assert found.__doc__, path
         objects.add(id(found))
     for package in (fx_passes, sus_lightning):
-        missing = [name for name in package.__all__ if id(getattr(package, name)) not in objects]
+        names = [name for name in package.__all__ if name != "__version__"]
+        missing = [name for name in names if id(getattr(package, name)) not in objects]
         assert not missing, f"{package.__name__}: {missing}"
 
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -77,6 +78,36 @@ def test_a_call_that_is_left_runs_its_own_function() -> None:
         out = f(*args)
     torch.testing.assert_close(out, f(*args), rtol=0, atol=0)
     assert (sus.calls, sus.left) == (0, {"its argument return_attn_probs is not understood": 1})
+
+
+def test_the_report_has_the_form_of_each_call() -> None:
+    flash, varlen = (getattr(sys.modules["flash_attn"], f"flash_attn_{x}func") for x in ("", "varlen_"))
+    xformers = sys.modules["xformers.ops"].memory_efficient_attention
+    args = tuple(x.requires_grad_() for x in tensors(*BNHD))
+    turned = [x.transpose(1, 2) for x in args]
+    ends = torch.tensor([0, N, 2 * N], dtype=torch.int32)
+    with sus_backward(c=2) as sus:
+        flash(*args), partial(flash, causal=True)(*args)
+        varlen(*(x.flatten(0, 1) for x in args), ends, ends, N, N)
+        varlen_attn(*(x.flatten(0, 1) for x in args), ends, ends, N, N)
+        xformers(*args), xformers(*args, packages.PagedBlockDiagonalPaddedKeysMask(ENDS[None]))
+        flex_attention(*turned), torch.nn.functional.scaled_dot_product_attention(*turned)
+        flash(*args, return_attn_probs=True)
+        torch.func.grad(lambda q: flash(q, *args[1:]).sum())(args[0].detach())
+    found = [(site.form, site.source, site.status, site.reason) for site in sus.report.sites]
+    paged = "its bias PagedBlockDiagonalPaddedKeysMask is not understood"
+    assert found == [
+        ("flash", "2 calls", "rewritten", ""),
+        ("flash varlen", "1 calls", "rewritten", ""),
+        ("varlen", "1 calls", "rewritten", ""),
+        ("xformers", "1 calls", "rewritten", ""),
+        ("flex", "1 calls", "rewritten", ""),
+        ("sdpa", "1 calls", "rewritten", ""),
+        ("xformers", "1 calls", "left", paged),
+        ("flash", "1 calls", "left", "its argument return_attn_probs is not understood"),
+        ("flash", "1 calls", "left", "inside a transform of torch.func"),
+    ]
+    assert sus.calls == sum(int(source.split()[0]) for _, source, status, _ in found if status == "rewritten")
 
 
 def test_without_gradient_nothing_changes() -> None:

@@ -177,6 +177,8 @@ FLEX: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "documents of each entry": (and_masks(causal, documents_of_batch), None, {}, "causal + documents"),
     "documents in chunks": (and_masks(documents, lambda b, h, i, j: i // 8 == j // 8), None, {}, "chunk 8 + documents"),
     "documents twice": (and_masks(documents, documents_of_batch), None, {}, "documents"),
+    "documents, multiplied": (lambda b, h, i, j: (i >= j) * (DOCS[i] == DOCS[j]), None, {}, "causal + documents"),
+    "documents, not other ones": (lambda b, h, i, j: ~(DOCS[i] != DOCS[j]) & ~(j > i), None, {}, "causal + documents"),
     "documents and padding": (
         and_masks(documents_of_batch, real_rows, real_keys), None, {}, "documents + mask"
     ),
@@ -259,6 +261,29 @@ CALLS: dict[str, tuple[str, str, tuple[tuple[int, ...], ...], dict[str, Any], st
     "flash, ALiBi": (
         "flash_attn", "flash_attn_func", BNHD, {"causal": True, "alibi_slopes": SLOPES.abs().float()}, "causal + bias"
     ),
+    "flash, no argument by name": ("flash_attn", "flash_attn_func", BNHD, {"causal": False}, "none"),
+    "flash, a window that is all": ("flash_attn", "flash_attn_func", SHORT, {"window_size": (-1, 0)}, "up to 16 ahead"),
+    "flash, ALiBi of each entry": (
+        "flash_attn", "flash_attn_func", SHORT, {"alibi_slopes": torch.rand(B, H)}, "bias"
+    ),
+    "flash, kv packed and lengths": (
+        "flash_attn", "flash_attn_varlen_kvpacked_func", ((N, H, D), (N, 2, 2, D)),
+        {"cu_seqlens_q": ENDS, "cu_seqlens_k": OTHER_ENDS, "max_seqlen_q": 19, "max_seqlen_k": 11}, "documents",
+    ),
+    "flash, other lengths and ALiBi": (
+        "flash_attn", "flash_attn_varlen_func", PACKED,
+        {
+            "cu_seqlens_q": ENDS, "cu_seqlens_k": OTHER_ENDS, "max_seqlen_q": 19, "max_seqlen_k": 11,
+            "alibi_slopes": torch.rand(H),
+        }, "documents + bias",
+    ),
+    "flash, other lengths in a window": (
+        "flash_attn", "flash_attn_varlen_func", PACKED,
+        {
+            "cu_seqlens_q": OTHER_ENDS, "cu_seqlens_k": ENDS, "max_seqlen_q": 11, "max_seqlen_k": 19,
+            "window_size": (3, 1),
+        }, "up to 1 ahead, window 4 + documents",
+    ),
     "flash, qkv packed": ("flash_attn", "flash_attn_qkvpacked_func", ((B, N, 3, H, D),), {"causal": True}, "causal"),
     "flash, kv packed": ("flash_attn", "flash_attn_kvpacked_func", ((B, N, H, D), (B, N, 2, 2, D)), {}, "none"),
     "flash, lengths": (
@@ -277,13 +302,30 @@ CALLS: dict[str, tuple[str, str, tuple[tuple[int, ...], ...], dict[str, Any], st
     "flash, other lengths, causal": (
         "flash_attn", "flash_attn_varlen_func", PACKED,
         {"cu_seqlens_q": ENDS, "cu_seqlens_k": OTHER_ENDS, "max_seqlen_q": 19, "max_seqlen_k": 11, "causal": True},
-        "documents + mask",
+        "causal + documents",
     ),
     "flash 3": ("flash_attn_interface", "flash_attn_func", GQA, {"causal": True, "num_splits": 2}, "causal"),
     "flash 3, lengths": (
         "flash_attn_interface", "flash_attn_varlen_func", PACKED,
         {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS, "max_seqlen_q": 19, "max_seqlen_k": 19, "softcap": 4.0},
         "documents",
+    ),
+    "flash 3, qkv packed": (
+        "flash_attn_interface", "flash_attn_qkvpacked_func", ((B, N, 3, H, D),), {"causal": True}, "causal"
+    ),
+    "flash 3 of 2024": ("old.flash_attn_interface", "flash_attn_func", GQA, {"gqa_parallel": True}, "none"),
+    "flash 3 of 2024, lengths": (
+        "old.flash_attn_interface", "flash_attn_varlen_func", PACKED,
+        {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS, "max_seqlen_q": 19, "max_seqlen_k": 19}, "documents",
+    ),
+    "flash 4, lengths and sinks": (
+        "flash_attn.cute", "flash_attn_varlen_func", PACKED,
+        {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS, "causal": True, "learnable_sink": SINKS}, "causal + documents",
+    ),
+    "flash 4, lengths that are not given": ("flash_attn.cute", "flash_attn_varlen_func", GQA, {"softcap": 3.0}, "none"),
+    "flash 4, bounds that are none": ("flash_attn.cute", "flash_attn_func", GQA, {"window_size": (-1, 0)}, "none"),
+    "flash 4, causal and bounds that are none": (
+        "flash_attn.cute", "flash_attn_func", GQA, {"window_size": (-1, -1), "causal": True}, "causal"
     ),
     "flash 4, window": (
         "flash_attn.cute", "flash_attn_func", GQA, {"causal": True, "window_size": (5, None)}, "causal, window 6"
@@ -302,6 +344,47 @@ CALLS: dict[str, tuple[str, str, tuple[tuple[int, ...], ...], dict[str, Any], st
     "xformers, from the bottom right": (
         "xformers.ops", "memory_efficient_attention", SHORT,
         {"attn_bias": packages.LowerTriangularFromBottomRightMask()}, "up to 16 ahead",
+    ),
+    "mslk": ("mslk.attention.fmha", "memory_efficient_attention", BNHD, {}, "none"),
+    "xformers, one head": ("xformers.ops", "memory_efficient_attention", ((B, N, D),) * 3, {}, "none"),
+    "xformers, groups of heads": (
+        "xformers.ops", "memory_efficient_attention", ((B, N, 2, 2, D),) * 3, {"attn_bias": BIAS.view(B, 2, 2, N, N)},
+        "bias",
+    ),
+    "xformers, causal and bias": (
+        "xformers.ops", "memory_efficient_attention", BNHD,
+        {"attn_bias": packages.LowerTriangularMaskWithTensorBias(BIAS)}, "causal + bias",
+    ),
+    "xformers, local": (
+        "xformers.ops", "memory_efficient_attention", SHORT,
+        {"attn_bias": packages.LocalAttentionFromBottomRightMask(5, 2)}, "up to 18 ahead, window -10",
+    ),
+    "xformers, local and causal": (
+        "xformers.ops", "memory_efficient_attention", BNHD,
+        {"attn_bias": packages.LowerTriangularFromBottomRightLocalAttentionMask(5)}, "causal, window 5",
+    ),
+    "xformers, other lengths": (
+        "xformers.ops", "memory_efficient_attention", ((1, N, H, D),) * 3,
+        {"attn_bias": packages.BlockDiagonalCausalMask.from_seqlens([5, 15, 1, 19], [9, 11, 10, 10])},
+        "causal + documents",
+    ),
+    "xformers, other lengths from the bottom right": (
+        "xformers.ops", "memory_efficient_attention", ((1, N, H, D),) * 3,
+        {"attn_bias": packages.BlockDiagonalCausalFromBottomRightMask.from_seqlens([5, 15, 1, 19], [5, 15, 1, 19])},
+        "causal + documents",
+    ),
+    "xformers, packed and local": (
+        "xformers.ops", "memory_efficient_attention", ((1, N, H, D),) * 3,
+        {"attn_bias": packages.BlockDiagonalCausalLocalAttentionMask.from_seqlens([5, 15, 1, 19])},
+        "causal, window 6 + documents",
+    ),
+    "xformers, packed and local from the bottom right": (
+        "xformers.ops", "memory_efficient_attention", ((1, 25, H, D), (1, N, H, D), (1, N, H, D)),
+        {
+            "attn_bias": packages.BlockDiagonalCausalLocalAttentionFromBottomRightMask.from_seqlens(
+                [5, 10, 1, 9], [5, 15, 1, 19]
+            )
+        }, "causal, window 6 + documents",
     ),
     "xformers, packed": (
         "xformers.ops", "memory_efficient_attention", ((1, N, H, D),) * 3,
@@ -329,16 +412,32 @@ def test_calls_of_packages(name: str) -> None:
     module, function, shapes, options, mask = CALLS[name]
     f = called(module, function, options)
     site = check(f, f, *tensors(*shapes))
-    form = "xformers" if "xformers" in module else "flash varlen" if "varlen" in function else "flash"
+    form = "xformers" if "memory" in function else "flash varlen" if "varlen" in function else "flash"
     assert (site.form, site.status, site.tier, site.mask) == (form, "rewritten", 1, mask)
 
 
+PAGED = {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS, "max_seqlen_q": 19, "max_seqlen_k": 19}
 LEFT: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "probabilities": ("flash_attn", "flash_attn_func", {"return_attn_probs": True}, "return_attn_probs"),
     "a cache": ("flash_attn", "flash_attn_with_kvcache", {"causal": True}, "cache"),
     "a second query": ("flash_attn_interface", "flash_attn_func", {"qv": torch.zeros(1)}, "qv"),
     "chunks": ("flash_attn_interface", "flash_attn_func", {"attention_chunk": 8}, "attention_chunk"),
     "a score_mod": ("flash_attn.cute", "flash_attn_func", {"score_mod": abs}, "score_mod"),
+    "a window behind the query": ("flash_attn.cute", "flash_attn_func", {"window_size": (5, -1)}, "below 0"),
+    "keys in pages": ("flash_attn", "flash_attn_varlen_func", {**PAGED, "block_table": ENDS[None]}, "pages"),
+    "keys in pages, flash 4": (
+        "flash_attn.cute",
+        "flash_attn_varlen_func",
+        {"cu_seqlens_q": ENDS, "page_table": ENDS[None]},
+        "pages",
+    ),
+    "lengths of queries alone": ("flash_attn.cute", "flash_attn_varlen_func", {"cu_seqlens_q": ENDS}, "only one of"),
+    "keys in pages, xformers": (
+        "xformers.ops",
+        "memory_efficient_attention",
+        {"attn_bias": packages.PagedBlockDiagonalPaddedKeysMask(ENDS[None])},
+        "PagedBlockDiagonalPaddedKeysMask",
+    ),
 }
 
 
@@ -347,9 +446,11 @@ def test_left_with_a_reason(name: str) -> None:
     module, function, options, reason = LEFT[name]
     f = called(module, function, options)
     torch._dynamo.reset()
-    report = explain(f, *(x.requires_grad_() for x in tensors(*BNHD)))
+    shapes = PACKED if "varlen" in function else BNHD
+    report = explain(f, *(x.requires_grad_() for x in tensors(*shapes)))
     site = report.sites[0]  # what the stand-in itself computes comes behind it
-    assert (site.form, site.status) == ("flash", "left")
+    assert site.form == ("xformers" if "memory" in function else "flash varlen" if "varlen" in function else "flash")
+    assert site.status == "left"
     assert reason in site.reason
 
 
@@ -361,7 +462,8 @@ VARLEN: dict[str, tuple[dict[str, Any], Tensor, int, str]] = {
     "window": ({"window_size": (4, 0), "scale": 0.3}, ENDS, H, "causal, window 5 + documents"),
     "GQA": ({"window_size": (-1, 0), "enable_gqa": True}, ENDS, 2, "causal + documents"),
     "other lengths": ({}, OTHER_ENDS, H, "documents"),
-    "other lengths, causal": ({"window_size": (-1, 0)}, OTHER_ENDS, H, "documents + mask"),
+    "other lengths, causal": ({"window_size": (-1, 0)}, OTHER_ENDS, H, "causal + documents"),
+    "other lengths, window": ({"window_size": (4, 2)}, OTHER_ENDS, H, "up to 2 ahead, window 5 + documents"),
 }
 
 
@@ -417,7 +519,7 @@ def test_logsumexp_that_is_used() -> None:
 
 def test_flash_4_logsumexp_that_is_used() -> None:
     def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = sys.modules["flash_attn.cute"].flash_attn_func(q, k, v, causal=True)
+        out, lse = sys.modules["flash_attn.cute"].flash_attn_func(q, k, v, causal=True, return_lse=True)
         return out * torch.sigmoid(lse).transpose(1, 2)[..., None]
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -510,6 +612,21 @@ def test_calls_without_gradient_stay() -> None:
         out = torch.compile(f, backend=backend)(*tensors(*BNHD))
     torch.testing.assert_close(out, f(*tensors(*BNHD)))
     assert not backend.report.sites
+
+
+def test_a_call_that_stays_a_node_is_traced_as_what_it_computes() -> None:
+    """The stand-in looks at values, as flash-attn 4 compiles kernels: AOTAutograd cannot trace it."""
+    SUSBackend(compiler="eager")
+
+    def keeps(gm: Any, inputs: Any) -> Any:
+        assert "call_known" in str(gm.graph)
+        return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
+
+    keeps.rewrites_attention = True  # type: ignore[attr-defined]
+    f = called("flash_attn", "flash_attn_varlen_func", {**PAGED, "causal": True})
+    torch._dynamo.reset()
+    found, true = (run(g, tensors(*PACKED)) for g in (torch.compile(f, backend=keeps, fullgraph=True), f))
+    torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-9)
 
 
 def test_other_backends_see_nothing_of_it() -> None:
