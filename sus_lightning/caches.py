@@ -6,7 +6,8 @@ it. What Dynamo compiles behind a graph break is kept at the code of the user's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import CodeType, FunctionType
 from typing import Any, cast
 
@@ -35,25 +36,28 @@ def clear_caches(backend: Callable[..., Any]) -> None:
     """Frees what Dynamo has compiled with a backend, and nothing of others."""
     from torch._dynamo import convert_frame, eval_frame
 
+    managers: list[Any] = []
     for reference in list(convert_frame.input_codes.seen):
         code = reference()
         if code is not None:
-            _clear(code, backend)
+            managers += _clear(code, backend)
+    _forget(managers)
     for key, known in list(eval_frame.cached_backends.items()):
         if _is(known, backend):
             del eval_frame.cached_backends[key]
 
 
-def _clear(code: CodeType, backend: Callable[..., Any]) -> None:
+def _clear(code: CodeType, backend: Callable[..., Any]) -> list[Any]:
+    """Frees the entries of a backend at one code; returns the guard managers that they had."""
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list
     from torch._dynamo.guards import DeletedGuardManagerWrapper
 
     entries = _debug_get_cache_entry_list(code)
     dead = [e for e in entries if isinstance(e.guard_manager, DeletedGuardManagerWrapper)]
     ours = [e for e in entries if e not in dead and _is(e.backend, backend)]
+    managers, compiled = [e.guard_manager for e in ours], [e.code for e in ours]
     if not ours:
-        return
-    managers = [e.guard_manager for e in ours]
+        return []
     if len(ours) + len(dead) == len(entries) or len(ours) + len(dead) > _MOST_DEAD:
         torch._C._dynamo.eval_frame.reset_code(code)
     else:
@@ -61,8 +65,36 @@ def _clear(code: CodeType, backend: Callable[..., Any]) -> None:
             cast(Any, manager.extra_state).invalidate(
                 entry, DeletedGuardManagerWrapper("its backend is not in use any more")
             )
+    for made in compiled:
+        _remove_globals(made)
+    return managers
+
+
+def _remove_globals(code: CodeType) -> None:
+    """Removes graphs and resume functions of code that Dynamo made from the globals of the user's module.
+
+    Dynamo does so when the code dies. Behind a graph break it never does: the graph of an inner frame was traced with
+    this code on the stack, and its tracebacks keep the code, out of the garbage collector's sight.
+    """
+    from torch._dynamo.utils import CleanupManager
+
+    hooks = CleanupManager.instance
+    if code in hooks:
+        for hook in hooks[code]:
+            hook()
+        hooks[code] = []
+
+
+def _forget(managers: Sequence[Any]) -> None:
+    """Frees guard managers: the finalizers of what their guards name, functions of torch among them, keep them."""
+    known = set(map(id, managers))
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        alive = finalizer.peek()
+        function = getattr(alive[1], "func", alive[1]) if alive else None
+        check = getattr(function, "__self__", None)  # Dynamo's CheckFunctionManager
+        if id(getattr(check, "guard_manager", None)) in known:
+            finalizer.detach()
     for manager in managers:
-        # Finalizers of what its guards name, functions of torch among them, keep it for ever.
         vars(manager).clear()
         manager.cache_entry = manager.extra_state = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -283,7 +284,17 @@ def test_fits_of_all_kinds_in_one_process() -> None:
     fits(5)
 
 
-@pytest.mark.xfail(reason="about 5,900 objects per fit stay alive, of which Dynamo's own part is not known")
+def test_no_graph_is_left_behind_graph_breaks() -> None:
+    callback = SUSBackprop(4, compiler="eager", variance_every_n_steps=0)
+    trainer(callbacks=[callback], max_steps=1, log_every_n_steps=100).fit(broken(), loader())
+    assert callback.backend.report.rewritten == 4
+    for scope in (globals(), vars(sys.modules["models"]), vars(sys.modules["fx_passes.rewrite.module_counts"])):
+        assert not [name for name in scope if name.startswith(("__compiled_fn", "__resume_at"))]
+
+
+@pytest.mark.xfail(
+    reason="a fit with graph breaks keeps about 9,400 objects alive (ShapeEnvs and their caches), others about 200"
+)
 @pytest.mark.slow
 def test_sixty_fits_in_one_process() -> None:
     alive = fits(60)

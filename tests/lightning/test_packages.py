@@ -172,6 +172,17 @@ def test_private_attributes_of_lightning(package: Any) -> None:
     assert vars(module).keys() >= {"_trainer", "_compiler_ctx", "_fabric"} == _lightning_compat.OWN_ATTRIBUTES
 
 
+@each
+def test_what_torch_compile_made_of_a_lightning_module(package: Any) -> None:
+    module = module_of(package)
+    forward, training_step = module.forward, module.training_step
+    assert _lightning_compat.compiled_as(module) == (None, {})
+    compiled, originals = _lightning_compat.compiled_as(torch.compile(module, backend="eager"))
+    assert callable(compiled)
+    assert originals == {"forward": forward, "training_step": training_step}
+    assert module.training_step != training_step
+
+
 @pytest.mark.parametrize("fabric_package", ["lightning.fabric", "lightning_fabric"])
 @each
 def test_fabric_with_modules_of_either_package(package: Any, fabric_package: str) -> None:
