@@ -56,7 +56,7 @@ class sus_backward(CallHandle, TorchFunctionMode):
 
     def __init__(self, c: float = 30.0, sampler: str = "auto", seed: int | None = None, forward: str = "auto") -> None:
         CallHandle.__init__(self, c, sampler, seed, forward)
-        TorchFunctionMode.__init__(self)  # type: ignore[no-untyped-call]
+        TorchFunctionMode.__init__(self)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

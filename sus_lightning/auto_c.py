@@ -217,7 +217,7 @@ class AutoC(Adaptive):
         read = self._read(saved, finite=False)
         read["_finite"] = saved.read("finite", partial(check_number, finite=True), self._finite)
         read["_switches"] = saved.read("switches", check_count, 0)
-        read["_probes"] = saved.read("probes", _check_probes, [])
+        read["_probes"] = saved.read("probes", _check_probes, list[Probed]())
         vars(self).update(read)
 
 
