@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fx_passes import eager_calls
-from fx_passes.find.calls import VARLEN, Call, NotTaken, is_varlen, varlen_arguments
+from fx_passes.find.calls import FLEX, VARLEN, Call, NotTaken, form_of_key, is_varlen, varlen_arguments
 from fx_passes.handle import CallHandle
 from fx_passes.ops.arguments import why_left
-from fx_passes.ops.functional import attend
+from fx_passes.ops.functional import attend, draw
+from fx_passes.ops.problem import Forward, Sampler
 from fx_passes.ops.transforms import transform
-from fx_passes.state import draw
 
 
 class sus_backward(CallHandle, TorchFunctionMode):
@@ -54,7 +54,9 @@ class sus_backward(CallHandle, TorchFunctionMode):
         1
     """
 
-    def __init__(self, c: float = 30.0, sampler: str = "auto", seed: int | None = None, forward: str = "auto") -> None:
+    def __init__(
+        self, c: float = 30.0, sampler: Sampler = "auto", seed: int | None = None, forward: Forward = "auto"
+    ) -> None:
         CallHandle.__init__(self, c, sampler, seed, forward)
         TorchFunctionMode.__init__(self)
 
@@ -138,26 +140,28 @@ class sus_backward(CallHandle, TorchFunctionMode):
     def _call(self, key: str, given: dict[str, Any]) -> Any:
         """A call of flex_attention, flash-attn, xformers or varlen_attn."""
         try:
-            if key != eager_calls.FLEX:
+            if key != FLEX:
                 return eager_calls.handle(key, given, self._attend_call)
             result = self._flex(**given)
         except eager_calls.NoGradient:
             raise
         except NotTaken as why:
-            self.state.note_left(str(why))
+            self.state.note_left(str(why), form_of_key(key))
             raise
-        self.state.note_call()
+        self.state.note_call("flex")
         return result
 
-    def _attend_call(self, call: Call) -> tuple[Tensor, Tensor]:
-        bias = call.mask if call.bias is None else call.bias
-        reason = why_left(call.query, call.key, call.value, bias, call.dropout_p, False, call.scale, True)
+    def _attend_call(self, call: Call, form: str) -> tuple[Tensor, Tensor]:
+        reason = why_left(call.query, call.key, call.value, call.bias, call.dropout_p, False, call.scale, True)
         if reason is not None:
             raise NotTaken(reason)
-        if transform(*call.operands()) is None:
-            self.state.note_call()
+        around = transform(*call.operands())
+        if around is None:
+            self.state.note_call(form)
+        else:
+            self.state.note_left(around, form)
         c, seed = draw(call.query, self.state.id, [0])
-        options = {"sampler": self.sampler, "forward": self.forward, "state": self.state.id}
+        options = {"sampler": self.sampler, "forward": self.forward, "state": 0 if around else self.state.id}
         return eager_calls.attend_call(call, c[0], seed, **options)
 
     @cached_property
@@ -173,7 +177,7 @@ def _arguments(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
     """The arguments of F.scaled_dot_product_attention by name; None where they do not fit its signature."""
     if len(args) > len(_POSITIONAL) or not kwargs.keys() <= _DEFAULTS.keys():
         return None
-    given = dict(zip(_POSITIONAL, args, strict=False))
+    given = dict(zip(_POSITIONAL, args))  # noqa: B905 - Dynamo of torch 2.8 takes strict=False for True
     if given.keys() & kwargs.keys():
         return None
     return {**_DEFAULTS, **given, **kwargs}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fx_passes.ops.arguments import check_choice
-from fx_passes.ops.problem import FORWARDS, SAMPLERS
+from fx_passes.ops.problem import FORWARDS, SAMPLERS, Forward, Sampler
 from fx_passes.report import REWRITTEN, Report, Site
 from fx_passes.state import State
 
@@ -24,7 +26,9 @@ class Handle:
         state: c, also that of single sites; the random counter, and the counts of kept entries.
     """
 
-    def __init__(self, c: float = 30.0, sampler: str = "auto", seed: int | None = None, forward: str = "auto") -> None:
+    def __init__(
+        self, c: float = 30.0, sampler: Sampler = "auto", seed: int | None = None, forward: Forward = "auto"
+    ) -> None:
         check_choice("sampler", sampler, SAMPLERS)
         check_choice("forward", forward, FORWARDS)
         self.state = State(c, seed)
@@ -32,7 +36,7 @@ class Handle:
 
     @property
     def c(self) -> float:
-        """Setting it acts from the next forward on and recompiles nothing."""
+        """Expected number of kept entries per query row and head; setting it acts from the next forward on."""
         return self.state.c
 
     @c.setter
@@ -55,10 +59,10 @@ class CallHandle(Handle):
 
     @property
     def report(self) -> Report:
-        """The calls that got a SUS backward as one site, and one site for each reason for which calls did not."""
+        """A site for the calls of each form that got a SUS backward, and one for each reason why calls did not."""
         report = Report(state=self.state.id)
-        if self.calls:
-            report.add(Site("", f"{self.calls} calls", form="sdpa", tier=1, status=REWRITTEN))
-        for number, (reason, count) in enumerate(self.left.items(), 1):
-            report.add(Site("", f"{count} calls", number, form="sdpa", reason=reason, number=number))
+        kinds = sorted(self.state.by_form.items(), key=lambda kind: bool(kind[0][1]))  # those that were left come last
+        for number, ((form, reason), count) in enumerate(kinds):
+            where = Site("", f"{count} calls", number, form, reason=reason, number=number)
+            report.add(where if reason else replace(where, tier=1, status=REWRITTEN))
         return report

@@ -90,7 +90,8 @@ class Summary:
             ("kept entries", _said(self.kept_per_row, "{:.1f} per row, ") + _said(self.kept_fraction, "{:.2%} of all")),
             (
                 "added variance",
-                _said(self.relative_variance, "{:.2%} of the batch's own; ")
+                _said(self.relative_variance, "{:.2%} of the batch's own")
+                + "; "
                 + _said(self.worst_relative_variance, "worst kind {:.2%}", "kinds not known"),
             ),
             ("speed-up of a step", self._speedup()),

@@ -23,11 +23,11 @@ _SURE = 0.05  # settled at infinity: what SUS could still gain, with its error
 
 
 class AutoC(Adaptive):
-    """Chooses c for the most progress per second: the ``c="auto"`` of :class:`~sus_lightning.SUSBackprop`.
+    """Chooses c for the most progress per second: the ``c="auto"`` of `SUSBackprop`.
 
     A larger c costs time, a smaller one gradient noise, and noise costs steps. With t(c) the time of a training step's
     forward and backward, r(c) the relative variance and x the gradient noise scale in batches of a step, progress per
-    second is proportional to::
+    second is proportional to:
 
         1 / (t(c) * (1 + r(c) * x / (1 + x)))
 
@@ -217,7 +217,8 @@ class AutoC(Adaptive):
         read = self._read(saved, finite=False)
         read["_finite"] = saved.read("finite", partial(check_number, finite=True), self._finite)
         read["_switches"] = saved.read("switches", check_count, 0)
-        read["_probes"] = saved.read("probes", _check_probes, list[Probed]())
+        none: list[Probed] = []
+        read["_probes"] = saved.read("probes", _check_probes, none)
         vars(self).update(read)
 
 

@@ -12,13 +12,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
 
 from fx_passes import SUSBackend
 from fx_passes.expect import Expectation, expect
 from fx_passes.state import Kept
 from sus_lightning.adaptive import ALONE, AT
+from sus_lightning.earlier_batches import copied
 from sus_lightning.gradients import Gradients, StepGradient, muted
 from sus_lightning.metrics import GradientVariance
 from sus_lightning.parameter_kinds import clean_name
@@ -237,11 +236,6 @@ class Probe:
 def to_be_logged(values: Mapping[str, float]) -> dict[str, float]:
     """Of the values of a probe, those that loggers get."""
     return {k: v for k, v in values.items() if k not in _INTERNAL and not k.startswith((ALONE, AT))}
-
-
-def copied(batch: Any) -> Any:
-    """A batch with tensors and containers of its own: a training step may write into it, or take things out."""
-    return apply_to_collection(batch, Tensor, torch.clone)
 
 
 def _local(gradients: Gradients) -> Gradients:

@@ -20,12 +20,6 @@ class Schedule(ABC):
     YAML by its ``class_path``, and can keep state: what ``state_dict`` returns is saved in the checkpoint and given to
     ``load_state_dict``.
 
-    Example::
-
-        class InverseSquareRoot(Schedule):
-            def __call__(self, step: int) -> float:
-                return max(30.0, 1000.0 / (1 + step) ** 0.5)
-
     Probes ask all schedules the same: what to measure (`measure`, `measure_at`), and to `observe` it. Most need
     nothing of that.
 
@@ -33,6 +27,13 @@ class Schedule(ABC):
         on: the relative variance that counts: "total", over all parameters; or "worst", the largest among the q, k, v
             and o projections of all layers.
         per: "model" is one c for all attention; "layer" gives each attention module its own, `c_of`.
+
+    Examples:
+        >>> class InverseSquareRoot(Schedule):
+        ...     def __call__(self, step: int) -> float:
+        ...         return max(30.0, 1000.0 / (1 + step) ** 0.5)
+        >>> InverseSquareRoot()(99)
+        100.0
     """
 
     on = "total"
@@ -58,10 +59,11 @@ class Schedule(ABC):
         return []
 
     def state_dict(self) -> dict[str, Any]:
+        """What the checkpoint keeps of this schedule."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        pass
+        """Takes over what `state_dict` had returned."""
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))

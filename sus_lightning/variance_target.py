@@ -18,7 +18,7 @@ class VarianceTarget(Adaptive):
     Nobody knows the right c beforehand: the same increase of 1% takes c = 30 on a small byte LM and c = 150 on
     SmolLM2-135M, and it drifts while attention sharpens. Noise falls about as c ** -p with p = 1.5, so a probe at c
     that measured the variances ``sus`` and ``batch`` says how much noise there would be at c = 1. Both are averaged
-    over probes, of which the last one has the weight ``smoothing``, and the next c is where their ratio is the target::
+    over probes, of which the last one has the weight ``smoothing``, and the next c is where their ratio is the target:
 
         noise  =  (1 - smoothing) * noise   +  smoothing * sus * c ** p
         spread =  (1 - smoothing) * spread  +  smoothing * batch
@@ -33,13 +33,9 @@ class VarianceTarget(Adaptive):
     later probes one after the other. Worth it where the modules differ: see docs/metrics.md.
 
     Note:
-        The probes of :class:`~sus_lightning.SUSBackprop` are what this schedule sees, so ``variance_every_n_steps``
+        The probes of `SUSBackprop` are what this schedule sees, so ``variance_every_n_steps``
         is the speed of the loop. All ranks see the same reduced value, so c stays equal on all of them. c and the
         number of probes are saved in the checkpoint.
-
-    Example::
-
-        Trainer(callbacks=[SUSBackprop(c=VarianceTarget(0.01), variance_every_n_steps=200)])
 
     Args:
         target: the relative variance to hold, such as 0.01 for 1%; finite and above 0.
@@ -57,6 +53,8 @@ class VarianceTarget(Adaptive):
         TypeError, ValueError: an argument is not allowed; the message names it.
 
     Examples:
+        ``SUSBackprop(c=VarianceTarget(0.01), variance_every_n_steps=200)`` uses it; by hand:
+
         >>> schedule = VarianceTarget(0.01, start=30)
         >>> schedule.observe({"sus_variance": 0.08, "batch_variance": 1.0})  # as SmolLM2-135M has at c = 30
         >>> schedule(1)

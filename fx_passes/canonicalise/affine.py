@@ -14,14 +14,13 @@ import torch
 
 from fx_passes.canonicalise.axes import Dim, Layout, all_axes, broadcast, known, leaves
 from fx_passes.canonicalise.forms import Walk
+from fx_passes.canonicalise.operators import ANDS, NOTS, ORS
 from fx_passes.canonicalise.positional_mask import PositionalMask, both
 from fx_passes.canonicalise.views import before, is_view
 from fx_passes.find.trace import Value
 
 aten = torch.ops.aten
-_ANDS = {aten.bitwise_and.Tensor, aten.logical_and.default, aten.__and__.Tensor, aten.mul.Tensor}
-_ORS = {aten.bitwise_or.Tensor, aten.logical_or.default, aten.__or__.Tensor}
-_NOTS = {aten.bitwise_not.default, aten.logical_not.default}
+_ANDS = ANDS | {aten.mul.Tensor}
 # a >= b as the sign of a - b, and whether equality counts
 _COMPARES = {
     aten.ge.Tensor: (1, True), aten.ge.Scalar: (1, True), aten.gt.Tensor: (1, False), aten.gt.Scalar: (1, False),
@@ -47,9 +46,9 @@ class Comparison:
             return PositionalMask() if truth == want else None
         if is_view(value):
             return self.positional(value.args[0], before(value, layout), want)
-        if value.op in _NOTS:
+        if value.op in NOTS:
             return self.positional(value.args[0], layout, not want)
-        if value.op in _ANDS | _ORS and all(isinstance(x, Value) and x.dtype == torch.bool for x in value.args[:2]):
+        if value.op in _ANDS | ORS and all(isinstance(x, Value) and x.dtype == torch.bool for x in value.args[:2]):
             sides = [(x, broadcast(layout, x.shape)) for x in value.args[:2]]
             if (value.op in _ANDS) == want:
                 first, second = (self.positional(x, side, want) for x, side in sides)
@@ -133,7 +132,7 @@ class Comparison:
         """A comparison as inequalities ``a * i + b * j <= c``, all of which must hold."""
         if is_view(value):
             return self._bounds(value.args[0], before(value, layout), want)
-        if value.op in _NOTS:
+        if value.op in NOTS:
             return self._bounds(value.args[0], layout, not want)
         if value.op not in _COMPARES:
             return None

@@ -12,9 +12,9 @@ from fx_passes.canonicalise.axes import FailedMatch
 from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.forms import Attention, Walk
 from fx_passes.canonicalise.lower import LoweredTerm, bias_is_dense, lower
-from fx_passes.canonicalise.match_attention import is_attention_softmax, match_attention, match_sdpa
+from fx_passes.canonicalise.match_attention import is_attention_softmax, match_attention, match_sdpa, products
 from fx_passes.find import calls, flex
-from fx_passes.find.anchors import SDPA, is_anchor, products, softmaxes
+from fx_passes.find.anchors import SDPA, is_anchor, softmaxes
 from fx_passes.find.context import fake_of
 from fx_passes.find.live import is_live
 from fx_passes.find.trace import Trace, Value
@@ -100,18 +100,23 @@ def _of(trace: Trace, constants: Constants, soft: Value, before: list[Found]) ->
         return [_checked(trace, [soft], lambda: match_sdpa(trace, constants, soft))]
     reasons: list[str] = []
     found: list[Found] = []
-    for product in products(trace, soft):
+    entered, ends = products(trace, soft)
+    for product in entered:
         item = _checked(trace, [soft], lambda p=product: match_attention(trace, constants, p))
         if item.attention is not None:
             item.softs = [t.soft for t in item.attention.terms if not t.plain]
             found.append(item)
         else:
             reasons.append(item.reason)
-    if found:
-        return found
+    if found:  # unless it was found from another softmax in it
+        known = [s for f in before for s in f.softs]
+        return [f for f in found if not any(s is t for s in known for t in f.softs)]
     others = [why for why in reasons if why != _PARAMETER]
     if (others or not reasons) and is_attention_softmax(Walk(trace, constants), soft):
-        return [Found([soft], reason=others[0] if others else "its probabilities enter no product with value")]
+        through = f" but go through {', '.join(ends)}" if ends else ""
+        return [
+            Found([soft], reason=others[0] if others else f"its probabilities enter no product with value{through}")
+        ]
     return []
 
 

@@ -147,3 +147,13 @@ def broadcast(layout: Layout, shape: Sequence[Size]) -> Layout:
     return tuple(
         () if known(size == 1) and not known(product(dim) == 1) else dim for dim, size in zip(tail, shape, strict=True)
     )
+
+
+def before_reduction(shape: Sequence[Size], dims: set[int], keepdim: bool, layout: Layout) -> Layout:
+    """The layout of what an operation reduces along `dims`, from that of its result; reduced dimensions are new."""
+    rest = iter(layout)
+    full: list[Dim] = []
+    for i, size in enumerate(shape):
+        kept = next(rest) if keepdim or i not in dims else ()
+        full.append((Axis(size),) if i in dims else kept)
+    return tuple(full)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fx_passes.canonicalise.axes import Axis, Dim, Layout, broadcast
+from fx_passes.canonicalise.axes import Axis, Dim, Layout, before_reduction, broadcast
+from fx_passes.canonicalise.operators import MATMULS
 from fx_passes.canonicalise.views import is_cast, is_same
 from fx_passes.find.trace import Value
 
 aten = torch.ops.aten
-MULTIPLY = {aten.mul.Tensor}
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Contraction:
 
 
 def is_contraction(value: Value) -> bool:
-    return value.op in (aten.bmm.default, aten.mm.default) or _product_under_sum(value) is not None
+    return value.op in MATMULS or _product_under_sum(value) is not None
 
 
 def operands(value: Value) -> tuple[Value, Value]:
@@ -65,30 +65,20 @@ def _product_under_sum(value: Value) -> Value | None:
     inner = value.args[0]
     while isinstance(inner, Value) and (is_same(inner) or is_cast(inner)) and inner.op is not None:
         inner = inner.args[0]
-    if inner.op in MULTIPLY and isinstance(inner.args[0], Value) and isinstance(inner.args[1], Value):
+    if inner.op is aten.mul.Tensor and isinstance(inner.args[0], Value) and isinstance(inner.args[1], Value):
         return inner  # type: ignore[no-any-return]
     return None
 
 
 def _multiply_and_sum(value: Value, layout: Layout, inner: Value) -> Contraction:
-    rank = len(inner.shape)
-    dims = {d % rank for d in value.args[1]}
-    keepdim = len(value.args) > 2 and bool(value.args[2])
-    rest = iter(layout)
-    full: list[Dim] = []
-    for i in range(rank):
-        if i in dims:
-            full.append((Axis(inner.shape[i]),))
-            if keepdim:
-                next(rest)
-        else:
-            full.append(next(rest))
+    dims = {d % len(inner.shape) for d in value.args[1]}
+    full = before_reduction(inner.shape, dims, len(value.args) > 2 and bool(value.args[2]), layout)
     left, right = inner.args[0], inner.args[1]
     summed = tuple(axis for i in sorted(dims) for axis in full[i])
     return Contraction(
         value,
         layout,
-        Operand(left, broadcast(tuple(full), left.shape)),
-        Operand(right, broadcast(tuple(full), right.shape)),
+        Operand(left, broadcast(full, left.shape)),
+        Operand(right, broadcast(full, right.shape)),
         summed,
     )

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from fx_passes.canonicalise.axes import Dim, Layout, all_axes
 from fx_passes.canonicalise.constants import Constants
-from fx_passes.canonicalise.contraction import Contraction, Operand
+from fx_passes.canonicalise.contraction import Operand
 from fx_passes.find.context import Context, Level
 from fx_passes.find.trace import Trace, Value
 
@@ -74,13 +74,12 @@ class Sink:
 
 @dataclass
 class Scores:
-    """Logits in canonical form; `product` is None where only the logits as a whole are known (tier 2).
+    """Logits in canonical form; query and key are None where only the logits as a whole are known (tier 2).
 
     `wide` is set where they have columns without a value that are no sink: all columns, and the first of the keys'.
     """
 
     whole: Operand
-    product: Contraction | None = None
     query: Operand | None = None
     key: Operand | None = None
     scale: float = 1.0
@@ -92,6 +91,7 @@ class Scores:
     sink: Sink | None = None
     wide: tuple[Dim, int] | None = None
     why: str = ""  # for tier 2: what was not expressible
+    visited: tuple[Value, ...] = ()  # every value that was gone through
 
 
 @dataclass
@@ -132,8 +132,6 @@ class Attention:
     form: str
     visited: list[Value]
     causal: bool = False  # F.scaled_dot_product_attention's is_causal
-    window: tuple[int | None, int | None] = (None, None)
-    scale: float | None = None
 
 
 class Walk:

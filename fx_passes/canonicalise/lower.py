@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 
 from fx_passes.canonicalise.attention_dims import AttentionDims, attention_dims, peeled
 from fx_passes.canonicalise.axes import FailedMatch, all_axes, free_axes, leaves, product
+from fx_passes.canonicalise.columns import wide
 from fx_passes.canonicalise.contraction import Operand
 from fx_passes.canonicalise.forms import Attention, Bias, Factor, Scores, Sink, Term, Walk, level
 from fx_passes.canonicalise.masks import LoweredMask, lower_mask, wants_gradient
 from fx_passes.canonicalise.positional_mask import PositionalMask
-from fx_passes.canonicalise.scores import wide
 from fx_passes.find.context import Level
 
 _WIDEST = 256  # values that the kernels take
@@ -74,7 +74,7 @@ def _lower(walk: Walk, attention: Attention, term: Term, scores: Scores) -> Lowe
         if found.biases or found.keep:
             raise FailedMatch("is_causal together with a mask")
         found.positional = PositionalMask(right=0)
-    dims = _with_batch(dims, scores, found)
+    dims = _with_gated_heads(_with_batch(dims, scores, found), term, scores)
     lowered = LoweredTerm(term, scores, dims, found, query, key, value)
     own, keys = set(leaves((*dims.rows, *dims.group))), set(leaves(dims.keys))
     for factor in scores.factors:
@@ -109,6 +109,17 @@ def _with_batch(dims: AttentionDims, scores: Scores, found: LoweredMask) -> Atte
     heads = set(leaves(dims.query_heads))
     if any(heads & set(all_axes(x.layout)) for x in operands):
         raise FailedMatch("documents differ between heads")
+    return dims
+
+
+def _with_gated_heads(dims: AttentionDims, term: Term, scores: Scores) -> AttentionDims:
+    """Dims without groups where a factor per key differs between the query heads of one key head.
+
+    ``(probs * gate) @ repeat(value)`` is ``probs @ (gate.mT * repeat(value))``: each query head has its own values.
+    """
+    group, keys = set(leaves(dims.group)), set(leaves(dims.keys))
+    if any(group & set(f.axes) and keys & set(f.axes) for f in (*term.factors, *scores.factors)):
+        return replace(dims, heads=dims.query_heads, group=())
     return dims
 
 

@@ -19,8 +19,9 @@ from fx_passes.canonicalise.axes import Dim, FailedMatch, Layout, all_axes, broa
 from fx_passes.canonicalise.constants import Constants
 from fx_passes.canonicalise.contraction import Operand
 from fx_passes.canonicalise.forms import BIG, Bias, Mask, Scores, Term, Walk, arguments
+from fx_passes.canonicalise.operators import ANDS, FILLS, NOTS, ORS
 from fx_passes.canonicalise.positional_mask import PositionalMask, both, positional_mask_of
-from fx_passes.canonicalise.probs import FILLS, choices
+from fx_passes.canonicalise.readings import choices
 from fx_passes.canonicalise.views import before, is_cast, is_view
 from fx_passes.find.calls import is_call
 from fx_passes.find.relations import aligned, relation
@@ -29,9 +30,6 @@ from fx_passes.find.trace import Value
 
 aten = torch.ops.aten
 SWAMPS = -1e30  # added to a score, a value at or below it leaves nothing of the score
-_ANDS = {aten.bitwise_and.Tensor, aten.logical_and.default, aten.__and__.Tensor}
-_ORS = {aten.bitwise_or.Tensor, aten.logical_or.default, aten.__or__.Tensor}
-_NOTS = {aten.bitwise_not.default, aten.logical_not.default}
 _LARGEST = 1 << 25  # elements of a mask that is looked at beyond its own size
 _NEAR = 200  # operations
 
@@ -146,56 +144,83 @@ def _lower_mask(
     walk: Walk, scores: Scores, term: Term, rows: Dim, keys: Dim, sizes: Sizes | None
 ) -> tuple[LoweredMask | None, MaskGuard | None]:
     """The lowered mask, and its guard if it is positional; masks over symbolic sizes are evaluated with `sizes`."""
-    result = LoweredMask()
-    masks = list(scores.masks)
-    for bias in scores.biases:
-        mask = _as_mask(walk, bias, sizes)
-        if mask is None:
-            result.biases.append(bias)
-        else:
-            masks.append(mask)
-    hard: list[Mask] = []
-    soft: list[Mask] = []
-    outlived = _outlived_by_sink(walk, scores, result.biases, keys)
-    for mask in masks:
-        zeroed = any(_same_condition(mask, other) for other in term.masks)
-        (hard if zeroed or outlived or math.isinf(mask.fill) else soft).append(mask)
-    for other in term.masks:
-        if math.isinf(other.fill):
-            hard.append(other)
-        elif not any(_same_condition(mask, other) for mask in masks):
-            return None, None
-    hard_parts = [p for m in hard for p in _parts(walk, m, rows, keys, sizes, by_form=True)]
-    soft_parts = [_parts(walk, m, rows, keys, sizes) for m in soft]
-    for i in _hidden_by_others(soft_parts) if not sizes else ():
-        hard_parts += soft_parts.pop(i)
-        del soft[i]
-    all_rows_see = bool(soft) and _none_fully_masked([*hard_parts, *(p for parts in soft_parts for p in parts)])
-    if all_rows_see:
-        hard_parts += [p for parts in soft_parts for p in parts]
-        soft = []
-    elif len(soft) == 1 and not hard_parts and _lost_apart(soft[0], soft_parts[0], scores, result.biases, term):
-        result.fully_masked = "replaced" if soft[0].origin is None else "swamped"
-        hard_parts, soft = soft_parts[0], []
-    _stay_finite(result, soft, scores)
-    formed, hard_parts = _by_form(hard_parts)
-    result.positional = formed
-    positional = positional_mask_of(_all(hard_parts)) if hard_parts else None
+    masks = _classify(walk, scores, term, keys, sizes)
+    if masks is None:
+        return None, None
+    return _lower(walk, _absorb(walk, scores, term, masks, rows, keys, sizes), rows, keys)
+
+
+@dataclass(frozen=True)
+class _Classified:
+    """What is masked: `hard` masks hide keys, `soft` ones have a finite fill; `biases` are no masks."""
+
+    hard: list[Mask]
+    soft: list[Mask]
+    biases: list[Bias]
+
+
+def _classify(walk: Walk, scores: Scores, term: Term, keys: Dim, sizes: Sizes | None) -> _Classified | None:
+    """Which masks hide keys. None where probabilities are zeroed at positions that the scores do not mask."""
+    read = [(bias, _as_mask(walk, bias, sizes)) for bias in scores.biases]
+    biases = [bias for bias, mask in read if mask is None]
+    masks = [*scores.masks, *(mask for _, mask in read if mask is not None)]
+    if not all(math.isinf(m.fill) or any(_same_condition(mask, m) for mask in masks) for m in term.masks):
+        return None
+    outlived = _outlived_by_sink(walk, scores, biases, keys)
+    hides = [outlived or math.isinf(m.fill) or any(_same_condition(m, other) for other in term.masks) for m in masks]
+    hard = [m for m, hidden in zip(masks, hides, strict=True) if hidden]
+    soft = [m for m, hidden in zip(masks, hides, strict=True) if not hidden]
+    return _Classified([*hard, *(m for m in term.masks if math.isinf(m.fill))], soft, biases)
+
+
+@dataclass(frozen=True)
+class _Absorbed:
+    """Conditions that hide keys, finite masks among them where that is exact; the other ones are added to the scores.
+
+    `fully_masked` is that of `LoweredMask`, `all_rows_see` says that conditions are exact since every row sees a key.
+    """
+
+    conditions: list[_Part]
+    biases: list[Bias]
+    fills: list[Mask]
+    fully_masked: str = ""
+    all_rows_see: bool = False
+
+
+def _absorb(
+    walk: Walk, scores: Scores, term: Term, masks: _Classified, rows: Dim, keys: Dim, sizes: Sizes | None
+) -> _Absorbed:
+    """Finite masks as true ones where no row can lose all its keys by them, or where such rows are computed apart."""
+    hard = [p for m in masks.hard for p in _parts(walk, m, rows, keys, sizes, by_form=True)]
+    soft = [(m, _parts(walk, m, rows, keys, sizes)) for m in masks.soft]
+    for i in _hidden_by_others([parts for _, parts in soft]) if not sizes else ():
+        hard += soft.pop(i)[1]
+    every = [*hard, *(p for _, parts in soft for p in parts)]
+    if not soft or _none_fully_masked(every):
+        return _Absorbed(every, masks.biases, [], all_rows_see=bool(soft))
+    if len(soft) == 1 and not hard and _lost_apart(*soft[0], scores, masks.biases, term):
+        return _Absorbed(every, masks.biases, [], "replaced" if soft[0][0].origin is None else "swamped")
+    fills = [m for m, _ in soft if m.origin is None]
+    if fills and (len(soft) > 1 or (scores.query is not None and scores.biases)):
+        raise FailedMatch("masked scores may be all that a row has, and get another mask or a bias")
+    return _Absorbed(hard, [*masks.biases, *(m.origin for m, _ in soft if m.origin is not None)], fills)
+
+
+def _lower(walk: Walk, masks: _Absorbed, rows: Dim, keys: Dim) -> tuple[LoweredMask, MaskGuard | None]:
+    """Conditions as a positional mask, documents, and bool tensors for the rest."""
+    formed, conditions = _by_form(masks.conditions)
+    result = LoweredMask(formed, biases=masks.biases, fills=masks.fills, fully_masked=masks.fully_masked)
+    positional = positional_mask_of(_all(conditions)) if conditions else None
     together = None if positional is None else both(formed, positional)
     claim = None
     if positional is not None and together is not None:
         result.positional = together
-        placed = tuple(p.seen for p in hard_parts if p.matrix is not None)
-        claim = MaskGuard(walk.constants, placed, rows, keys, positional, all_rows_see)
-        hard_parts = [p for p in hard_parts if p.matrix is None]
-    rest: list[KeepMask] = []
-    for part in hard_parts:
-        documents = None if result.fully_masked else _documents(part.seen, rows, keys)
-        if documents is None:
-            rest.append(part.seen)
-        else:
-            result.documents.append(documents)
-    for seen in rest:
+        placed = tuple(p.seen for p in conditions if p.matrix is not None)
+        claim = MaskGuard(walk.constants, placed, rows, keys, positional, masks.all_rows_see)
+        conditions = [p for p in conditions if p.matrix is None]
+    read = [(p.seen, None if masks.fully_masked else _documents(p.seen, rows, keys)) for p in conditions]
+    result.documents = [documents for _, documents in read if documents is not None]
+    for seen in [seen for seen, documents in read if documents is None]:
         positional = _by_positions(walk, seen, rows, keys, result.documents)
         together = None if positional is None else both(result.positional, positional)
         if together is None:
@@ -259,15 +284,6 @@ def _documents(seen: KeepMask, rows: Dim, keys: Dim) -> Documents | None:
         if a & set(leaves(rows)) and b & set(leaves(keys)) and not a & set(leaves(keys)) and not b & set(leaves(rows)):
             return Documents(query, key)
     return None
-
-
-def _stay_finite(result: LoweredMask, soft: list[Mask], scores: Scores) -> None:
-    """Finite masks as what is added to the scores."""
-    replaced = [m for m in soft if m.origin is None]
-    if replaced and (len(soft) > 1 or (scores.query is not None and scores.biases)):
-        raise FailedMatch("masked scores may be all that a row has, and get another mask or a bias")
-    result.biases += [m.origin for m in soft if m.origin is not None]
-    result.fills += replaced
 
 
 def wants_gradient(bias: Bias) -> bool:
@@ -386,11 +402,11 @@ def conjunction(walk: Walk, value: Value, layout: Layout, want: bool) -> list[tu
     if value.op is aten._to_copy.default and isinstance(value.args[0], Value):
         if value.dtype == torch.bool or value.args[0].dtype == torch.bool:
             return conjunction(walk, value.args[0], layout, want)
-    elif value.op in _NOTS and value.args[0].dtype == torch.bool:
+    elif value.op in NOTS and value.args[0].dtype == torch.bool:
         return conjunction(walk, value.args[0], layout, not want)
     elif value.op in (aten.eq.Scalar, aten.ne.Scalar) and value.args[1] == 0:
         return conjunction(walk, value.args[0], layout, want if value.op is aten.ne.Scalar else not want)
-    elif value.op in (_ANDS if want else _ORS) and value.dtype == torch.bool:
+    elif value.op in (ANDS if want else ORS) and value.dtype == torch.bool:
         both = [v for v in value.args[:2] if isinstance(v, Value) and v.dtype == torch.bool]
         if len(both) == 2:
             return [x for v in both for x in conjunction(walk, v, broadcast(layout, v.shape), want)]

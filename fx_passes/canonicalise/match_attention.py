@@ -7,18 +7,22 @@ from dataclasses import replace
 import torch
 
 from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, Layout, all_axes, broadcast, fresh, known, leaves
+from fx_passes.canonicalise.columns import scores
 from fx_passes.canonicalise.constants import Constants
-from fx_passes.canonicalise.contraction import Operand, contraction
+from fx_passes.canonicalise.contraction import Operand, contraction, is_contraction
 from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Scores, Term, Walk, level
-from fx_passes.canonicalise.probs import leads_to_softmax, normalise, probs, through_views
-from fx_passes.canonicalise.qk_product import contains_qk_product
-from fx_passes.canonicalise.scores import scores
-from fx_passes.canonicalise.softmax import divisor, row_sum, softmax_input
+from fx_passes.canonicalise.normalise import normalise
+from fx_passes.canonicalise.operators import name
+from fx_passes.canonicalise.probs import mixes
+from fx_passes.canonicalise.reader import ProbsReader, contains_qk_product
+from fx_passes.canonicalise.rules import PROBS
+from fx_passes.canonicalise.softmax import divisor, row_sum, softmax_input, through_views
 from fx_passes.canonicalise.views import after, is_cast, is_view
 from fx_passes.find.context import Level
 from fx_passes.find.trace import Trace, Value
 
 aten = torch.ops.aten
+_MOST = 80  # operations behind a softmax in which products with V are looked for
 
 
 def is_attention_softmax(walk: Walk, soft: Value) -> bool:
@@ -28,7 +32,29 @@ def is_attention_softmax(walk: Walk, soft: Value) -> bool:
         return False
     layout, keys = fresh(source.shape), (Axis(source.shape[dim]),)
     layout = (*layout[:dim], keys, *layout[dim + 1 :])
-    return contains_qk_product(walk.context, source, layout, keys)
+    return contains_qk_product(walk, source, layout, keys)
+
+
+def products(trace: Trace, soft: Value) -> tuple[list[Value], list[str]]:
+    """The products that a softmax's result enters, through operations with a rule; and the operations without one."""
+    found: list[Value] = []
+    ends: set[str] = set()
+    seen: set[Value] = set()
+    todo = [soft]
+    while todo and len(seen) < _MOST:
+        value = todo.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        for user in trace.users(value):
+            if is_contraction(user):
+                found += [] if user in found else [user]
+                todo += [user] if mixes(trace.context, user) else []
+            elif user.op in PROBS or is_view(user) or is_cast(user):
+                todo.append(user)
+            else:
+                ends.add(name(user))
+    return found, sorted(ends)
 
 
 def match_attention(trace: Trace, constants: Constants, product: Value) -> tuple[Attention, Walk]:
@@ -38,22 +64,26 @@ def match_attention(trace: Trace, constants: Constants, product: Value) -> tuple
         FailedMatch: the reason.
     """
     reason: FailedMatch | None = None
+    unclear = ""
     for flipped in (False, True):
         walk = Walk(trace, constants)
         c = contraction(product, fresh(product.shape))
         side, value = (c.right, c.left) if flipped else (c.left, c.right)
-        if not leads_to_softmax(trace.context, side.value):
-            continue
+        reader = ProbsReader(walk, c.summed)
+        walk.visit(product)
         try:
-            return _attention(walk, product, c.layout, side, value, c.summed), walk
+            terms = reader.read(side.value, side.layout)
+            if terms is not None:
+                return _attention(walk, product, c.layout, terms, side, value, c.summed), walk
         except FailedMatch as why:
             reason = reason or why
-    raise reason or FailedMatch("no softmax is in the product")
+        unclear = unclear or reader.unclear
+    raise reason or FailedMatch(unclear or "no softmax is in the product")
 
 
-def _attention(walk: Walk, out: Value, layout: Layout, side: Operand, value: Operand, summed: Dim) -> Attention:
-    walk.visit(out)
-    terms = probs(walk, side.value, side.layout, summed)
+def _attention(
+    walk: Walk, out: Value, layout: Layout, terms: list[Term], side: Operand, value: Operand, summed: Dim
+) -> Attention:
     keys = set(leaves(summed))
     for i, term in enumerate(terms):
         over = set(leaves(term.keys if term.extension is None else term.extension[0]))
@@ -62,7 +92,9 @@ def _attention(walk: Walk, out: Value, layout: Layout, side: Operand, value: Ope
         terms[i] = replace(term, mixed=(*leaves(term.mixed), *(a for a in leaves(summed) if a not in over)))
     if level(walk.context, value.value) < Level.COMPUTED:
         raise FailedMatch("value is a parameter, not an activation")
-    done = [t if t.plain else replace(t, scores=scores(walk, t)) for t in terms]
+    done = sorted([t if t.plain else _with_scores(walk, t, len(terms) == 1) for t in terms], key=lambda t: t.plain)
+    if done[0].plain:
+        raise FailedMatch("softmax is not taken of a product of two activations")
     for term in done:
         _check_value(walk, term, value, summed)
     if done[-1].plain and any(set(leaves(t.keys if t.extension is None else t.extension[0])) != keys for t in done):
@@ -73,6 +105,17 @@ def _attention(walk: Walk, out: Value, layout: Layout, side: Operand, value: Ope
         out, layout, done = _normalised_later(walk, out, layout, done, summed, through_views(side))
     _check_regions(walk)
     return Attention(out, layout, done, value, _form(done), walk.visited)
+
+
+def _with_scores(walk: Walk, term: Term, alone: bool) -> Term:
+    """A term with its scores. Beside others, a softmax of something else is a tensor of probabilities (ConViT)."""
+    try:
+        return replace(term, scores=scores(walk, term))
+    except FailedMatch:
+        if alone or term.dropout or term.masks or term.extension is not None or not term.normalised:
+            raise
+    factors = [Factor(term.soft, term.source.layout), *term.factors]
+    return Term(term.soft, term.source, term.keys, term.scale, factors, plain=True, mixed=term.mixed)
 
 
 def _check_value(walk: Walk, term: Term, value: Operand, summed: Dim) -> None:
@@ -89,7 +132,7 @@ def _check_value(walk: Walk, term: Term, value: Operand, summed: Dim) -> None:
     rows = set(all_axes(found.query.layout)) - set(all_axes(found.key.layout))
     if others & rows:
         raise FailedMatch("the product with value sums over the rows")
-    if rows & set(all_axes(value.layout)) and contains_qk_product(walk.context, value.value, value.layout, summed):
+    if rows & set(all_axes(value.layout)) and contains_qk_product(walk, value.value, value.layout, summed):
         raise FailedMatch("value is made of scores")
 
 
@@ -111,8 +154,8 @@ def _normalised_later(
             found = row_sum(below.value, below.layout, unnormalised.value, unnormalised.layout, summed)
             if found is None or not all(known(a == b) for a, b in zip(user.shape, value.shape, strict=True)):
                 break
-            term = normalise(walk, terms, summed, found)
-            return user, layout, [replace(term, scores=scores(walk, term))]
+            terms = normalise(walk, terms, summed, found)
+            return user, layout, [replace(term, scores=scores(walk, term)) for term in terms]
         moved = after(user, layout) if is_view(user) and user.args[0] is value else layout if is_cast(user) else None
         if moved is None:
             break
@@ -142,7 +185,7 @@ def _form(terms: list[Term]) -> str:
     if len(terms) > 1:
         return f"{len(terms)} x {spelled}, one product"
     scores = terms[0].scores
-    if scores is None or scores.product is None:
+    if scores is None or scores.query is None:
         return f"logits-{spelled}-matmul"
     return f"matmul-{spelled}-matmul"
 
@@ -185,6 +228,3 @@ def match_sdpa(trace: Trace, constants: Constants, call: Value) -> tuple[Attenti
         call, (*lead, rows, out), [term], v, "sdpa", walk.visited, causal=bool(given.get("is_causal"))
     )
     return attention, walk
-
-
-__all__ = ["is_attention_softmax", "match_attention", "match_sdpa"]

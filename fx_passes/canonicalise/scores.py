@@ -1,142 +1,175 @@
-"""From what softmax is taken of up to the product of query and key: scale, factors, softcap, biases, masks, sinks."""
+"""Rules for logits: what an operator makes of scores in the form softcap(scale * q . k) + biases, with masks.
+
+A rule gets a reader, a value and the value's layout. It gives None where no operand is scores, and raises FailedMatch
+where the canonical form has no place for what the operator does: then the scores are taken as a whole (tier 2).
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fx_passes.canonicalise.axes import Dim, FailedMatch, Layout, all_axes, broadcast, known, leaves, resolve
+from fx_passes.canonicalise.axes import FailedMatch, Layout, all_axes, broadcast, leaves, resolve
 from fx_passes.canonicalise.contraction import Operand, contraction, is_contraction
-from fx_passes.canonicalise.forms import BIG, Bias, Factor, Mask, Scores, Sink, Term, Walk
-from fx_passes.canonicalise.probs import FILLS, PRODUCTS, SUMS, choices, name, number_of
-from fx_passes.canonicalise.qk_product import contains_qk_product, is_activations_product
-from fx_passes.canonicalise.views import before, chunk_of, is_cast, is_view
+from fx_passes.canonicalise.forms import BIG, Bias, Factor, Mask, Scores, Walk, arguments
+from fx_passes.canonicalise.operators import DIVISIONS, name
+from fx_passes.canonicalise.qk_product import along_dimensions, has_rows, is_activations_product, is_softmax
+from fx_passes.canonicalise.readings import choices, number_of
+from fx_passes.canonicalise.views import chunk_of
 from fx_passes.find.trace import Value
+
+if TYPE_CHECKING:
+    from fx_passes.canonicalise.reader import ScoresReader
 
 aten = torch.ops.aten
 
 
-def scores(walk: Walk, term: Term) -> Scores:
-    """The canonical form of a term's logits. Where it cannot be had they are taken as a whole, with the reason.
-
-    FailedMatch: they do not derive from a product of two activations, or columns were added in an unknown way.
-    """
-    value, layout, keys = term.source.value, term.source.layout, term.keys
-    if not contains_qk_product(walk.context, value, layout, keys):
-        raise FailedMatch("softmax is not taken of a product of two activations")
-    sink = term.sink
-    if term.extension is not None:
-        mark = len(walk.visited)
-        try:
-            value, layout, sink = _columns(walk, value, layout, keys, *term.extension)
-        except FailedMatch as reason:
-            del walk.visited[mark:]
-            return wide(term, str(reason))
-        keys = term.extension[0]
-    whole = Operand(value, layout)
-    mark = len(walk.visited)
-    try:
-        found = _spine(walk, value, layout, keys, sink is None)
-        if found.zeroed:
-            found = _with_factor(replace(found, zeroed=[]), found.zeroed[0])
-        _check_axes(found, keys)
-        return replace(found, whole=whole, sink=sink)
-    except FailedMatch as reason:
-        del walk.visited[mark:]
-        return Scores(whole, sink=sink, why=str(reason))
-
-
-def wide(term: Term, why: str) -> Scores:
-    """The logits of a term as a whole, with all columns that softmax runs over."""
-    assert term.extension is not None
-    keys, start = term.extension
-    if not all(isinstance(axis.size, int) for axis in leaves((*keys, *term.keys))):
-        raise FailedMatch(why)
-    mine = set(leaves(term.keys))
-    layout = tuple(keys if set(leaves(dim)) == mine else dim for dim in term.source.layout)
-    return Scores(Operand(term.source.value, layout), wide=(term.keys, start), why=why)
-
-
-def _columns(walk: Walk, value: Value, layout: Layout, wide: Dim, keys: Dim, start: int) -> tuple[Value, Layout, Sink]:
-    """What stands in the columns that get a value, and the sink in the one that does not."""
-    walk.visit(value)
-    total, n = wide[0].size, math.prod(axis.size for axis in leaves(keys))
-    dim = next(i for i, d in enumerate(layout) if set(leaves(d)) == set(leaves(wide)))
-    narrow = (*layout[:dim], keys, *layout[dim + 1 :])
-    if is_cast(value):
-        return _columns(walk, value.args[0], layout, wide, keys, start)
-    if value.op in SUMS and isinstance(value.args[1], Value):
-        side = broadcast(layout, value.args[1].shape)
-        if not set(leaves(wide)) & set(all_axes(side)):
-            return _columns(walk, value.args[0], broadcast(layout, value.args[0].shape), wide, keys, start)
-    if not known(total == n + 1):
-        raise FailedMatch("softmax has more than one column without a value")
-    if value.op is aten.constant_pad_nd.default:
-        pads = list(value.args[1])
-        number = float(value.args[2]) if len(value.args) > 2 else 0.0
-        i = 2 * (len(layout) - 1 - dim)
-        if i + 1 < len(pads) and sum(map(abs, pads)) == 1 and pads[i : i + 2] == ([0, 1] if start == 0 else [1, 0]):
-            return value.args[0], narrow, Sink(None, number)
-    if value.op is aten.cat.default and (value.args[1] if len(value.args) > 1 else 0) % len(layout) == dim:
-        parts = value.args[0]
-        order = parts if start == 0 else tuple(reversed(parts))
-        if len(parts) == 2 and known(order[0].shape[dim] == n) and start in (0, 1):
-            side = (*layout[:dim], (), *layout[dim + 1 :])
-            return order[0], narrow, Sink(Operand(order[1], side))
-    raise FailedMatch("columns are added to the scores in a way that was not understood")
-
-
-def _check_axes(found: Scores, keys: Dim) -> None:
-    mine = set(leaves(keys))
-    for factor in found.factors:
-        if mine & set(factor.axes) and set(factor.axes) - mine and found.query is not None and found.key is not None:
-            only_query = set(all_axes(found.query.layout)) - set(all_axes(found.key.layout))
-            if only_query & set(factor.axes):
-                raise FailedMatch("the scores are multiplied by a tensor over query and key")
-
-
-def _spine(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: bool) -> Scores:
-    """The scores of a value that carries the product. `shifts`: a term without keys changes nothing."""
-    walk.visit(value)
-    if is_contraction(value):
-        return _product(walk, value, layout, keys)
-    if is_view(value):
-        return _spine(walk, value.args[0], before(value, layout), keys, shifts)
-    if is_cast(value):
-        return _spine(walk, value.args[0], layout, keys, shifts)
-    if value.op is aten.slice.Tensor and (chunk := chunk_of(value, layout)) is not None:
-        if set(leaves(chunk[value.args[1]])) & set(leaves(keys)):
-            raise FailedMatch("a part of the scores is cut out")
-        return _spine(walk, value.args[0], chunk, keys, shifts)
-    if value.op is aten.neg.default:
-        return _times(_spine(walk, value.args[0], layout, keys, shifts), -1.0)
-    if value.op in SUMS:
-        return _sum(walk, value, layout, keys, shifts)
-    if value.op in PRODUCTS:
-        return _multiplied(walk, value, layout, keys, shifts)
-    if value.op is aten.tanh.default:
-        return _capped(_spine(walk, value.args[0], layout, keys, False))
-    if value.op in FILLS:
-        return _filled(walk, value, layout, keys, shifts)
-    raise FailedMatch(f"the scores go through {name(value)}")
-
-
-def _product(walk: Walk, value: Value, layout: Layout, keys: Dim) -> Scores:
+def product(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
+    """``query @ key.mT``, in which the operand that runs over the keys is the key."""
+    if not is_contraction(value):
+        return None
     c = contraction(value, layout)
-    if not is_activations_product(walk.context, c, keys):
-        raise FailedMatch("the scores are mixed across heads")
-    mine = set(leaves(keys))
+    if not is_activations_product(reader.walk.context, c, reader.keys):
+        if any(reader.over_keys(o.layout) and reader.read(o.value, o.layout) for o in (c.left, c.right)):
+            raise FailedMatch("the scores are mixed across heads")
+        return None
+    if not has_rows(c, reader.keys, reader.shared.rows) or is_softmax(c.left.value) or is_softmax(c.right.value):
+        return None
+    mine = set(leaves(reader.keys))
     left, right = mine & set(all_axes(c.left.layout)), mine & set(all_axes(c.right.layout))
     if left and right:
         raise FailedMatch("both operands of the scores' product run over the keys")
     query, key = (c.right, c.left) if left else (c.left, c.right)
     extra = set(all_axes(key.layout)) - set(all_axes(query.layout)) - mine
-    if extra and contains_qk_product(walk.context, key.value, key.layout, keys):
+    if extra and reader.contains_qk_product(key):
         raise FailedMatch("the scores are mixed across heads")
-    return Scores(Operand(value, layout), product=c, query=query, key=key)
+    return Scores(Operand(value, layout), query=query, key=key)
+
+
+def cut(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
+    """``scores[:, h]`` or one of equal chunks: the axis has a place."""
+    chunk = chunk_of(value, layout)
+    if chunk is not None and not set(leaves(chunk[value.args[1]])) & set(leaves(reader.keys)):
+        inner = reader.read(value.args[0], chunk)
+        if inner is not None:
+            return inner
+    return mixed(reader, value, layout, "a part of the scores is cut out" if chunk is not None else "")
+
+
+def negated(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
+    inner = reader.read(value.args[0], layout)
+    return inner if inner is None or inner.why else _times(inner, -1.0)
+
+
+def added(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
+    """``scores + bias``: a bias, or nothing where it is the same for all keys."""
+    a, b = value.args[0], value.args[1]
+    alpha = float(value.kwargs.get("alpha", 1)) * (-1.0 if value.op is aten.sub.Tensor else 1.0)
+    first, second = reader.operand(a, layout), reader.operand(b, layout)
+    if not isinstance(b, Value):
+        if first is not None and not reader.shifts:
+            raise FailedMatch("a number is added to scores that have a sink")
+        return first
+    readings = [(first, 1.0, b, alpha), (second, alpha, a, 1.0)]
+    why = ""
+    for found, sign, side, scale in readings:
+        if found is None or found.why:
+            why = why or ("" if found is None else found.why)
+            continue
+        try:
+            return _biased(reader, found, sign, Bias(side, broadcast(layout, side.shape), scale))
+        except FailedMatch as reason:
+            why = why or str(reason)
+    if why:
+        raise FailedMatch(why)
+    return None
+
+
+def _biased(reader: ScoresReader, found: Scores, sign: float, bias: Bias) -> Scores:
+    found = found if sign == 1.0 else _times(found, sign)
+    if reader.shifts and not reader.over_keys(bias.layout):
+        return found
+    if found.zeroed:
+        masked = _mask_of_zeroed(reader.walk, found, bias)
+        if masked is None:
+            raise FailedMatch("the scores are multiplied by zeros")
+        return masked
+    return replace(found, biases=[*found.biases, bias])
+
+
+def multiplied(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
+    """``scores * number`` changes the scale, ``scores * tensor`` has a factor."""
+    a, b = value.args[0], value.args[1]
+    divides = value.op in DIVISIONS
+    if reader.operand(a, layout) is None:
+        if reader.operand(b, layout) is None:
+            return None
+        if divides:
+            raise FailedMatch("the scores divide")
+        a, b = b, a
+    if value.kwargs.get("rounding_mode") is not None:
+        raise FailedMatch("the scores are rounded")
+    side = broadcast(layout, b.shape) if isinstance(b, Value) else ()
+    # Behind a factor over the keys, what was the same for all keys is so no more.
+    inner = (reader.exact() if reader.over_keys(side) else reader).operand(a, layout)
+    if inner is None or inner.why:
+        return inner
+    number = number_of(reader.walk, b, buffers=False)
+    if number is not None:
+        return _times(inner, 1.0 / number if divides and number else number)
+    if not isinstance(b, Value):
+        return with_factor(inner, Factor.number(b, -1 if divides else 1))
+    if reader.operand(b, layout) is not None:
+        raise FailedMatch("two products of activations are multiplied with one another")
+    factor = Factor(b, side, -1 if divides else 1)
+    if _zeroing(reader.walk, factor) and not (inner.masks or inner.biases or inner.softcap or inner.zeroed):
+        return replace(inner, zeroed=[factor])
+    return with_factor(inner, factor)
+
+
+def capped(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
+    """``tanh(scores)`` is a softcap of 1; a factor behind it makes it another one."""
+    inner = reader.exact().read(value.args[0], layout)
+    if inner is None or inner.why:
+        return inner
+    if inner.softcap or inner.biases or inner.masks:
+        raise FailedMatch("the scores go through tanh after a bias or a mask")
+    return replace(inner, softcap=1.0)
+
+
+def filled(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
+    """``scores.masked_fill(hidden, -inf)``, ``where(seen, scores, -inf)``: a mask."""
+    if not any(reader.operand(x, layout) is not None for x in arguments(value)):
+        return None
+    for kept, fill, condition, keep in choices(reader.walk, value):
+        inner = reader.operand(kept, layout)
+        if inner is None:
+            continue
+        if fill > BIG:
+            raise FailedMatch(f"masked scores get the value {fill:g}, which is not large enough to be a mask")
+        if inner.why:
+            return inner
+        mask = Mask(condition, broadcast(layout, condition.shape), keep, fill, over=len(inner.biases))
+        return replace(inner, masks=[*inner.masks, mask])
+    raise FailedMatch("the scores are masked in a way that was not understood")
+
+
+def written(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
+    """``scores[..., 1:] = other``: scores of which no more is known."""
+    if reader.read(value.args[0], layout) is None:
+        return None
+    raise FailedMatch(f"the scores go through {name(value)}")
+
+
+def mixed(reader: ScoresReader, value: Value, layout: Layout, why: str = "") -> Scores | None:
+    """What reads, cuts or joins scores along some dimensions: scores of which no more is known."""
+    if along_dimensions(reader, value, layout):
+        raise FailedMatch(why or f"the scores go through {name(value)}")
+    return None
 
 
 def _times(s: Scores, number: float) -> Scores:
@@ -153,79 +186,6 @@ def _times(s: Scores, number: float) -> Scores:
         # softcap * tanh(x / softcap) with another height h: h * tanh((x * h / softcap) / h).
         return replace(s, softcap=s.softcap * number, scale=s.scale * number, biases=biases, masks=masks)
     return replace(s, scale=s.scale * number, biases=biases, masks=masks)
-
-
-def _capped(s: Scores) -> Scores:
-    """tanh(scores), which is a softcap of 1."""
-    if s.softcap or s.biases or s.masks:
-        raise FailedMatch("the scores go through tanh after a bias or a mask")
-    return replace(s, softcap=1.0)
-
-
-def _sum(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: bool) -> Scores:
-    a, b = value.args[0], value.args[1]
-    alpha = float(value.kwargs.get("alpha", 1)) * (-1.0 if value.op is aten.sub.Tensor else 1.0)
-    if not isinstance(b, Value):
-        if not shifts:
-            raise FailedMatch("a number is added to scores that have a sink")
-        return _spine(walk, a, layout, keys, shifts)
-    la, lb = broadcast(layout, a.shape), broadcast(layout, b.shape)
-    ca, cb = contains_qk_product(walk.context, a, la, keys), contains_qk_product(walk.context, b, lb, keys)
-    if not ca and not cb:
-        raise FailedMatch("no operand of a sum in the scores was understood")
-    readings = []
-    if ca:
-        readings.append((a, la, 1.0, b, lb, alpha))
-    if cb:
-        readings.append((b, lb, alpha, a, la, 1.0))
-    reason: FailedMatch | None = None
-    for spine, inner, sign, side, outer, scale in readings:
-        mark = len(walk.visited)
-        try:
-            found = _spine(walk, spine, inner, keys, shifts)
-            found = found if sign == 1.0 else _times(found, sign)
-            if shifts and not set(leaves(keys)) & set(all_axes(outer)):
-                return found
-            if found.zeroed:
-                masked = _mask_of_zeroed(walk, found, Bias(side, outer, scale))
-                if masked is None:
-                    raise FailedMatch("the scores are multiplied by zeros")
-                return masked
-            return replace(found, biases=[*found.biases, Bias(side, outer, scale)])
-        except FailedMatch as why:
-            del walk.visited[mark:]
-            reason = reason or why
-    assert reason is not None
-    raise reason
-
-
-def _multiplied(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: bool) -> Scores:
-    a, b = value.args[0], value.args[1]
-    divides = value.op in (aten.div.Tensor, aten.div.Scalar)
-    if value.kwargs.get("rounding_mode") is not None:
-        raise FailedMatch("the scores are rounded")
-    if not isinstance(a, Value) or (
-        not divides
-        and isinstance(b, Value)
-        and not contains_qk_product(walk.context, a, broadcast(layout, a.shape), keys)
-    ):
-        a, b = b, a
-    if not isinstance(a, Value) or not contains_qk_product(walk.context, a, broadcast(layout, a.shape), keys):
-        raise FailedMatch("the scores divide")
-    number = number_of(walk, b, buffers=False)
-    if isinstance(b, Value) and set(leaves(keys)) & set(all_axes(broadcast(layout, b.shape))):
-        shifts = False  # what is the same for all keys is so no more behind this
-    found = _spine(walk, a, broadcast(layout, a.shape), keys, shifts)
-    if number is not None:
-        return _times(found, 1.0 / number if divides and number else number)
-    if not isinstance(b, Value):
-        return _with_factor(found, Factor.number(b, -1 if divides else 1))
-    if contains_qk_product(walk.context, b, broadcast(layout, b.shape), keys):
-        raise FailedMatch("two products of activations are multiplied with one another")
-    factor = Factor(b, broadcast(layout, b.shape), -1 if divides else 1)
-    if _zeroing(walk, factor) and not (found.masks or found.biases or found.softcap or found.zeroed):
-        return replace(found, zeroed=[factor])
-    return _with_factor(found, factor)
 
 
 def _zeroing(walk: Walk, factor: Factor) -> bool:
@@ -247,7 +207,7 @@ def _mask_of_zeroed(walk: Walk, found: Scores, bias: Bias) -> Scores | None:
     return replace(found, zeroed=[], masks=[Mask(zeroed.value, zeroed.layout, True, float(fills[0]))])
 
 
-def _with_factor(found: Scores, factor: Factor) -> Scores:
+def with_factor(found: Scores, factor: Factor) -> Scores:
     if found.zeroed:
         raise FailedMatch("the scores are multiplied by zeros")
     if found.masks:
@@ -256,16 +216,3 @@ def _with_factor(found: Scores, factor: Factor) -> Scores:
         raise FailedMatch("capped scores are multiplied by a tensor")
     biases = [replace(x, factors=[*x.factors, factor]) for x in found.biases]
     return replace(found, factors=[*found.factors, factor], biases=biases)
-
-
-def _filled(walk: Walk, value: Value, layout: Layout, keys: Dim, shifts: bool) -> Scores:
-    for kept, fill, condition, keep in choices(walk, value):
-        inner = broadcast(layout, kept.shape)
-        if not contains_qk_product(walk.context, kept, inner, keys):
-            continue
-        if fill > BIG:
-            raise FailedMatch(f"masked scores get the value {fill:g}, which is not large enough to be a mask")
-        found = _spine(walk, kept, inner, keys, shifts)
-        mask = Mask(condition, broadcast(layout, condition.shape), keep, fill, over=len(found.biases))
-        return replace(found, masks=[*found.masks, mask])
-    raise FailedMatch("the scores are masked in a way that was not understood")

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from fx_passes.canonicalise.axes import Dim, Layout, broadcast, leaves, resolve
+from fx_passes.canonicalise.axes import Dim, FailedMatch, Layout, broadcast, leaves, resolve
 from fx_passes.canonicalise.contraction import Operand
+from fx_passes.canonicalise.operators import CLAMPS_BELOW, LARGEST
 from fx_passes.canonicalise.views import before, is_cast, is_same, is_view
 from fx_passes.find.trace import Value
 
@@ -128,7 +129,7 @@ def row_sum(
             layout = before(value, layout)
         elif value.op is aten.add.Tensor and isinstance(value.args[1], (int, float)) and not value.kwargs:
             extra += float(value.args[1])
-        elif not is_cast(value) and not (value.op in _CLAMPS and _is_idle(value, numerator)):
+        elif not is_cast(value) and not (value.op in CLAMPS_BELOW and _is_idle(value, numerator)):
             return None
         value = value.args[0]
         if value.op is None:
@@ -162,9 +163,6 @@ def _summands(value: Value) -> tuple[Value, Value] | None:
     return None
 
 
-_CLAMPS = {aten.clamp_min.default, aten.clamp.default}
-
-
 def _is_idle(clamp: Value, numerator: Value) -> bool:
     """Whether a clamp of a row sum changes nothing: the largest term of a row is exp(0), hence the sum at least 1."""
     numerator = through(numerator)
@@ -178,4 +176,16 @@ def _is_idle(clamp: Value, numerator: Value) -> bool:
     top = through(shifted.args[1])
     while top.op in (aten.detach.default, operator.getitem):
         top = top.args[0]
-    return top.op in (aten.amax.default, aten.max.dim) and same(top.args[0], shifted.args[0])
+    return top.op in LARGEST and same(top.args[0], shifted.args[0])
+
+
+def through_views(operand: Operand) -> Operand:
+    """What an operand is a view or cast of, as far as its axes can be followed."""
+    value, layout = operand.value, operand.layout
+    while is_view(value) or is_cast(value):
+        try:
+            layout = before(value, layout) if is_view(value) else layout
+        except FailedMatch:
+            break
+        value = value.args[0]
+    return Operand(value, layout)

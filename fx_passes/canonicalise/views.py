@@ -7,20 +7,10 @@ from typing import Any
 import torch
 
 from fx_passes.canonicalise.axes import Axis, FailedMatch, Layout, broadcast, known, reshape
+from fx_passes.canonicalise.operators import CASTS, COPIES, MOVES, RESHAPES, SQUEEZES
 from fx_passes.find.trace import Value
 
 aten = torch.ops.aten
-
-_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default}
-_SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
-_SAME = {
-    aten.clone.default,
-    aten.alias.default,
-    aten.lift_fresh.default,
-    aten.lift_fresh_copy.default,
-    aten.contiguous.default,
-}
-_CASTS = {aten._to_copy.default}
 
 
 def is_same(value: Value) -> bool:
@@ -29,13 +19,13 @@ def is_same(value: Value) -> bool:
         return not value.args[2] or value.args[1] == 0
     if value.op is aten.slice.Tensor:
         return all(known(a == b) for a, b in zip(value.shape, value.args[0].shape, strict=True))
-    return value.op in _SAME
+    return value.op in COPIES
 
 
 def is_cast(value: Value) -> bool:
     """Whether a value is its first argument in another floating-point type."""
     return (
-        value.op in _CASTS
+        value.op in CASTS
         and value.dtype.is_floating_point
         and value.args[0].dtype.is_floating_point
         and value.fake.device == value.args[0].fake.device
@@ -43,7 +33,7 @@ def is_cast(value: Value) -> bool:
 
 
 def is_view(value: Value) -> bool:
-    return is_same(value) or value.op in _RESHAPES or value.op in _SQUEEZES or value.op in _MOVES or _selects(value)
+    return is_same(value) or value.op in RESHAPES or value.op in SQUEEZES or value.op in MOVES or _selects(value)
 
 
 def _repeated(value: Value) -> list[Any]:
@@ -87,9 +77,9 @@ def before(value: Value, layout: Layout) -> Layout:
     source = value.args[0]
     if is_same(value):
         return layout
-    if value.op in _RESHAPES:
+    if value.op in RESHAPES:
         return reshape(layout, source.shape)
-    if value.op in _SQUEEZES:
+    if value.op in SQUEEZES:
         rest = iter(layout)
         return tuple(() if i in _squeezed(value) else next(rest) for i in range(len(source.shape)))
     if value.op is aten.unsqueeze.default:
@@ -119,9 +109,9 @@ def after(value: Value, layout: Layout) -> Layout | None:
         return layout
     if value.op in (aten.select.int, aten.repeat.default):
         return None
-    if value.op in _RESHAPES:
+    if value.op in RESHAPES:
         return reshape(layout, value.shape)
-    if value.op in _SQUEEZES:
+    if value.op in SQUEEZES:
         return tuple(dim for i, dim in enumerate(layout) if i not in _squeezed(value))
     if value.op is aten.unsqueeze.default:
         i = value.args[1] % len(value.shape)
@@ -146,21 +136,10 @@ def _order(value: Value) -> list[int]:
     if value.op is aten.permute.default:
         return [d % rank for d in value.args[1]]
     order = list(range(rank))
-    i, j = (0, 1) if value.op in _FLIPS else (value.args[1] % rank, value.args[2] % rank)
+    i, j = (0, 1) if value.op is aten.t.default else (value.args[1] % rank, value.args[2] % rank)
     if rank > 1:
         order[i], order[j] = order[j], order[i]
     return order
-
-
-_FLIPS = {aten.t.default}
-_MOVES = {
-    aten.unsqueeze.default,
-    aten.expand.default,
-    aten.repeat.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-}
 
 
 def peel(value: Value, layout: Layout) -> tuple[Value, Layout]:

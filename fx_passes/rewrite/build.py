@@ -13,11 +13,11 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, Layout, leaves, resolve
 from fx_passes.canonicalise.contraction import Operand
+from fx_passes.canonicalise.operators import RESHAPES
 from fx_passes.find.context import Context
 from fx_passes.find.trace import Value, partly_written
 
 aten = torch.ops.aten
-_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
 
 
 class Builder:
@@ -48,7 +48,7 @@ class Builder:
         if torch.Tag.nondeterministic_seeded in getattr(value.op, "tags", ()):
             raise FailedMatch("a random tensor inside of another operation is needed")
         args, kwargs = self._arguments(value.args), self._arguments(value.kwargs)
-        target = aten.reshape.default if value.op in _RESHAPES else value.op
+        target = aten.reshape.default if value.op in RESHAPES else value.op
         node = self.call(operator.getitem if value.op is operator.getitem else target, *args, **kwargs)
         node.meta["example_value"] = value.fake
         value.node, value.version = node, None

@@ -316,7 +316,7 @@ def test_a_copy_during_a_fit_has_the_account_so_far_and_no_clock(how: Any) -> No
     fit.fit(Plain(), loader(60))
     assert callback.summary is not None
     twin = made[-1]
-    assert (twin._times, twin._unseen, twin._pacing._since, twin._account._running) == (None,) * 4
+    assert (twin._times, twin._pacing._since, twin._account._running) == (None,) * 3
     assert 0 < twin._account.seconds < callback.summary.seconds
     assert twin._account.probes == callback._account.probes
     assert twin._account is not callback._account

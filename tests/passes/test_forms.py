@@ -239,6 +239,34 @@ def key_gate(q, k, v):
 
 
 @form()
+def key_gate_of_grouped_heads(q, k, v):
+    k, v = (x[:, :2].repeat_interleave(2, 1) for x in (k, v))
+    return ((q @ k.mT).softmax(-1) * torch.sigmoid(q.sum(-1))[:, :, None]) @ v
+
+
+@form(sites=2)
+def sum_normalised_again(q, k, v):
+    gate = torch.sigmoid(q.mean((0, 2, 3))).view(1, H, 1, 1)
+    p = (1 - gate) * (q @ k.mT).softmax(-1) - 0.3 * (k @ q.mT).softmax(-1)
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+@form()
+def sum_with_softmax_of_positions_normalised_again(q, k, v):
+    gate, i = torch.sigmoid(q.mean((0, 2, 3))).view(1, H, 1, 1), torch.arange(N)
+    positions = (-((i[:, None] - i) ** 2) * (1 + gate)).expand(B, -1, -1, -1).softmax(-1)
+    p = (1 - gate) * (q @ k.mT).softmax(-1) + gate * positions
+    p /= p.sum(-1).unsqueeze(-1)
+    return p @ v
+
+
+@form()
+def mixed_and_normalised_again(q, k, v):
+    p = torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), MIX.exp())
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+@form()
 def in_place(q, k, v):
     s = q @ k.mT
     s *= 0.5

@@ -114,9 +114,24 @@ def mixed_and_dropped(q, k, v):
     return F.dropout(p, 0.3, True) @ v
 
 
-def mixed_and_normalised(q, k, v):
-    p = torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), MIX[:H, :H].exp())
+def mixed_dropped_and_normalised(q, k, v):
+    p = torch.einsum("bhij,hg->bgij", F.dropout((q @ k.mT).softmax(-1), 0.3, True), MIX[:H, :H].exp())
     return (p / p.sum(-1, keepdim=True)) @ v
+
+
+def sum_of_gated_normalised(q, k, v):
+    p = (q @ k.mT).softmax(-1) * torch.sigmoid(v.sum(-1))[:, :, None] + (k @ q.mT).softmax(-1)
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+def sum_with_a_sink_normalised(q, k, v):
+    p = F.pad(q @ k.mT, (0, 1)).softmax(-1)[..., :-1] + (k @ q.mT).softmax(-1)
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+def sum_normalised_with_epsilon(q, k, v):
+    p = (q @ k.mT).softmax(-1) + (k @ q.mT).softmax(-1)
+    return (p / (p.sum(-1, keepdim=True) + 1e-2)) @ v
 
 
 def mixed_and_through_a_norm(q, k, v):
@@ -206,7 +221,10 @@ def without_gradient(q, k, v):
         overlap_of_rows,
         mixed_along_keys,
         mixed_and_dropped,
-        mixed_and_normalised,
+        mixed_dropped_and_normalised,
+        sum_of_gated_normalised,
+        sum_with_a_sink_normalised,
+        sum_normalised_with_epsilon,
         mixed_and_through_a_norm,
         detached,
         without_gradient,
