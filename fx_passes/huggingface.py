@@ -91,7 +91,7 @@ class register_sus_attention(CallHandle):
         band, mask, bias = _masks(module, query, attention_mask, is_causal, position_bias)
         ids = _documents(query, key, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
         rows = None
-        if ids[0] is not ids[1] and band != (None, None):
+        if ids[0] is not ids[1] and band != (None, None) and cu_seq_lens_q is not None and cu_seq_lens_k is not None:
             # As in flash-attn, the band of each document counts from its last query and its last key.
             shared = shared_places(cu_seq_lens_q, cu_seq_lens_k, query.shape[2], key.shape[2], from_end=True)
             if mask is None and bias is None:

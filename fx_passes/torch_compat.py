@@ -13,14 +13,28 @@ import torch
 CPU_KERNEL_HAS_GQA = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
 
+# What a callback of Dynamo has around a backend; torch 2.8 calls it a callable.
+_AROUND = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable")
+
+
+def _first(x: Any, *names: str) -> Any:
+    for name in names:
+        found = getattr(x, name, None)
+        if found is not None:
+            return found
+    return None
+
+
 def inner_backend(backend: Any) -> Any:
     """What a callback of Dynamo, or a wrapper of a backend, calls; None for what wraps nothing."""
-    # torch 2.8 has "callable" for "backend" in Dynamo's own callbacks.
-    for name in ("compiler_fn", "_torchdynamo_orig_backend", "_torchdynamo_orig_callable"):
-        inner = getattr(backend, name, None)
-        if inner is not None:
-            return inner
-    return None
+    return _first(backend, "compiler_fn", *_AROUND)
+
+
+def innermost_backend(callback: Any) -> Any:
+    """What torch.compile made of a backend, out of Dynamo's callback (torch 2.10 and older have no such function)."""
+    while (inner := _first(callback, *_AROUND)) is not None:
+        callback = inner
+    return callback
 
 
 @cache

@@ -18,6 +18,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 
 from fx_passes.rewrite.module_counts import Owner, compile_call
+from fx_passes.torch_compat import innermost_backend
 from sus_lightning._lightning_compat import compiled_as
 from sus_lightning.caches import allow_compilation, clear_caches
 from sus_lightning.targets import is_compiled, may_attend, targets
@@ -218,8 +219,6 @@ def _options_of(compiled: Any) -> dict[str, Any]:
 
     A mode is a set of options to Inductor, which is how it is found again here.
     """
-    from torch._dynamo.eval_frame import innermost_backend
-
     if not hasattr(compiled, "callback"):
         code, cells = getattr(compiled, "__code__", None), getattr(compiled, "__closure__", None) or ()
         names = code.co_freevars if code is not None else ()

@@ -23,10 +23,10 @@ class EarlierBatches:
         return len(self._kept)
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        return iter(self._kept)
+        return iter(tuple(self._kept))
 
     def __reversed__(self) -> Iterator[tuple[Any, int]]:
-        return reversed(self._kept)
+        return iter(tuple(self._kept)[::-1])
 
     def clear(self) -> None:
         self._kept.clear()

@@ -20,6 +20,7 @@ from fx_passes import SUSBackend, device_state, runs, state
 from fx_passes.device_state import mix, mix_last
 from fx_passes.ops import dispatch
 from fx_passes.ops.functional import draw
+from fx_passes.ops.problem import Upstream
 from fx_passes.state import Kept, State
 
 CPU = torch.device("cpu")
@@ -480,9 +481,9 @@ def test_each_site_of_a_graph_has_its_c(compiler: str, checkpointed: bool, monke
         seen[problem.static.site] = float(c), int(seed)
         return forward(problem, c, seed, *rest)
 
-    def check(problem: Any, grad: Tensor, out: Tensor, softmax: Any, kept: Tensor, c: Tensor, seed: Tensor, *rest: Any):  # type: ignore[no-untyped-def]
-        assert seen.pop(problem.static.site) == (float(c), int(seed))
-        return backward(problem, grad, out, softmax, kept, c, seed, *rest)
+    def check(problem: Any, upstream: Upstream) -> Any:
+        assert seen.pop(problem.static.site) == (float(upstream.c), int(upstream.seed))
+        return backward(problem, upstream)
 
     monkeypatch.setattr(dispatch, "forward", spy)
     torch._dynamo.reset()

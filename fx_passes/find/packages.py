@@ -144,7 +144,7 @@ def why_not(key: str, defaults: Given, given: Given) -> str:
 
 def flat(given: Given) -> Given:
     """Arguments of xformers without objects: a bias as its name, with what it carries. Dynamo traces it."""
-    bias = given.get("attn_bias")
+    bias: Any = given.get("attn_bias")
     kind = type(bias).__name__
     if kind not in _BIASES:
         return given
@@ -194,17 +194,17 @@ def _window(given: Given, newest: bool) -> tuple[int | None, int | None]:
 
 def flash(given: Given, pair: bool = False, newest: bool = False) -> Reading:
     """flash-attn: [B, M, H, D], or packed [T, H, D]; bands from the bottom right corner."""
-    query, key, value = _operands(given)
+    query, key, value = (_four(x) for x in _operands(given))
     left, right = _window(given, newest)
     scale, sinks = given.get("softmax_scale"), given.get("learnable_sink")
     call = Call(
-        *(_four(x) for x in (query, key, value)),
+        query, key, value,
         scale=given.get("scale") if scale is None else scale,
         left=left, right=right, bottom_right=True,
         softcap=float(given.get("softcap") or 0.0), slopes=given.get("alibi_slopes"),
         sinks=given.get("s_aux") if sinks is None else sinks, dropout_p=float(given.get("dropout_p") or 0.0),
     )  # fmt: skip
-    ends, packed = _ends(given), query.dim() == 3
+    ends, packed = _ends(given), _operands(given)[0].dim() == 3
     call, back = (call, lambda x: x) if ends is None else in_documents(call, *ends)
 
     def result(out: Tensor, lse: Tensor) -> Any:

@@ -103,7 +103,9 @@ def live(folder: Path) -> None:
         fit.fit(module, loader(16), ckpt_path=resume, weights_only=False)
     else:
         fit.fit(module, loader(16))
-    state = {k: v for k, v in callback.state_dict().items() if k != "number"}
+    # The account has the time that was spent, which a kill adds to; speed-ups are of times too.
+    state = {k: v for k, v in callback.state_dict().items() if k not in ("number", "account")}
+    state["variance"] = {k: v for k, v in state["variance"].items() if "speedup" not in k}
     torch.save({"weights": module.state_dict(), "callback": state}, folder / "end.pt")
 
 

@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parent / "killed_script.py"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_killed_at_20_random_moments(tmp_path: Path) -> None:
     """In a start, a probe, the write of a checkpoint or a step; a run that ends before the 20th kill starts over."""
     choose, kills, ends = random.Random(0), Counter[str](), list[Path]()
