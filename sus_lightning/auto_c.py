@@ -140,9 +140,12 @@ class AutoC(Adaptive):
         at = f" at n = {keys}" if keys else ""
         if backward_share < 1 - 1 / (1 + _SURE):
             return f"SUS would not speed this model up{at}: attention's backward is {backward_share:.0%} of a step"
-        best = self.expected
-        if best is None:
+        if not self._probes:
             return f"SUS would not speed this model up{at}"
+        landscape = Landscape(self._probes, self._finite)
+        if landscape.full_from <= min(p.c for probe in self._probes for p in probe.passes):
+            return f"SUS would not speed this model up{at}: at c = {landscape.full_from:g} all entries are kept already"
+        best = landscape.at(self._finite)
         return (
             f"SUS would not speed this model up{at}: at c = {self._finite:g}, the best, a step takes "
             f"{math.exp(best.log_time):.2f} of the exact one's time and training needs "

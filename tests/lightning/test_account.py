@@ -17,7 +17,7 @@ from landscapes import World
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from models import Plain, equal, loader, trainer, weights
+from models import LM, Plain, equal, loader, trainer, weights
 from test_callback import Resumable
 from test_loggers import of_csv
 
@@ -185,6 +185,25 @@ def test_settling_at_infinity_is_said_once_with_the_reason(caplog: Any, capsys: 
     assert "attention's backward is" in text
     assert fit.callback_metrics["sus/step_speedup"] == 1
     assert math.isinf(callback.summary.c[-1][1])  # type: ignore[union-attr]
+
+
+def test_going_to_infinity_is_neutral() -> None:
+    """Attention's share of a step is counted then, in two more forwards."""
+
+    class NoGain(Simulated):
+        world = World(rest=1.3, per_entry=1e-3, at_one=1.0, slope=1.5, noise_scale=1.0, keys=1e9)
+
+    def run(callback: SUSBackprop) -> Any:
+        torch._dynamo.reset()
+        seed_everything(3, verbose=False)
+        return weights(fitted(callback, Plain(LM(dropout=0.1)), 6)[0])
+
+    callback = NoGain(compiler="eager", variance_every_n_steps=2)
+    trained = run(callback)
+    assert callback.summary is not None
+    assert math.isinf(callback.summary.c[-1][1])
+    without = SUSBackprop(dict(callback.summary.c), compiler="eager", variance_every_n_steps=0)
+    assert equal(trained, run(without))
 
 
 def test_a_fit_with_one_probe_says_at_its_end_that_nothing_is_gained(caplog: Any, capsys: Any) -> None:
