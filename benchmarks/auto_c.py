@@ -43,6 +43,9 @@ class Compare(L.Callback):
         self.sus, self.data, self.rounds = sus, data, list[dict[str, float]]()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        last = self.sus._account.probes[-1:]
+        if last and last[0]["step"] == trainer.global_step - 1:
+            print(f"step {trainer.global_step - 1}: c = {last[0]['c']:g} -> {self.sus.c:g}, {last[0]}", flush=True)
         if batch_idx + 1 < trainer.num_training_batches:
             return
         probe, backend, chosen = self.sus._probe, self.sus.backend, self.sus.schedule(trainer.global_step)

@@ -1,8 +1,11 @@
-"""Time until the second training step, where it goes, and the time of a step after it.
+"""CPU time until the second training step, where it goes, and the CPU time of a step after it.
 
-    python benchmarks/compile_time.py --layers 24 --modules attention
+    python benchmarks/compile_time.py --layers 2 24 --json benchmarks/results/compile-time.json
 
-Each run is a process of its own with an empty cache of Inductor; `--warm` runs twice and reports the second run.
+Each way to compile runs in processes of its own, with a cache of Inductor that is empty at first (cold) and then what
+the first run has left (warm). Then all ways take turns in one process, step by step, for the time of a step. Times are
+CPU seconds of the process and of the compilers that it starts, with one thread, so that other work on the machine
+counts little.
 """
 
 from __future__ import annotations
@@ -10,14 +13,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# name: (compiler, modules)
+WAYS: dict[str, tuple[str, Any]] = {
+    "whole": ("inductor", ["model"]),
+    "blocks": ("inductor", "attention"),
+    "whole, aot_eager": ("aot_eager", ["model"]),
+    "blocks, aot_eager": ("aot_eager", "attention"),
+    "whole, eager": ("eager", ["model"]),
+    "blocks, eager": ("eager", "attention"),
+}
 
 
 class Block(nn.Module):
@@ -51,79 +69,144 @@ class Model(nn.Module):
         return self.head(x)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    import lightning.pytorch as pl
-    from torch._dynamo.utils import calculate_time_spent
+def cpu_seconds() -> float:
+    """Of this process, and of those that it has started and waited for."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(u.ru_utime + u.ru_stime for u in used)
 
-    import fx_passes.backend as backend_module
+
+class _CpuClock:
+    """The module `time`, for Dynamo's own accounts."""
+
+    def time_ns(self) -> int:
+        return int(1e9 * cpu_seconds())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+def steps_of(way: str, layers: int, args: argparse.Namespace) -> Callable[[], None]:
+    """A training step of a model that is compiled in this way."""
+    import lightning.pytorch as pl
+
     from fx_passes import SUSBackend
     from sus_lightning.compilation import plan
 
-    spent = [0.0]
+    compiler, modules = WAYS[way]
+    torch.manual_seed(0)
+    root = pl.LightningModule()
+    root.model = Model(layers, args.width)
+    backend = SUSBackend(c=30, compiler=compiler)
+    plan(root, backend, modules).enable()
+    optimizer = torch.optim.AdamW(root.parameters())
+    tokens = torch.randint(256, (args.batch, args.length))
+
+    def step() -> None:
+        loss = nn.functional.cross_entropy(root.model(tokens).flatten(0, 1), tokens.flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert backend.report.rewritten == layers
+
+    return step
+
+
+def until_second_step(way: str, layers: int, args: argparse.Namespace) -> dict[str, float]:
+    import torch._dynamo.utils as dynamo
+
+    import fx_passes.backend as backend_module
+
+    dynamo.time = _CpuClock()  # type: ignore[assignment]
+    in_pass = 0.0
     original = backend_module.rewrite_graph
 
     def timed(*a: Any, **k: Any) -> Any:
-        start = time.perf_counter()
+        nonlocal in_pass
+        start = cpu_seconds()
         result = original(*a, **k)
-        spent[0] += time.perf_counter() - start
+        in_pass += cpu_seconds() - start
         return result
 
     backend_module.rewrite_graph = timed
-    torch.manual_seed(0)
-    root = pl.LightningModule()
-    root.model = Model(args.layers, args.width).to(args.device)
-    backend = SUSBackend(c=30, compiler=args.compiler)
-    plan(root, backend, "attention" if args.modules == "attention" else None).enable()
-    optimizer = torch.optim.AdamW(root.parameters())
-    tokens = torch.randint(256, (args.batch, args.length), device=args.device)
-    times = []
-    for _ in range(2 + args.steps):
-        start = time.perf_counter()
-        loss = nn.functional.cross_entropy(root.model(tokens).flatten(0, 1).float(), tokens.flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        float(loss.detach())  # waits for the device
-        times.append(time.perf_counter() - start)
-    assert backend.report.rewritten == args.layers
-    parts = calculate_time_spent()
+    step = steps_of(way, layers, args)
+    start = cpu_seconds()
+    step()
+    step()
+    total = cpu_seconds() - start
+    parts = dynamo.calculate_time_spent()
     inductor, compiler = parts.get("inductor_compile", 0.0), parts.get("backend_compile", 0.0)
     lazy = parts.get("entire_backward_compile", 0.0)
     return {
-        "until_second_step_s": sum(times[:2]),
-        "dynamo_s": parts.get("entire_frame_compile", 0.0) - compiler,
-        "pass_s": spent[0],
-        "aot_s": max(0.0, compiler + lazy - inductor - spent[0]),
-        "inductor_s": inductor,
-        "step_ms": 1e3 * sorted(times[2:])[args.steps // 2] if args.steps else None,
+        "until_second_step": total,
+        "dynamo": parts.get("entire_frame_compile", 0.0) - compiler,
+        "pass": in_pass,
+        "aot": max(0.0, compiler + lazy - inductor - in_pass),
+        "inductor": inductor,
     }
+
+
+def steps_in_turn(ways: list[str], layers: int, args: argparse.Namespace) -> dict[str, float]:
+    """The median CPU time of a step, in ms."""
+    steps = {way: steps_of(way, layers, args) for way in ways}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for i in range(2 + args.steps):
+        for way, step in steps.items():
+            start = time.process_time()
+            step()
+            if i >= 2:
+                seconds[way].append(time.process_time() - start)
+    return {way: 1e3 * statistics.median(times) for way, times in seconds.items()}
+
+
+def in_a_process(args: argparse.Namespace, cache: str, layers: int, *which: str) -> dict[str, float]:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    sizes = ["--width", args.width, "--batch", args.batch, "--length", args.length, "--steps", args.steps]
+    command = [sys.executable, __file__, "--child", *which, "--layers", layers, *sizes]
+    done = subprocess.run(
+        [str(c) for c in command], env={**environment, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return {name: round(value, 2) for name, value in found.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 24])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=5, help="timed after the second")
-    parser.add_argument("--compiler", default="inductor", choices=["inductor", "aot_eager", "eager"])
-    parser.add_argument("--modules", default="all", choices=["all", "attention"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--warm", action="store_true", help="with the caches that an equal run has left")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=7, help="timed after the second, in turn; 0 leaves them out")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(args)))
+        torch.set_num_threads(1)
+        if len(args.child) == 1:
+            result = until_second_step(args.child[0], args.layers[0], args)
+        else:
+            result = steps_in_turn(args.child, args.layers[0], args)
+        print(json.dumps(result))
         return
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-        for _ in range(1 + args.warm):
-            done = subprocess.run(
-                [sys.executable, *sys.argv, "--child"], env=environment, stdout=subprocess.PIPE, text=True, check=True
-            )
-    settings = {k: v for k, v in vars(args).items() if k != "child"}
-    result = {k: v if v is None else round(v, 2) for k, v in json.loads(done.stdout.splitlines()[-1]).items()}
-    print(json.dumps({**settings, "threads": torch.get_num_threads(), **result}))
+    settings = {k: getattr(args, k) for k in ("width", "batch", "length", "steps")}
+    found: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1, **settings}
+    for layers in args.layers:
+        with tempfile.TemporaryDirectory() as shared:
+            rows: dict[str, dict[str, Any]] = {}
+            for i, way in enumerate(args.ways):
+                cache = f"{shared}/{i}"
+                rows[way] = {"cold": in_a_process(args, cache, layers, way)}
+                if way in ("whole", "blocks"):
+                    rows[way]["warm"] = in_a_process(args, cache, layers, way)
+                print(layers, way, json.dumps(rows[way]), flush=True)
+            if args.steps and len(args.ways) > 1:
+                for way, ms in in_a_process(args, f"{shared}/steps", layers, *args.ways).items():
+                    rows[way]["step_ms"] = ms
+                    print(layers, way, f"{ms:.0f} ms a step", flush=True)
+        found[f"{layers} layers"] = rows
+        if args.json:
+            args.json.parent.mkdir(exist_ok=True)
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from gpu import table  # noqa: E402
 from gpu.rows import MEASURED, Session, is_result, read  # noqa: E402
 
 # Shares of the time that is left when a stage begins: what one does not use, the later ones get.
-WEIGHTS = {"card": 35, "compile": 130, "correct": 110, "headline": 200, "kernels": 40, "tune": 25}
+WEIGHTS = {"card": 35, "compile": 130, "correct": 110, "headline": 200, "kernels": 40, "tune": 25, "packages": 40}
 MODULES = {"compile": "compilation"}
 LEAST = 5.0  # seconds without which no stage is started
 

@@ -5,27 +5,30 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch.fx import GraphModule
 
 from fx_passes.find.dynamo_patches import know_calls, mend_graph_breaks
-from fx_passes.ops.functional import check_choice
-from fx_passes.ops.problem import FORWARDS, SAMPLERS
+from fx_passes.handle import Handle
+from fx_passes.ops.arguments import check_choice
+from fx_passes.ops.problem import Forward, Sampler
 from fx_passes.report import Report
 from fx_passes.rewrite import Options, rewrite_graph
 from fx_passes.rewrite.guard import Guarded
 from fx_passes.rewrite.module_counts import count_owners, first_parameter, this_frame
-from fx_passes.state import State
+from fx_passes.state import shown
 
-COMPILERS = ("inductor", "aot_eager", "eager")
+Compiler = Literal["inductor", "aot_eager", "eager"]
+COMPILERS: tuple[str, ...] = get_args(Compiler)
 
 
-class SUSBackend:
+class SUSBackend(Handle):
     """A backend for `torch.compile` in whose graphs attention has a SUS backward (arXiv 2505.15080).
 
-    Graphs that are compiled where no gradient is recorded stay as they are.
+    Graphs that are compiled where no gradient is recorded stay as they are. The attribute `report` is a `Report` on all
+    graphs that it has compiled.
 
     Args:
         c: expected number of kept entries per query row and head, above 0; `float("inf")` is the exact backward.
@@ -55,32 +58,19 @@ class SUSBackend:
     def __init__(
         self,
         c: float = 30.0,
-        sampler: str = "auto",
-        compiler: str = "inductor",
+        sampler: Sampler = "auto",
+        compiler: Compiler = "inductor",
         seed: int | None = None,
-        forward: str = "auto",
+        forward: Forward = "auto",
     ) -> None:
-        check_choice("sampler", sampler, SAMPLERS)
         check_choice("compiler", compiler, COMPILERS)
-        check_choice("forward", forward, FORWARDS)
-        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-            raise TypeError(f"seed must be an int or None, but it is {seed!r}")
+        super().__init__(c, sampler, seed, forward)
         mend_graph_breaks()
         know_calls()
-        self.sampler, self.compiler, self.forward = sampler, compiler, forward
-        self.state = State(c, seed)
+        self.compiler = compiler
         self.report = Report(state=self.state.id)
-        self.apart = (
-            False  # a graph for each module, so that each attention has a number, hence may have a c, of its own
-        )
-
-    @property
-    def c(self) -> float:
-        return self.state.c
-
-    @c.setter
-    def c(self, value: float) -> None:
-        self.state.c = value
+        # A graph for each module, so that each attention has a number, hence may have a c, of its own.
+        self.apart = False
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         """Called by Dynamo for each graph. `kwargs` are torch.compile's `mode` and `options`, for Inductor."""
@@ -101,15 +91,15 @@ class SUSBackend:
         """Makes it ``torch.compile(model, backend=name)``, for programs that take the name of a backend only.
 
         Returns:
-            itself, the handle to `c` and `report`. A name that another SUSBackend had is taken over.
+            itself, whose `c` and `report` are those of the name. A name that another SUSBackend had is taken over.
 
         Raises:
             TypeError, ValueError: the name is no identifier, or is that of a backend which is not a SUSBackend.
         """
         if not isinstance(name, str):
-            raise TypeError(f"name must be a string, but it is {name!r}")
+            raise TypeError(f"name must be a string, but it is {shown(name)}")
         if not name.isidentifier():
-            raise ValueError(f"name must be an identifier such as 'sus64', but it is {name!r}")
+            raise ValueError(f"name must be an identifier such as 'sus64', but it is {shown(name)}")
         from torch._dynamo.backends import registry
 
         known = registry._COMPILER_FNS.get(name)
@@ -118,6 +108,12 @@ class SUSBackend:
         registry._COMPILER_FNS.pop(name, None)
         registry.register_backend(self, name)
         return self
+
+    def for_another_model(self) -> SUSBackend:
+        """Another backend with the same options, c and number of draws, and an empty report."""
+        backend = SUSBackend(self.c, self.sampler, self.compiler, self.state.seed, self.forward)
+        backend.state.counter = self.state.counter
+        return backend
 
     def separate_copy(self) -> SUSBackend:
         """Another backend with the same options, c, number of draws and report. `copy.deepcopy` gives the same one."""
@@ -183,7 +179,7 @@ def _from_environment() -> dict[str, Any]:
     return found
 
 
-_by_options: dict[tuple[tuple[str, Any], ...], SUSBackend] = {}
+_by_options: dict[tuple[Any, ...], SUSBackend] = {}
 
 
 def sus(
@@ -195,15 +191,15 @@ def sus(
     SUS_SAMPLER, SUS_COMPILER, SUS_SEED and SUS_FORWARD. Calls with equal options share one backend.
     """
     chosen = {**_from_environment(), **(options or {})}
-    key = tuple(sorted(chosen.items()))
-    if key not in _by_options:
-        try:
-            _by_options[key] = SUSBackend(**chosen)
-        except (TypeError, ValueError) as error:
-            names = [variable for name, (variable, _) in _VARIABLES.items() if name in chosen.keys() - (options or {})]
-            given = f" (with {', '.join(names)} of the environment)" if names else ""
-            raise type(error)(f"options of the backend 'sus'{given}: {error}") from None
-    return _by_options[key](gm, example_inputs, **({"mode": mode} if mode else {}))
+    try:
+        made = SUSBackend(**chosen)
+    except (TypeError, ValueError) as error:
+        names = [variable for name, (variable, _) in _VARIABLES.items() if name in chosen.keys() - (options or {})]
+        given = f" (with {', '.join(names)} of the environment)" if names else ""
+        raise type(error)(f"options of the backend 'sus'{given}: {error}") from None
+    # By what was checked: among what was given, True is equal to 1, and a list has no hash.
+    backend = _by_options.setdefault((made.c, made.sampler, made.compiler, made.state.seed, made.forward), made)
+    return backend(gm, example_inputs, **({"mode": mode} if mode else {}))
 
 
 sus.rewrites_attention = True  # type: ignore[attr-defined]

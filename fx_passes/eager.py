@@ -13,16 +13,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fx_passes import eager_calls
-from fx_passes.find.calls import VARLEN, Call, NotTaken, is_varlen, varlen_arguments
-from fx_passes.ops.arguments import check_choice, why_left
-from fx_passes.ops.functional import attend
-from fx_passes.ops.problem import FORWARDS, SAMPLERS
+from fx_passes.find.calls import FLEX, VARLEN, Call, NotTaken, form_of_key, is_varlen, varlen_arguments
+from fx_passes.handle import CallHandle
+from fx_passes.ops.arguments import why_left
+from fx_passes.ops.functional import attend, draw
+from fx_passes.ops.problem import Forward, Sampler
 from fx_passes.ops.transforms import transform
-from fx_passes.report import REWRITTEN, Report, Site
-from fx_passes.state import State, draw
 
 
-class sus_backward(TorchFunctionMode):
+class sus_backward(CallHandle, TorchFunctionMode):
     """Gives F.scaled_dot_product_attention a SUS backward inside a ``with`` block, in eager code.
 
     It acts on direct calls and on modules that call it, such as nn.TransformerEncoderLayer in training, and also on
@@ -55,35 +54,11 @@ class sus_backward(TorchFunctionMode):
         1
     """
 
-    def __init__(self, c: float = 30.0, sampler: str = "auto", seed: int | None = None, forward: str = "auto") -> None:
-        check_choice("sampler", sampler, SAMPLERS)
-        check_choice("forward", forward, FORWARDS)
-        super().__init__()
-        self.state = State(c, seed)
-        self.sampler, self.forward = sampler, forward
-
-    @property
-    def c(self) -> float:
-        return self.state.c
-
-    @c.setter
-    def c(self, value: float) -> None:
-        self.state.c = value
-
-    @property
-    def calls(self) -> int:
-        """How many calls got a SUS backward; what `torch.compile` traces is not counted."""
-        return self.state.calls
-
-    @property
-    def left(self) -> dict[str, int]:
-        """How many calls went to their own function, by reason."""
-        return self.state.left
-
-    @property
-    def report(self) -> Report:
-        """The calls that got a SUS backward as one site, and one site for each reason for which calls did not."""
-        return report_of_calls(self.state)
+    def __init__(
+        self, c: float = 30.0, sampler: Sampler = "auto", seed: int | None = None, forward: Forward = "auto"
+    ) -> None:
+        CallHandle.__init__(self, c, sampler, seed, forward)
+        TorchFunctionMode.__init__(self)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -165,26 +140,28 @@ class sus_backward(TorchFunctionMode):
     def _call(self, key: str, given: dict[str, Any]) -> Any:
         """A call of flex_attention, flash-attn, xformers or varlen_attn."""
         try:
-            if key != eager_calls.FLEX:
+            if key != FLEX:
                 return eager_calls.handle(key, given, self._attend_call)
             result = self._flex(**given)
         except eager_calls.NoGradient:
             raise
         except NotTaken as why:
-            self.state.note_left(str(why))
+            self.state.note_left(str(why), form_of_key(key))
             raise
-        self.state.note_call()
+        self.state.note_call("flex")
         return result
 
-    def _attend_call(self, call: Call) -> tuple[Tensor, Tensor]:
-        bias = call.mask if call.bias is None else call.bias
-        reason = why_left(call.query, call.key, call.value, bias, call.dropout_p, False, call.scale, True)
+    def _attend_call(self, call: Call, form: str) -> tuple[Tensor, Tensor]:
+        reason = why_left(call.query, call.key, call.value, call.bias, call.dropout_p, False, call.scale, True)
         if reason is not None:
             raise NotTaken(reason)
-        if transform(*call.operands()) is None:
-            self.state.note_call()
+        around = transform(*call.operands())
+        if around is None:
+            self.state.note_call(form)
+        else:
+            self.state.note_left(around, form)
         c, seed = draw(call.query, self.state.id, [0])
-        options = {"sampler": self.sampler, "forward": self.forward, "state": self.state.id}
+        options = {"sampler": self.sampler, "forward": self.forward, "state": 0 if around else self.state.id}
         return eager_calls.attend_call(call, c[0], seed, **options)
 
     @cached_property
@@ -200,7 +177,7 @@ def _arguments(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
     """The arguments of F.scaled_dot_product_attention by name; None where they do not fit its signature."""
     if len(args) > len(_POSITIONAL) or not kwargs.keys() <= _DEFAULTS.keys():
         return None
-    given = dict(zip(_POSITIONAL, args, strict=False))
+    given = dict(zip(_POSITIONAL, args))  # noqa: B905 - Dynamo of torch 2.8 takes strict=False for True
     if given.keys() & kwargs.keys():
         return None
     return {**_DEFAULTS, **given, **kwargs}
@@ -217,13 +194,3 @@ _DEFAULTS: dict[str, Any] = {
     "enable_gqa": False,
 }
 _POSITIONAL = tuple(_DEFAULTS)[:6]
-
-
-def report_of_calls(state: State) -> Report:
-    """A report on calls that no graph shows: their number, and of those that were left, the reasons."""
-    report = Report(state=state.id)
-    if state.calls:
-        report.add(Site("", f"{state.calls} calls", form="sdpa", tier=1, status=REWRITTEN))
-    for number, (reason, count) in enumerate(state.left.items(), 1):
-        report.add(Site("", f"{count} calls", number, form="sdpa", reason=reason, number=number))
-    return report

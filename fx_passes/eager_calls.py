@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, overrides
 
 from fx_passes.find import calls
+from fx_passes.find.calls import FLEX
 from fx_passes.find.dynamo_patches import mend_graph_breaks
 from fx_passes.ops.functional import attend
 from fx_passes.ops.transforms import transform
 
-FLEX = "torch.nn.attention.flex_attention.flex_attention"
 _NAME = "__sus_dispatch"
 _lock = threading.Lock()
 _inside = threading.local()
@@ -86,7 +86,7 @@ def _functions() -> Iterator[tuple[str, FunctionType]]:
 
 
 def _exchangeable(code: CodeType) -> bool:
-    return not code.co_freevars and not code.co_posonlyargcount and not code.co_flags & inspect.CO_VARARGS
+    return not code.co_posonlyargcount and not code.co_flags & inspect.CO_VARARGS
 
 
 def _handlers() -> list[Handler]:
@@ -105,7 +105,7 @@ def _asking(key: str, function: FunctionType) -> CodeType:
     names: dict[str, Any] = {}
     exec(f"def asks{named}:\n    return {_NAME}({key!r}, {given})", names)
     code: CodeType = names["asks"].__code__
-    return code
+    return code.replace(co_freevars=function.__code__.co_freevars)  # a function and its code must have as many
 
 
 def dispatch(key: str, /, **given: Any) -> Any:
@@ -132,7 +132,6 @@ def attend_call(call: calls.Call, c: Tensor, seed: Tensor, **options: Any) -> tu
         call.value,
         c,
         seed,
-        attn_mask=call.mask,
         attn_bias=bias,
         sinks=call.sinks,
         query_ids=call.query_ids,
@@ -149,18 +148,17 @@ def attend_call(call: calls.Call, c: Tensor, seed: Tensor, **options: Any) -> tu
     return result
 
 
-def handle(key: str, given: dict[str, Any], attention: Callable[[calls.Call], tuple[Tensor, Tensor]]) -> Any:
-    """The result of a call of the table, whose attention is computed by `attention`."""
+def handle(key: str, given: dict[str, Any], attention: Callable[[calls.Call, str], tuple[Tensor, Tensor]]) -> Any:
+    """The result of a call of the table, whose attention is computed by `attention`, which is told the form too."""
     try:
-        call, back = calls.read(key, given)
+        call, result = calls.read(key, given)
     except calls.NotTaken:
         raise
     except Exception as error:  # which the function itself says better
         raise calls.NotTaken("wrong arguments") from error
     if not any(x.requires_grad for x in call.operands()):
         raise NoGradient
-    out, lse = attention(call)
-    return calls.result(key, back(out), lse)
+    return result(*attention(call, calls.form_of_key(key)))
 
 
 def compiled_flex(backend: Any) -> Callable[..., Any]:

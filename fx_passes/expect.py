@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fx_passes.ops.functional import sus_attention
+from fx_passes.state import check_c, shown
 
 _aten = torch.ops.aten
 _LONGEST = 16384  # keys: no attention of more is timed
@@ -91,7 +92,15 @@ class Expectation:
         Args:
             c: expected number of kept entries per row, above 0.
             times: of the input's length: 4 predicts for inputs four times as long.
+
+        Raises:
+            TypeError, ValueError: an argument is not allowed; the message names it.
         """
+        c = check_c(c)
+        if not isinstance(times, int) or isinstance(times, bool):
+            raise TypeError(f"times must be an int of at least 1, but it is {shown(times)}")
+        if times < 1:
+            raise ValueError(f"times must be at least 1, but it is {shown(times)}")
         if (c, times) not in self._known:
             self._known[c, times] = self._predict(c, times)
         return self._known[c, times]

@@ -13,7 +13,7 @@ from fx_passes.find.dynamo_patches import know_calls, mend_graph_breaks
 from fx_passes.report import Report
 from fx_passes.rewrite import Options, rewrite_graph
 from fx_passes.rewrite.module_counts import count_owners, first_parameter, this_frame
-from fx_passes.state import State
+from fx_passes.state import State, shown
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -29,6 +29,9 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         *args: positional arguments of one call.
         **kwargs: its named arguments.
 
+    Raises:
+        TypeError: the model is not callable.
+
     Returns:
         A `Report`; ``print(explain(model, *args))`` shows a table.
 
@@ -40,6 +43,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         >>> explain(attention, x, x, x).rewritten
         1
     """
+    if not callable(model):
+        raise TypeError(f"model must be an nn.Module or a function, but it is {shown(model)}")
     mend_graph_breaks()
     know_calls()
     report = Report(verb="would be rewritten")
@@ -52,7 +57,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         found = rewrite_graph(gm, options, report, example_inputs, dry=True, frame=frame)
         return count_owners(gm, report, found.sites, parameter, frame)
 
-    look.rewrites_attention = True  # type: ignore[attr-defined]
+    look.rewrites_attention, look.report = True, report  # type: ignore[attr-defined]
     torch._dynamo.reset()  # what was compiled earlier would not be seen
     run = model.forward if isinstance(model, torch.nn.Module) else model
     with torch.enable_grad():

@@ -16,14 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fx_passes.eager import report_of_calls
-from fx_passes.ops.arguments import check_choice, why_left
-from fx_passes.ops.documents import ids_of_lengths, ids_of_positions
+from fx_passes.handle import CallHandle
+from fx_passes.ops.arguments import why_left
+from fx_passes.ops.documents import ids_of_lengths, ids_of_positions, shared_places
 from fx_passes.ops.exact import exact_attention
-from fx_passes.ops.functional import attend
-from fx_passes.ops.problem import FORWARDS, SAMPLERS
-from fx_passes.report import Report
-from fx_passes.state import State, draw
+from fx_passes.ops.functional import attend, draw
+from fx_passes.ops.problem import Forward, Sampler
 
 Band = tuple[int | None, int | None]
 _ATTRIBUTE = "_sus_band"  # of a mask: the band (left, right) that holds besides it
@@ -38,7 +36,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class register_sus_attention:
+class register_sus_attention(CallHandle):
     """Registers "sus" with transformers' AttentionInterface and AttentionMaskInterface, and is the handle to it.
 
     Args:
@@ -54,41 +52,22 @@ class register_sus_attention:
         ImportError: transformers is not installed.
         TypeError, ValueError: an argument is not allowed; the message names it.
 
-    Example::
+    Examples:
+        After it, ``AutoModelForCausalLM.from_pretrained(path, attn_implementation="sus")`` trains with SUS.
 
-        sus = register_sus_attention(c=100)
-        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sus")
-        sus.c = 50
+        >>> sus = register_sus_attention(c=100)
+        >>> sus.c = 50
     """
 
-    def __init__(self, c: float = 30.0, sampler: str = "auto", seed: int | None = None, forward: str = "auto") -> None:
-        check_choice("sampler", sampler, SAMPLERS)
-        check_choice("forward", forward, FORWARDS)
-        self.state = State(c, seed)
-        self.sampler, self.forward = sampler, forward
+    def __init__(
+        self, c: float = 30.0, sampler: Sampler = "auto", seed: int | None = None, forward: Forward = "auto"
+    ) -> None:
+        super().__init__(c, sampler, seed, forward)
         from transformers import AttentionInterface, AttentionMaskInterface
 
         AttentionInterface.register("sus", self._attention)
         # Dynamo cannot look into the functions of which transformers makes a mask.
         AttentionMaskInterface.register("sus", torch._disable_dynamo(sus_mask))  # type: ignore[attr-defined]
-
-    @property
-    def c(self) -> float:
-        return self.state.c
-
-    @c.setter
-    def c(self, value: float) -> None:
-        self.state.c = value
-
-    @property
-    def calls(self) -> int:
-        """How many calls got a SUS backward; what `torch.compile` traces is not counted."""
-        return self.state.calls
-
-    @property
-    def report(self) -> Report:
-        """The calls that got a SUS backward as one site, and one site for each reason for which calls did not."""
-        return report_of_calls(self.state)
 
     def _attention(
         self,
@@ -111,12 +90,17 @@ class register_sus_attention:
         """Signature and result of transformers' attention functions: [B, H, M, D] to [B, M, H, E]."""
         band, mask, bias = _masks(module, query, attention_mask, is_causal, position_bias)
         ids = _documents(query, key, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
-        banded = any(side is not None for side in band)
-        if ids[0] is not ids[1] and banded and not torch.compiler.is_dynamo_compiling():
-            raise ValueError(
-                "cu_seq_lens_q and cu_seq_lens_k must be equal in causal attention: the places of queries and keys "
-                "would count from different beginnings"
-            )
+        rows = None
+        if ids[0] is not ids[1] and band != (None, None):
+            # As in flash-attn, the band of each document counts from its last query and its last key.
+            shared = shared_places(cu_seq_lens_q, cu_seq_lens_k, query.shape[2], key.shape[2], from_end=True)
+            if mask is None and bias is None:
+                rows, ids = shared.query, (shared.query_ids, shared.key_ids)
+                query = shared.spread(query, shared.query)
+                key, value = (shared.spread(x, shared.key) for x in (key, value))
+            else:
+                near = _in_band(shared.key - shared.query[:, None], band)
+                mask, band = near if mask is None else mask & near, (None, None)
         reason = why_left(query, key, value, None, dropout, False, scaling, query.shape[1] != key.shape[1])
         if reason is not None:
             self.state.note_left(reason)
@@ -136,7 +120,7 @@ class register_sus_attention:
                 softcap=softcap or 0.0,
                 dropout_p=dropout,
             )
-            return out.transpose(1, 2).contiguous(), None
+            return _rows(out, rows), None
         if torch.is_grad_enabled():
             self.state.note_call()
         c, seed = draw(query, self.state.id, [0])
@@ -160,7 +144,19 @@ class register_sus_attention:
             forward=self.forward,
             state=self.state.id,
         )
-        return out.transpose(1, 2).contiguous(), None
+        return _rows(out, rows), None
+
+
+def _rows(out: Tensor, rows: Tensor | None) -> Tensor:
+    """[B, H, M, E] as transformers wants it; `rows` are those of the queries, where there are others."""
+    return (out if rows is None else out.index_select(2, rows)).transpose(1, 2).contiguous()
+
+
+def _in_band(distance: Tensor, band: Band) -> Tensor:
+    """Bool [M, N] for the distances of keys after queries."""
+    left, right = band
+    near = torch.ones_like(distance, dtype=torch.bool) if right is None else distance <= right
+    return near if left is None else near & (distance >= -left)
 
 
 def _masks(

@@ -14,7 +14,8 @@ from torch._dynamo import OptimizedModule
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from fx_passes.backend import SUSBackend
+from fx_passes.backend import Compiler, SUSBackend
+from fx_passes.ops.problem import Forward, Sampler
 from fx_passes.state import State, check_c
 
 # Past Dynamo's own limit of 8 it would run attention uncompiled, hence without SUS.
@@ -26,9 +27,9 @@ _Schedule = float | dict[int, float] | Callable[[int], float]
 class SUSTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Trains any model of transformers' ``Trainer`` with the sparse, unbiased backward of SUS backprop.
 
-    While ``train`` runs, the model is compiled in place by a :class:`~fx_passes.SUSBackend`; calls without gradient
+    While ``train`` runs, the model is compiled in place by a `fx_passes.SUSBackend`; calls without gradient
     (evaluation, generation) run it as it was. A model with ``attn_implementation="sus"`` is not compiled: then the
-    callback sets the c of its :class:`register_sus_attention`. ``TrainingArguments(torch_compile=True)`` is fine: what
+    callback sets the c of its `register_sus_attention`. ``TrainingArguments(torch_compile=True)`` is fine: what
     it compiled is compiled with this backend instead.
 
     After the first forward and backward the report of what was found is printed; if no attention was rewritten,
@@ -40,24 +41,30 @@ class SUSTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         c: expected number of kept entries per query row and head, above 0; ``float("inf")`` is the exact backward. A
             dict ``{step: c}`` or any callable of the global step, such as the schedules of `sus_lightning`, sets it
             before each optimizer step. (Those that adapt to probes need Lightning.)
-        sampler, compiler, seed, forward: as for `SUSBackend`.
+        sampler: as for `SUSBackend`.
+        compiler: as for `SUSBackend`.
+        seed: as for `SUSBackend`.
+        forward: as for `SUSBackend`.
 
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
         RuntimeError: in training, if no attention was rewritten.
 
-    Example::
+    Examples:
+        ``Trainer(model, args, train_dataset=data, callbacks=[SUSTrainerCallback(c=30)])``
 
-        trainer = Trainer(model, args, train_dataset=data, callbacks=[SUSTrainerCallback(c=30)])
+        >>> from fx_passes.huggingface import SUSTrainerCallback
+        >>> SUSTrainerCallback(c={0: 256, 1000: 30}).c
+        256.0
     """
 
     def __init__(
         self,
         c: float | Mapping[int, float] | Callable[[int], float] = 30.0,
-        sampler: str = "systematic",
-        compiler: str = "inductor",
+        sampler: Sampler = "systematic",
+        compiler: Compiler = "inductor",
         seed: int | None = None,
-        forward: str = "auto",
+        forward: Forward = "auto",
     ) -> None:
         self._schedule = _checked(c)
         self.backend = SUSBackend(_at(self._schedule, 0), sampler, compiler, seed, forward)
@@ -101,9 +108,7 @@ class SUSTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         registered = _registered_state(model)
         self._registered = registered
         if self.backend.report.sites:  # of another training; they would hide that nothing is found in this model
-            old = self.backend
-            self.backend = SUSBackend(old.c, old.sampler, old.compiler, old.state.seed, old.forward)
-            self.backend.state.counter = old.state.counter
+            self.backend = self.backend.for_another_model()
         known = state.stateful_callbacks.get(type(self).__name__)  # of the checkpoint that is resumed from
         known = known[0] if isinstance(known, list) else known
         self.saved = self.saved or (known or {}).get("attributes", {}).get("saved")
@@ -223,7 +228,7 @@ def _checked(c: Any) -> _Schedule:
             "False; the SUSTrainerCallback that is passed to the Trainer goes on from the checkpoint by itself."
         )
     if isinstance(c, Mapping):
-        steps = {_step(step): check_c(value, f"c[{step}]") for step, value in sorted(c.items())}
+        steps = dict(sorted({_step(step): check_c(value, f"c[{step}]") for step, value in c.items()}.items()))
         if 0 not in steps:
             raise ValueError(f"c must say what it is at step 0, but its steps are {list(steps)}")
         return steps

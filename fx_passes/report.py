@@ -58,6 +58,7 @@ class Report:
 
     `rewritten` and `left` count attentions: a site as many times as there are modules that have run it. Printed, it
     also says which sites had calls that no native or Triton kernel takes, and why: that is known once they have run.
+    The attribute `expectation` is what to expect of SUS, an `Expectation`, in the report of `explain`; else None.
     """
 
     _sites: dict[Key, Site] = field(default_factory=dict)
@@ -91,14 +92,17 @@ class Report:
 
     @property
     def sites(self) -> list[Site]:
+        """All attentions, rewritten and left."""
         return list(self._sites.values())
 
     @property
     def rewritten(self) -> int:
+        """How many attentions have a SUS backward."""
         return sum(site.modules for site in self._sites.values() if site.status == REWRITTEN)
 
     @property
     def left(self) -> int:
+        """How many attentions stay as they were."""
         return sum(site.modules for site in self._sites.values() if site.status == LEFT)
 
     def __str__(self) -> str:

@@ -1,8 +1,8 @@
 """What changes from step to step: c, the counter of draws, and the counts of kept entries.
 
 A compiled graph reads it through one operator per call, `sus::draw`, so that no number of it is ever a guard or a
-constant of the graph: changing c recompiles nothing. On a GPU the state lies in a `Mirror`, so that a captured CUDA
-graph reads it too.
+constant of the graph: changing c recompiles nothing. On a GPU the state lies in a `DeviceState`, so that a captured
+CUDA graph reads it too.
 
 What is promised of draws. The seed of one is a 64-bit mix of
 
@@ -120,6 +120,7 @@ class State:
         slow: by site, why calls took the slower PyTorch path, and how many did for each reason.
         calls: how many calls of eager code got a SUS backward.
         left: why calls were left to the library's exact function, and how many were for each reason.
+        by_form: both by a call's form, such as "sdpa" or "flash", and reason, which is "" where it was not left.
         id: the number by which operators find this state.
     """
 
@@ -131,6 +132,7 @@ class State:
         self.slow: dict[int, Counter[str]] = {}
         self.calls = 0
         self.left: Counter[str] = Counter()
+        self.by_form: Counter[tuple[str, str]] = Counter()
         self._run: Run | None = None
         self._number: int | None = None
         self._places: weakref.WeakKeyDictionary[Run, _Place] = weakref.WeakKeyDictionary()  # in runs that were left
@@ -327,17 +329,19 @@ class State:
         with self._lock:
             self.slow.setdefault(site, Counter())[reason] += 1
 
-    def note_left(self, reason: str) -> None:
+    def note_left(self, reason: str, form: str = "sdpa") -> None:
         """Counts a call that the library's exact function computes. (What Dynamo traces is not counted: see below.)"""
         if not torch.compiler.is_dynamo_compiling():
             with self._lock:
                 self.left[reason] += 1
+                self.by_form[form, reason] += 1
 
-    def note_call(self) -> None:
+    def note_call(self, form: str = "sdpa") -> None:
         """Counts a call that gets a SUS backward. Dynamo would guard on the number, and compile for each anew."""
         if not torch.compiler.is_dynamo_compiling():
             with self._lock:
                 self.calls += 1
+                self.by_form[form, ""] += 1
 
     def pop_kept(self) -> Kept:
         """The counts since the last call, which starts them anew."""
@@ -376,37 +380,3 @@ def _in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_in_child)
-
-
-def _draw(like: Tensor, state: int, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
-    found = _states.get(state)
-    if found is None:
-        raise RuntimeError("the SUSBackend that compiled this graph no longer exists; keep a reference to it")
-    return found.draw(like.device, sites)
-
-
-def _fake_draw(like: Tensor, state: int, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
-    return like.new_empty((len(sites),), dtype=torch.float64), like.new_empty((), dtype=torch.int64)
-
-
-def _vmapped_draw(
-    info: Any, in_dims: Any, like: Tensor, state: int, sites: Sequence[int]
-) -> tuple[tuple[Tensor, Tensor], tuple[None, None]]:
-    """One draw for the whole batch: entries are told apart by their place in it."""
-    return draw(like, state, sites), (None, None)
-
-
-# Not by `custom_op`: an operator whose results have no gradient needs no autograd, whose node torch.func would refuse.
-_library: Any = torch.library.Library("sus", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(
-    "draw(Tensor like, int state, int[] sites) -> (Tensor, Tensor)",
-    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
-)
-_library.impl("draw", _draw, "CompositeExplicitAutograd")
-_library.impl("draw", torch.library.fallthrough_kernel, "Autograd")
-torch.library.register_fake("sus::draw", _fake_draw)
-torch.library.register_vmap("sus::draw", _vmapped_draw)
-
-# draw(like, state, sites): c of each site (float64 [sites]) and a fresh seed (0-dim int64) of a state, on the device of
-# `like`.
-draw = torch.ops.sus.draw.default

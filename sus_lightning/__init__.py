@@ -1,5 +1,6 @@
 """SUS backprop for PyTorch Lightning: a callback, schedules of c, and gradient-variance metrics."""
 
+from fx_passes import __version__
 from sus_lightning.auto_c import AutoC
 from sus_lightning.callback import SUSBackprop
 from sus_lightning.metrics import GradientVariance
@@ -24,4 +25,5 @@ __all__ = [
     "Schedule",
     "StepSchedule",
     "VarianceTarget",
+    "__version__",
 ]

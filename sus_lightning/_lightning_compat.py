@@ -58,6 +58,14 @@ def _is_any(value: Any, where: str, name: str) -> bool:
     return isinstance(value, classes)
 
 
+def compiled_as(module: pl.LightningModule) -> tuple[Any, dict[str, Any]]:
+    """What ``torch.compile(lightning_module)`` made of a module, or None, and the methods that it replaced, by name."""
+    context = module._compiler_ctx
+    if context is None:
+        return None, {}
+    return context["dynamo_ctx"], {name: context[f"original_{name}"] for name in ("forward", "training_step")}
+
+
 def logs_now(trainer: pl.Trainer) -> bool:
     """Whether ``log_every_n_steps`` makes the loggers write at this step."""
     return bool(trainer._logger_connector.should_update_logs)

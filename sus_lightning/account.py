@@ -37,7 +37,10 @@ class Summary:
         relative_variance: by SUS, mean over the probes; of the batch's own.
         worst_relative_variance: mean over the probes of the largest among the attention projections.
         noise_scale: gradient noise scale in batches of one step, of the last probes.
-        step_speedup: seconds of a step's forward and backward, exact over SUS, median of the probes.
+        step_speedup: seconds of a step's forward and backward, exact over SUS: median of the probes at the last c, or
+            of all where those are fewer than three.
+        step_speedup_low, step_speedup_high: its 95% confidence interval, from the scatter of these probes. A speed-up
+            is beyond the noise of its measurement where 1 is not in it.
         net_speedup: the same divided by the penalty for the variance.
         seconds, probe_seconds, compile_seconds: of the fit, and of it in probes and in torch.compile.
         probes: how many there were.
@@ -53,6 +56,8 @@ class Summary:
     worst_relative_variance: float
     noise_scale: float
     step_speedup: float
+    step_speedup_low: float
+    step_speedup_high: float
     net_speedup: float
     seconds: float
     probe_seconds: float
@@ -64,6 +69,18 @@ class Summary:
         values = {name: value for name, value in asdict(self).items() if name != "c"}
         return {name: float(v) for name, v in {**values, "c": self.c[-1][1] if self.c else math.nan}.items()}
 
+    def _speedup(self) -> str:
+        if math.isnan(self.step_speedup):
+            return "not measured"
+        if self.step_speedup_low == self.step_speedup_high:
+            return "none: c = inf is the exact backward"
+        interval = f"{self.step_speedup_low:.2f}x to {self.step_speedup_high:.2f}x"
+        if self.step_speedup_high < 1:
+            return f"none: {self.step_speedup:.2f}x, slower than the exact backward (95% from {interval})"
+        if self.step_speedup_low <= 1:
+            return f"none beyond the noise: {self.step_speedup:.2f}x measured (95% from {interval})"
+        return f"{self.step_speedup:.2f}x (forward and backward; 95% from {interval})"
+
     def __str__(self) -> str:
         training = self.seconds - self.compile_seconds if self.compile_seconds >= 0 else self.seconds
         share = f" ({self.probe_seconds / training:.1%} of training)" if training > 0 else ""
@@ -73,10 +90,11 @@ class Summary:
             ("kept entries", _said(self.kept_per_row, "{:.1f} per row, ") + _said(self.kept_fraction, "{:.2%} of all")),
             (
                 "added variance",
-                _said(self.relative_variance, "{:.2%} of the batch's own; ")
+                _said(self.relative_variance, "{:.2%} of the batch's own")
+                + "; "
                 + _said(self.worst_relative_variance, "worst kind {:.2%}", "kinds not known"),
             ),
-            ("speed-up of a step", _said(self.step_speedup, "{:.2f}x (forward and backward)")),
+            ("speed-up of a step", self._speedup()),
             (
                 "net of the variance",
                 _said(self.net_speedup, "{:.2f}x")
@@ -163,7 +181,15 @@ class Account:
         """Of the last probes, in batches of a step; NaN where it cannot be told."""
         return average_noise_scale([(p["batch_variance"], p["squared_gradient"]) for p in self.probes])
 
+    def _last(self) -> list[dict[str, float]]:
+        """The probes that say what SUS gains now: at about the last c, or all where those are few."""
+        at = self.probes[-1]["c"] if self.probes else math.nan
+        last = [p for p in self.probes if p["c"] == at or abs(p["c"] - at) < 0.05 * at]
+        return last if len(last) >= 3 or math.isinf(at) else self.probes
+
     def summary(self, rewritten: int, left: int, steps: int) -> Summary:
+        last = self._last()
+        low, high = interval([p["step_speedup"] for p in last if math.isfinite(p["step_speedup"])])
         return Summary(
             rewritten=rewritten,
             left=left,
@@ -174,8 +200,10 @@ class Account:
             relative_variance=_mean(self.series("relative_variance")),
             worst_relative_variance=_mean(self.series("worst_relative_variance")),
             noise_scale=self.noise_scale,
-            step_speedup=_median(self.series("step_speedup")),
-            net_speedup=_median(self.series("net_speedup")),
+            step_speedup=_median([p["step_speedup"] for p in last]),
+            step_speedup_low=low,
+            step_speedup_high=high,
+            net_speedup=_median([p["net_speedup"] for p in last]),
             seconds=self.seconds,
             probe_seconds=self.probe_seconds,
             compile_seconds=self.compile_seconds,
@@ -292,8 +320,30 @@ def _mean(points: Sequence[tuple[int, float]]) -> float:
     return sum(y for _, y in points) / len(points) if points else math.nan
 
 
-def _median(points: Sequence[tuple[int, float]]) -> float:
-    return median(y for _, y in points) if points else math.nan
+def _median(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return median(finite) if finite else math.nan
+
+
+def interval(ratios: Sequence[float]) -> tuple[float, float]:
+    """95% confidence interval of the median of measured ratios of times; NaN where there are none.
+
+    From the scatter of their logarithms, with a prior as if two more had scattered by 10%: single ones are not sure.
+    Ratios that are all 1 are of the exact backward with itself, and sure.
+
+    Examples:
+        >>> [round(x, 2) for x in interval([1.2])], [round(x, 2) for x in interval([1.3, 1.25, 1.35, 1.3, 1.3])]
+        ([0.79, 1.82], [1.19, 1.42])
+    """
+    logs = [math.log(ratio) for ratio in ratios if ratio > 0]
+    if not logs or all(ratio == 1 for ratio in ratios):
+        return (1.0, 1.0) if logs else (math.nan, math.nan)
+    count, middle = len(logs), median(logs)
+    scatter = math.sqrt((sum((y - middle) ** 2 for y in logs) + 2 * 0.01) / (count + 1))
+    degrees = count + 1
+    quantile = 1.96 + 2.372 / degrees + 2.823 / degrees**2 + 2.556 / degrees**3  # of Student's distribution
+    half = quantile * scatter * math.sqrt((1.0 if count < 3 else math.pi / 2) / count)
+    return math.exp(middle - half), math.exp(middle + half)
 
 
 def _path(c: Sequence[tuple[int, float]]) -> str:

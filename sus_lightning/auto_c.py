@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+from sus_lightning.adaptive import AT, Adaptive
 from sus_lightning.landscape import Estimate, Landscape, Pass, Probed
-from sus_lightning.layer_shares import LayerShares
-from sus_lightning.saved import Saved, check_name
-from sus_lightning.schedules import Schedule, check_amount, check_count, check_number, check_range
-from sus_lightning.variance_target import ALONE, ON, PER
-
-AT = "at/"  # prefix of the values that a probe measured at another c: "at/64.0/sus_variance"
+from sus_lightning.saved import Saved
+from sus_lightning.schedules import check_count, check_number
 
 _REMEMBERED = 64  # probes
 _PER_OCTAVE = 4  # values of c that are compared
@@ -25,12 +22,12 @@ _FEW = 6  # probes
 _SURE = 0.05  # settled at infinity: what SUS could still gain, with its error
 
 
-class AutoC(Schedule):
-    """Chooses c for the most progress per second: the ``c="auto"`` of :class:`~sus_lightning.SUSBackprop`.
+class AutoC(Adaptive):
+    """Chooses c for the most progress per second: the ``c="auto"`` of `SUSBackprop`.
 
     A larger c costs time, a smaller one gradient noise, and noise costs steps. With t(c) the time of a training step's
     forward and backward, r(c) the relative variance and x the gradient noise scale in batches of a step, progress per
-    second is proportional to::
+    second is proportional to:
 
         1 / (t(c) * (1 + r(c) * x / (1 + x)))
 
@@ -72,37 +69,14 @@ class AutoC(Schedule):
         maximum: float = 4096.0,
         largest_step: float = 4.0,
     ) -> None:
-        for name, value, allowed in (("on", on, ON), ("per", per, PER)):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but it is {value!r}")
-        self.on, self.per = on, per
-        self.start, self.minimum, self.maximum = check_range(start, minimum, maximum)
-        self.largest_step = check_number("largest_step", largest_step, finite=True)
-        if self.largest_step <= 1:
-            raise ValueError(f"largest_step must be above 1, but it is {largest_step}")
-        self.reset()
+        super().__init__(on, per, start, minimum, maximum, largest_step, smoothing=0.5)
+        self._finite = self.start  # the best c that is not infinity
+        self._probes: list[Probed] = []
+        self._switches = 0  # changes between finite and infinite c
 
     def reset(self) -> None:
         """Forgets all probes, as for another model."""
-        self._c = self.start
-        self._finite = self.start  # the best c that is not infinity
-        self._probes: list[Probed] = []
-        self._count = self._switches = 0  # probes; changes between finite and infinite c
-        self._shares = LayerShares()
-
-    def __call__(self, step: int) -> float:
-        return self._c
-
-    def c_of(self, module: str, c: float | None = None) -> float:
-        """c of an attention module where `c`, by default the one in use, is the mean."""
-        c = self._c if c is None else c
-        if math.isinf(c):
-            return c
-        return round(min(self.maximum, max(self.minimum, c * self._shares.of(module))), 6)
-
-    def measure(self, modules: Sequence[str]) -> list[str]:
-        """The attention modules that the next probe is to measure alone."""
-        return [] if self.per == "model" or math.isinf(self._c) else self._shares.next(modules, self._count)
+        self.__init__(self.on, self.per, self.start, self.minimum, self.maximum, self.largest_step)  # type: ignore[misc]
 
     def measure_at(self) -> list[float]:
         """The c, besides the one in use, at which the next probe is to measure: all finite.
@@ -130,12 +104,17 @@ class AutoC(Schedule):
                 ``exact_step_samples``), ``kept_per_row``, ``kept_fraction``; those at another c have their name behind
                 ``at/<c>/``. What is missing or not finite is not used.
         """
-        probed = self._read(variance)
+        probed = self._probed(variance)
         if not any(p.seconds > 0 for p in probed.passes) and not any(p.variance >= 0 for p in probed.passes):
             return
         self._probes = [*self._probes, probed][-_REMEMBERED:]
         self._count += 1
-        self._share(variance, probed.spread)
+        factor = self._share(variance, probed.spread)
+        if factor != 1:  # what was measured with other shares, as it would have been with these
+            self._probes = [
+                replace(probe, passes=tuple(replace(p, variance=p.variance * factor) for p in probe.passes))
+                for probe in self._probes
+            ]
         self._choose()
 
     @property
@@ -178,21 +157,22 @@ class AutoC(Schedule):
         estimates = {c: landscape.at(c) for c in _grid(self.minimum, self.maximum) if low <= c <= high}
         best, there = max(estimates.items(), key=lambda item: item[1].gain)
         if there.gain > landscape.at(self._finite).gain + _BETTER + _DOUBT * there.error:
-            step = self.largest_step
-            self._finite = round(min(self._finite * step, max(self._finite / step, best)), 6)
+            self._finite = self._next(self._finite, best)
         else:
             there = landscape.at(self._finite)
         if not any(p.seconds > 0 for probe in self._probes for p in probe.passes):
             return  # nothing is known about time
-        # Neither left nor taken again on noise: few probes have to show it beyond their error, many by half of it.
-        # Each change of mind asks for more.
-        doubt = there.error * max(1.0 if self._count < _FEW else 0.5, 0.5 * self._switches)
+        # Neither left nor taken again on noise: few probes have to show it beyond their error, many by less and less of
+        # it, since either may be wrong then. Each change of mind asks for more.
+        doubt = there.error * max(1.0 if self._count < _FEW else 0.5 * _FEW / self._count, 0.5 * self._switches)
         exact = math.isinf(self._c)
-        leave = there.gain - doubt <= _RETURN if exact else there.gain + doubt < _LEAVE
+        full = self._finite >= landscape.full_from  # nothing is left out: a gain is the least likely thing
+        doubt = max(doubt, 2 * there.error) if full else doubt
+        leave = there.gain - doubt <= _RETURN if exact or full else there.gain + doubt < _LEAVE
         self._switches += leave != exact
         self._c = math.inf if leave else self._finite
 
-    def _read(self, values: Mapping[str, float]) -> Probed:
+    def _probed(self, values: Mapping[str, float]) -> Probed:
         others: dict[str, dict[str, float]] = {}
         for name, value in values.items():
             if name.startswith(AT):
@@ -211,38 +191,18 @@ class AutoC(Schedule):
     def _pass(self, c: float, at: Mapping[str, float], values: Mapping[str, float]) -> Pass:
         exact = values.get("exact_step_seconds", math.nan)
         seconds = at.get("step_seconds", math.nan)
-        noise = at.get("sus_variance", math.nan)
-        if self.on == "worst":
-            noise = at.get("worst_relative_variance", math.nan) * values.get("batch_variance", math.nan)
         return Pass(
             c,
-            noise,
+            self._noise(at, values.get("batch_variance", math.nan)),
             seconds / exact if exact > 0 and seconds > 0 and math.isfinite(seconds / exact) else math.nan,
             _samples(at.get("step_samples", 1)),
             at.get("kept_per_row", math.nan),
             at.get("kept_fraction", 0.0) > _FULL,
         )
 
-    def _share(self, variance: Mapping[str, float], spread: float) -> None:
-        alone = {name.removeprefix(ALONE): v for name, v in variance.items() if name.startswith(ALONE)}
-        if not alone or not spread > 0:
-            return
-        factor = self._shares.observe({name: (v / spread, self.c_of(name)) for name, v in alone.items()})
-        # What was measured with other shares, as it would have been with these.
-        self._probes = [
-            replace(probe, passes=tuple(replace(p, variance=p.variance * factor) for p in probe.passes))
-            for probe in self._probes
-        ]
-
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "c": self._c,
-            "finite": self._finite,
-            "count": self._count,
-            "switches": self._switches,
-            "probes": [asdict(probe) for probe in self._probes],
-            **self._shares.state_dict(),
-        }
+        probes = [asdict(probe) for probe in self._probes]
+        return {**super().state_dict(), "finite": self._finite, "switches": self._switches, "probes": probes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` had returned.
@@ -251,16 +211,12 @@ class AutoC(Schedule):
             TypeError, ValueError: a value is none that this schedule can have had; nothing is changed then.
         """
         saved = Saved(state, type(self).__name__)
-        c = saved.read("c", check_number, self._c)
-        finite = saved.read("finite", partial(check_number, finite=True), self._finite)
-        count = saved.read("count", check_count, 0)
-        switches = saved.read("switches", check_count, 0)
-        probes: list[Probed] = saved.read("probes", _check_probes, [])
-        shares = LayerShares()
-        shares.alone = saved.read_dict("alone", check_name, check_amount, {})
-        shares.shares = saved.read_dict("shares", check_name, partial(check_number, finite=True), {})
-        self._c, self._finite, self._count, self._switches = c, finite, count, switches
-        self._probes, self._shares = probes, shares
+        read = self._read(saved, finite=False)
+        read["_finite"] = saved.read("finite", partial(check_number, finite=True), self._finite)
+        read["_switches"] = saved.read("switches", check_count, 0)
+        none: list[Probed] = []
+        read["_probes"] = saved.read("probes", _check_probes, none)
+        vars(self).update(read)
 
 
 def _check_probes(name: str, value: Any) -> list[Probed]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import deque
 from collections.abc import Callable
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,18 +14,21 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from fx_passes import SUSBackend
+from fx_passes.backend import Compiler
 from fx_passes.ops.functional import check_choice
-from fx_passes.state import check_c, check_counter
-from sus_lightning._lightning_compat import AnyCallback, accumulates, logged_step, logs_now
+from fx_passes.ops.problem import Forward, Sampler
+from sus_lightning._lightning_compat import AnyCallback, accumulates, logs_now
 from sus_lightning.account import Account, Summary, plot
 from sus_lightning.arguments import check_mode, check_modules, check_progress_bar
 from sus_lightning.auto_c import AutoC
+from sus_lightning.checkpoint import load_saved_state, saved_state
 from sus_lightning.compilation import Compilation, plan
+from sus_lightning.earlier_batches import EarlierBatches, may_probe
+from sus_lightning.logs import log_now, pop_kept, publish
 from sus_lightning.metrics import PER
 from sus_lightning.pacing import INTERVAL, Pacing
-from sus_lightning.probe import Probe, copied, to_be_logged
-from sus_lightning.rewritten import check_rewritten
-from sus_lightning.saved import Saved, check_name, check_real
+from sus_lightning.probe import Probe, to_be_logged
+from sus_lightning.rewritten import FirstStep
 from sus_lightning.schedules import (
     ConstantSchedule,
     Schedule,
@@ -39,7 +41,6 @@ from sus_lightning.schedules import (
 from sus_lightning.steering import attention_modules, measured_alone, measured_at, per_layer, site_c
 from sus_lightning.strategies import check_strategy
 from sus_lightning.timing import Clock, StepTimes
-from sus_lightning.unseen import Unseen, watch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,11 +49,11 @@ if TYPE_CHECKING:
 class SUSBackprop(AnyCallback):
     """Gives softmax attention the sparse, unbiased backward of SUS backprop (arXiv 2505.15080) while a model trains.
 
-    When ``fit`` starts, the submodules of the LightningModule are compiled in place by a
-    :class:`~fx_passes.SUSBackend`, which finds attention in their graphs and exchanges its backward; the forward stays
-    as it is. Validation, test and prediction run the module as it was given, and so does everything after ``fit``.
-    A module that was already compiled (``torch.compile(lightning_module)``, ``self.model = torch.compile(...)``,
-    ``self.model.compile()``) is compiled with the same mode, and given back as it was.
+    When ``fit`` starts, the submodules of the LightningModule are compiled in place by a `fx_passes.SUSBackend`, which
+    finds attention in their graphs and replaces its backward; the forward stays as it is. Validation, test and
+    prediction run the module as it was given, and so does everything after ``fit``. A module that was already compiled
+    (``torch.compile(lightning_module)``, ``self.model = torch.compile(...)``, ``self.model.compile()``) is compiled
+    with the same mode, and given back as it was.
 
     Every ``variance_every_n_steps`` optimizer steps a probe measures how much variance SUS adds to the gradient,
     relative to the variance that it has from the choice of the batch. It never changes training: weights are bitwise
@@ -62,15 +63,14 @@ class SUSBackprop(AnyCallback):
 
     - ``sus/c``, ``sus/attention_rewritten`` (attention sites in the compiled graphs), and ``sus/c_of/<module>`` where
       the schedule gives each attention its own (``per="layer"``);
-    - ``sus/kept_per_row``, ``sus/kept_fraction``: entries kept per query row, and of all that a dense backward uses,
-      over the steps since they were last logged, over all ranks;
+    - ``sus/kept_per_row``, ``sus/kept_fraction``: entries kept per query row, and of all that a dense backward uses;
     - ``sus/relative_variance`` (0.01 is an increase by 1%), also per kind of parameter (``sus/relative_variance_of/q``,
       ``k``, ``v``, ``o``, ``qkv``, ``rest``) and, with ``variance_per="layer"``, per layer;
       ``sus/worst_relative_variance`` (largest of the attention projections), ``sus/sus_variance``,
-      ``sus/batch_variance``, ``sus/gradient_noise_scale``: see :class:`~sus_lightning.GradientVariance`;
+      ``sus/batch_variance``, ``sus/gradient_noise_scale``: see `GradientVariance`;
     - ``sus/step_speedup``: seconds of a step's forward and backward, exact over SUS, as the probe measured them, and
       ``sus/net_speedup``: the same divided by the penalty 1 + r x / (1 + x) in steps that the variance costs;
-    - ``sus/summary_...``, when fit ends: the numbers of :attr:`summary`, which is also printed.
+    - ``sus/summary_...``, when fit ends: the numbers of `summary`, which is also printed.
 
     Works with ``lightning.pytorch`` and with ``pytorch_lightning``. It can be pickled and deep-copied, before, in and
     after ``fit``; what it made is then a callback that is not attached to any fit, with the same arguments, c and
@@ -78,29 +78,17 @@ class SUSBackprop(AnyCallback):
 
     Note:
         c and the number of draws so far are saved in checkpoints: a run that was resumed draws what the run without
-        interruption would have drawn. So is the state of a schedule that has one (:class:`~sus_lightning.AutoC`,
-        :class:`~sus_lightning.VarianceTarget`); a run may go on with another schedule, which starts anew.
+        interruption would have drawn. So is the state of a schedule that has one (`AutoC`, `VarianceTarget`); a run may
+        go on with another schedule, which starts anew.
 
     Note:
         If no attention was rewritten after the first training step, ``fit`` stops with an error that shows what was
         found and why it was left.
 
-    Example::
-
-        from lightning.pytorch import Trainer
-        from sus_lightning import LinearSchedule, SUSBackprop, VarianceTarget
-
-        trainer = Trainer(callbacks=[SUSBackprop()])  # c chooses itself
-        trainer = Trainer(callbacks=[SUSBackprop(c=30)])
-        trainer = Trainer(callbacks=[SUSBackprop(c=LinearSchedule(256, 30, steps=2000))])
-        trainer = Trainer(callbacks=[SUSBackprop(c=VarianceTarget(0.01))])
-        trainer = Trainer(callbacks=[SUSBackprop(c=lambda step: 256 / (1 + step / 100))])
-
     Args:
         c: expected number of kept entries per query row and head, above 0; ``float("inf")`` is the exact backward.
-            "auto" is :class:`~sus_lightning.AutoC`, which chooses it for the most progress per second. A schedule, a
-            dict ``{step: c}`` or any callable of the global step sets it before each training step, without
-            recompilation.
+            "auto" is `AutoC`, which chooses it for the most progress per second. A schedule, a
+            dict ``{step: c}`` or any callable of the global step sets it before each training step.
         sampler: "auto" ("tile" on a GPU, else "systematic"), "systematic" (one draw per row), "independent" (one per
             entry, as in the paper) or "tile" (whole tiles of 64 rows and 64 keys).
         compiler: what runs the rewritten graphs: "inductor", "aot_eager" or "eager".
@@ -111,9 +99,8 @@ class SUSBackprop(AnyCallback):
             instead of 2. With ``c="auto"`` it is one SUS pass more, at another c.
         seed: fixes the draws; ``None`` follows ``seed_everything``.
         mode: of ``torch.compile``, for modules that the user did not compile; ``compiler="inductor"`` only.
-        modules: names of the submodules to compile; ``None`` is all children. "attention" is the blocks that repeat in
-            a model, such as its layers, and where there are none the children: equal blocks then share their graphs,
-            and a deep model compiles in a fraction of the time.
+        modules: names of the submodules to compile; ``None`` is all children, and of a stack of equal blocks that take
+            one argument the blocks, which share their graphs; "attention" is all blocks that repeat.
         forward: "auto", or "library" to keep the bits of PyTorch's own attention kernel.
         variance_per: "kind" logs the relative variance in total and per kind of parameter, "layer" per layer too,
             which is one more value for each layer.
@@ -123,19 +110,28 @@ class SUSBackprop(AnyCallback):
         TypeError, ValueError: an argument is not allowed; the message names it.
         MisconfigurationException: no attention was rewritten, or the strategy is DeepSpeed.
 
+    Examples:
+        >>> from lightning.pytorch import Trainer
+        >>> from sus_lightning import LinearSchedule, SUSBackprop, VarianceTarget
+        >>> trainer = Trainer(callbacks=[SUSBackprop()], logger=False)  # c chooses itself
+        >>> SUSBackprop(c=30).c
+        30.0
+        >>> callback = SUSBackprop(c=LinearSchedule(256, 30, steps=2000))
+        >>> callback = SUSBackprop(c=VarianceTarget(0.01))
+        >>> callback = SUSBackprop(c=lambda step: 256 / (1 + step / 100))
     """
 
     def __init__(
         self,
         c: float | Literal["auto"] | Schedule | dict[int, float] | Callable[[int], float] = "auto",
-        sampler: str = "auto",
-        compiler: str = "inductor",
+        sampler: Sampler = "auto",
+        compiler: Compiler = "inductor",
         variance_every_n_steps: int | None = None,
         variance_draws: int = 1,
         seed: int | None = None,
         mode: str | None = None,
         modules: list[str] | str | None = None,
-        forward: str = "auto",
+        forward: Forward = "auto",
         variance_per: str = "kind",
         progress_bar: list[str] | None = None,
     ) -> None:
@@ -152,15 +148,17 @@ class SUSBackprop(AnyCallback):
         self._module: weakref.ref[pl.LightningModule] | None = None
         self._compilation: Compilation | None = None
         self._probe: Probe | None = None
-        self._unseen: Unseen | None = None
-        self._earlier: deque[tuple[Any, int]] = deque()
+        self._first = FirstStep()
+        self._by_blocks = True  # False once attention was found outside of the blocks of a stack
+        self._earlier = EarlierBatches()
         self._pacing = Pacing(budgeted=variance_every_n_steps is None)
         self._variance: dict[str, float] = {}
         self._times: StepTimes | None = None
         self._account = Account()
         self._summary: Summary | None = None
         self._site_c: dict[int, float] = {}  # by number of the site: known before the sites are, after a resume
-        self._checked = self._warned = self._told = False
+        self._warned = self._told = False
+        self._share: tuple[int, float] | tuple[()] | None = None  # what `_attention_share` returned
         if observes(self.schedule) and not self.variance_every_n_steps:
             raise ValueError(
                 f"variance_every_n_steps must be above 0 for c={schedule_name(self.schedule)}, which adapts c from the "
@@ -191,11 +189,11 @@ class SUSBackprop(AnyCallback):
         check_strategy(trainer)
         self._forget()
         self._pacing, self._variance = Pacing(self._pacing.budgeted), {}
-        self._account, self._summary = Account(), None
+        self._account, self._summary, self._by_blocks = Account(), None, True
         known = self._module() if self._module is not None else None
         if known is not pl_module and self.backend.report.sites:
             # The report of another module would hide that nothing is found in this one.
-            self.backend = _another(self.backend)
+            self.backend = self.backend.for_another_model()
             self._site_c = {}
             if isinstance(self.schedule, AutoC):
                 self.schedule.reset()  # what it knows is another model's time and variance
@@ -203,9 +201,7 @@ class SUSBackprop(AnyCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not in `setup`: `configure_model` and the strategy, which may create and wrap modules, run after it.
-        options = {} if self._mode is None else {"mode": self._mode}
-        self.backend.apart = per_layer(self.schedule)
-        self._compilation = plan(pl_module, self.backend, self._modules, options, per_layer(self.schedule))
+        self._compilation = self._plan(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._pacing.probed_step > trainer.global_step:
@@ -237,9 +233,7 @@ class SUSBackprop(AnyCallback):
             self._enable()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # The last batch of an epoch may be a small one. Decided by what is the same on all ranks.
-        if trainer.num_training_batches > 2:
-            self._earlier.clear()
+        self._earlier.new_epoch(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -247,14 +241,14 @@ class SUSBackprop(AnyCallback):
         step = trainer.global_step
         self._set_c(step)
         if self._probe is not None:
-            if self._earlier and self._is_due(step) and self._may_probe(trainer):
+            if self._earlier and self._is_due(step) and may_probe(trainer):
                 self._observe(self._probe, batch, batch_idx, step, trainer)
                 modules = attention_modules(self.schedule, self.backend.report)
                 shares = {f"c_of/{name}": self.backend.state.c_of(sites[0]) for name, sites in modules.items()}
-                self._publish(trainer, pl_module, {**self._variance, **shares}, ("relative_variance", *self._shown))
-            self._keep(trainer, batch, batch_idx)
-        if not self._checked and self._unseen is None:
-            self._unseen = watch()
+                publish(trainer, pl_module, {**self._variance, **shares}, ("relative_variance", *self._shown))
+            near = self._is_due(step) or self._is_due(step + 1)
+            self._earlier.keep(trainer, batch, batch_idx, needed=near)
+        self._first.begin()
         self._account.note_c(step, self.backend.c)
         if not trainer.barebones:
             pl_module.log("sus/c", self.backend.c, prog_bar=True, logger=False, on_step=True, on_epoch=False)
@@ -262,8 +256,7 @@ class SUSBackprop(AnyCallback):
             self._times.start(self.backend.c, batch)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
-        if self._unseen is not None:
-            self._unseen.close()
+        self._first.forward_is_over()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._times is not None:
@@ -272,16 +265,13 @@ class SUSBackprop(AnyCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._unseen is not None:
-            self._unseen.close()
-        if not self._checked and (outputs is not None or not pl_module.automatic_optimization):
-            self._checked = True
-            compiled = self._compilation.modules if self._compilation else []
-            unseen = self._unseen.names(pl_module) if self._unseen is not None else []
-            self._unseen = None
-            check_rewritten(self.backend.report, type(pl_module).__name__, compiled, unseen)
+        self._first.forward_is_over()
+        if self._compilation is not None and not self._first.is_over:
+            ran = outputs is not None or not pl_module.automatic_optimization
+            if ran and not self._first.check(self.backend.report, pl_module, self._compilation):
+                self._compile_whole(pl_module)
         if logs_now(trainer) and not accumulates(trainer):
-            self._log_now(trainer, {"c": self.backend.c})
+            log_now(trainer, {"c": self.backend.c})
             values = self._kept(trainer)
             self._account.note_loss(trainer.global_step, outputs)
             if not values and not self._warned:
@@ -291,14 +281,16 @@ class SUSBackprop(AnyCallback):
                     "the module, Dynamo has reached its recompile limit; TORCH_LOGS=recompiles says why it recompiles."
                 )
             values["attention_rewritten"] = float(self.backend.report.rewritten)
-            self._publish(trainer, pl_module, values)
+            publish(trainer, pl_module, values)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._disable()
         self._kept(trainer)
+        if self._probe is not None and math.isinf(self.backend.c):
+            self._say_nothing_is_gained()  # too few probes to have said so earlier
         summary = self._close(trainer)
         rank_zero_info(str(summary))
-        self._log_now(trainer, {f"summary_{k}": v for k, v in summary.numbers().items() if math.isfinite(v)})
+        log_now(trainer, {f"summary_{k}": v for k, v in summary.numbers().items() if math.isfinite(v)})
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._disable()
@@ -311,21 +303,7 @@ class SUSBackprop(AnyCallback):
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:
-        counter, number = self.backend.state.position
-        state: dict[str, Any] = {
-            "c": self.backend.c,
-            "site_c": dict(self._site_c),
-            "counter": counter,
-            "number": number,
-            "probed_step": self._pacing.probed_step,
-            "not_before": self._pacing.not_before,
-            "account": self._account.state_dict(),
-            "variance": dict(self._variance),
-        }
-        if isinstance(self.schedule, Schedule):
-            state["schedule"] = self.schedule.state_dict()
-            state["schedule_type"] = type(self.schedule).__name__
-        return state
+        return saved_state(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` had returned, of older versions too.
@@ -333,31 +311,13 @@ class SUSBackprop(AnyCallback):
         Raises:
             TypeError, ValueError: a value is none that the callback can have had; the message names it.
         """
-        saved, state = Saved(state_dict, type(self).__name__), self.backend.state
-        c = saved.read("c", lambda name, value: check_c(value, name), self.backend.c)
-        site_c = saved.read_dict("site_c", check_count, lambda name, value: check_c(value, name), {})
-        counter = saved.read("counter", lambda name, value: check_counter(value, name), 0)
-        number = saved.read("number", lambda name, value: None if value is None else check_counter(value, name), None)
-        steps = saved.read("probed_step", check_count, 0), saved.read("not_before", check_count, 0)
-        variance = saved.read_dict("variance", check_name, check_real, {})
-        account = Account()
-        if "account" in saved:
-            account.load_state_dict(state_dict["account"])
-        # Before the type was saved there was no AutoC.
-        of = saved.read("schedule_type", check_name, "" if isinstance(self.schedule, AutoC) else None)
-        same = of is None or of == type(self.schedule).__name__  # a run may go on with another schedule
-        if same and isinstance(self.schedule, Schedule) and "schedule" in saved and state_dict["schedule"]:
-            self.schedule.load_state_dict(state_dict["schedule"])
-        self.backend.c = c
-        self._site_c = site_c if same and per_layer(self.schedule) else {}
-        state.resume(counter, number)
-        self._pacing, self._variance = Pacing(self._pacing.budgeted, *steps), variance
-        self._account = account
+        load_saved_state(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a fit: references to the module, compiled code and batches."""
-        free: dict[str, Any] = dict.fromkeys(("_module", "_compilation", "_probe", "_unseen", "_times"))
-        return {**vars(self), **free, "_earlier": deque(), "_checked": False, "_warned": False, "_told": False}
+        free: dict[str, Any] = dict.fromkeys(("_module", "_compilation", "_probe", "_times", "_share"))
+        new = {"_first": FirstStep(), "_earlier": EarlierBatches(), "_warned": False, "_told": False}
+        return {**vars(self), **free, **new}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SUSBackprop:
         copy = type(self).__new__(type(self))
@@ -365,6 +325,21 @@ class SUSBackprop(AnyCallback):
         memo[id(self.backend)] = self.backend.separate_copy()  # a deepcopy would share c, draws and report
         vars(copy).update(deepcopy(self.__getstate__(), memo))
         return copy
+
+    def _plan(self, pl_module: pl.LightningModule) -> Compilation:
+        options = {} if self._mode is None else {"mode": self._mode}
+        apart = self.backend.apart = per_layer(self.schedule)
+        return plan(pl_module, self.backend, self._modules, options, apart, self._by_blocks)
+
+    def _compile_whole(self, pl_module: pl.LightningModule) -> None:
+        """Compiles anew: there is attention beside the blocks of a stack. The next step counts as the first."""
+        assert self._compilation is not None
+        self._compilation.clear()
+        self._by_blocks, self.backend = False, self.backend.for_another_model()
+        self._compilation = self._plan(pl_module)
+        self._enable()
+        if self._probe is not None:
+            self._probe.backend = self.backend
 
     def _enable(self) -> None:
         if self._compilation is not None:
@@ -377,11 +352,12 @@ class SUSBackprop(AnyCallback):
     def _forget(self) -> None:
         if self._compilation is not None:
             self._compilation.clear()
-        if self._unseen is not None:
-            self._unseen.close()
-        self._compilation = self._probe = self._unseen = self._times = None
+        self._first.forward_is_over()
+        self._compilation = self._probe = self._times = None
+        self._first = FirstStep()
         self._earlier.clear()
-        self._checked = self._warned = self._told = False
+        self._warned = self._told = False
+        self._share = None
 
     def _set_c(self, step: int) -> None:
         state, c = self.backend.state, value_at(self.schedule, step)
@@ -402,25 +378,30 @@ class SUSBackprop(AnyCallback):
         self._site_c = site_c(schedule, modules)
         self._variance = to_be_logged(values) | speedups
         self._set_c(step)
-        if isinstance(schedule, AutoC) and schedule.gains_nothing and not self._told:
-            self._told = True
-            self._say_nothing_is_gained(schedule, probe, batch, batch_idx)
+        if isinstance(schedule, AutoC) and math.isinf(self.backend.c):
+            if self._share is None:
+                self._share = self._attention_share(probe, batch, batch_idx)
+            if schedule.gains_nothing:
+                self._say_nothing_is_gained()
         self._pacing.probed(trainer, step, values, step_seconds)
 
-    def _say_nothing_is_gained(self, schedule: AutoC, probe: Probe, batch: Any, batch_idx: int) -> None:
+    def _attention_share(self, probe: Probe, batch: Any, batch_idx: int) -> tuple[int, float] | tuple[()]:
+        """Keys of an attention row, and attention's backward in the operations of a step; nothing where not known."""
         self._disable()  # attention is counted in the module as it was given
         try:
             expected = probe.expectation(batch, batch_idx)
         finally:
             self._enable()
-        share = (expected.keys, expected.backward_share) if expected is not None and expected.calls else ()
-        rank_zero_info(schedule.verdict(*share))
+        return (expected.keys, expected.backward_share) if expected is not None and expected.calls else ()
+
+    def _say_nothing_is_gained(self) -> None:
+        if not self._told and isinstance(self.schedule, AutoC):
+            self._told = True
+            rank_zero_info(self.schedule.verdict(*(self._share or ())))
 
     def _kept(self, trainer: pl.Trainer) -> dict[str, float]:
         """Kept entries since the last call, over all ranks."""
-        kept = self.backend.state.pop_kept()
-        counts = torch.tensor([kept.entries, kept.rows, kept.dense], device=trainer.strategy.root_device)
-        entries, rows, dense = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        entries, rows, dense = pop_kept(trainer, self.backend.state)
         self._account.note_kept(entries, rows, dense)
         return {"kept_per_row": entries / rows, "kept_fraction": entries / dense} if rows else {}
 
@@ -434,41 +415,3 @@ class SUSBackprop(AnyCallback):
 
     def _is_due(self, step: int) -> bool:
         return self._pacing.is_due(step, self.variance_every_n_steps)
-
-    def _may_probe(self, trainer: pl.Trainer) -> bool:
-        """Whether this batch completes an optimizer step and has the size of the others."""
-        odd = trainer.is_last_batch and trainer.num_training_batches > 2
-        return not odd and not accumulates(trainer)
-
-    def _keep(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
-        """Keeps what the next probe compares with: the other micro-batches of its step, or else the batch before it."""
-        step, count = trainer.global_step, max(1, trainer.accumulate_grad_batches - 1)
-        if not self._is_due(step) and not self._is_due(step + 1):
-            self._earlier.clear()
-            return
-        while len(self._earlier) >= count:
-            self._earlier.popleft()
-        self._earlier.append((copied(batch), batch_idx))
-
-    def _publish(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, values: dict[str, float], shown: tuple[str, ...] = ()
-    ) -> None:
-        """To the loggers at this very step, and to `trainer.callback_metrics` and the progress bar."""
-        self._log_now(trainer, values)
-        if trainer.barebones:
-            return
-        for name, value in values.items():
-            pl_module.log(f"sus/{name}", value, prog_bar=name in shown, logger=False, on_step=True, on_epoch=False)
-
-    def _log_now(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
-        # Not by `self.log`, which writes at the next step of `log_every_n_steps`: a probe is seldom at one.
-        for logger in trainer.loggers:
-            named = {f"sus/{name}": value for name, value in values.items()}
-            logger.log_metrics(named, step=logged_step(trainer))
-
-
-def _another(old: SUSBackend) -> SUSBackend:
-    """A backend with the options, c and number of draws of this one, for another module."""
-    backend = SUSBackend(old.c, old.sampler, old.compiler, old.state.seed, old.forward)
-    backend.state.counter = old.state.counter
-    return backend

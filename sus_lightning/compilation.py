@@ -16,24 +16,17 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
-from torchmetrics import Metric
 
 from fx_passes.rewrite.module_counts import Owner, compile_call
+from sus_lightning._lightning_compat import compiled_as
 from sus_lightning.caches import allow_compilation, clear_caches
+from sus_lightning.targets import is_compiled, may_attend, targets
 
 _MISSING = object()
 
 # Dynamo counts compilations per code object, over all backends, and past its limits (8 for one module, 256 for all) it
 # runs the code uncompiled without an error: attention would lose SUS. What stands behind graph breaks may use them up.
 _LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 2048}
-
-_MAY_ATTEND: tuple[type[nn.Module], ...] = (
-    nn.MultiheadAttention,
-    nn.Transformer,
-    nn.TransformerEncoder,
-    nn.TransformerDecoder,
-)
-_MAY_ATTEND += (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 @dataclass
@@ -63,6 +56,7 @@ class Compilation:
     backend: Callable[..., Any]
     attributes: list[_Attribute]
     modules: list[str]
+    by_blocks: bool = False  # blocks that the user did not ask for, and that may not hold all attention
     enabled: bool = False
     _limits: dict[str, int] = field(default_factory=dict)
 
@@ -98,6 +92,7 @@ def plan(
     modules: Sequence[str] | str | None = None,
     options: dict[str, Any] | None = None,
     apart: bool = False,
+    blocks: bool = False,
 ) -> Compilation:
     """What to exchange so that attention below `root` is compiled with `backend`; nothing is changed yet.
 
@@ -113,43 +108,44 @@ def plan(
             and of a child without such blocks the child.
         options: further arguments of torch.compile, where the user compiled nothing.
         apart: no two modules share a graph.
+        blocks: where the user chose nothing, of a stack of equal blocks those are compiled, and share their graphs.
 
     Raises:
         ValueError: a name in `modules` that `root` does not have.
     """
     attributes: list[_Attribute] = []
-    names: list[str] = []
     options = _undo_outer(root, attributes) or options or {}
     paths = {module: path for path, module in root.named_modules()}
-    codes: dict[type, CodeType] | None = {} if modules == "attention" and not apart else None
-    exchange = _Exchange(backend, attributes, paths, codes, apart)
-    for name, module in _named_targets(root, modules):
-        names.append(name)
-        inside = [m for m in module.modules() if m is not module and _is_compiled(m)]
-        if modules is None and inside and not _is_compiled(module):
+    exchange = _Exchange(backend, attributes, paths, apart)
+    chosen = list(targets(root, modules, blocks and not attributes and not options and not apart))
+    for target in chosen:
+        module = target.module
+        inside = [m for m in module.modules() if m is not module and is_compiled(m)]
+        if modules is None and inside and not is_compiled(module):
             # The user chose regions within this child: keep them.
             for inner in inside:
-                exchange(inner, {})
+                exchange(inner, {}, target.is_block)
         else:
             for inner in inside:
                 if not (isinstance(module, OptimizedModule) and inner is module._orig_mod):
                     _bypass(inner, attributes)
-            exchange(module, options)
-    return Compilation(backend, attributes, names)
+            exchange(module, options, target.is_block)
+    by_blocks = modules is None and any(target.is_block for target in chosen)
+    return Compilation(backend, attributes, [target.path for target in chosen], by_blocks)
 
 
 @dataclass
 class _Exchange:
-    """Exchanges modules for compiled ones. `codes` is by class where modules of one class share their code."""
+    """Exchanges modules for compiled ones. `codes` is by class: blocks of one class share their code."""
 
     backend: Callable[..., Any]
     attributes: list[_Attribute]
     paths: dict[nn.Module, str]
-    codes: dict[type, CodeType] | None
     apart: bool = False
+    codes: dict[type, CodeType] = field(default_factory=dict)
     done: set[nn.Module] = field(default_factory=set)
 
-    def __call__(self, module: nn.Module, options: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, options: dict[str, Any], is_block: bool = False) -> None:
         name, inner = "_compiled_call_impl", module
         if isinstance(module, OptimizedModule):
             name, inner = "forward", module._orig_mod
@@ -160,18 +156,18 @@ class _Exchange:
             options = _options_of(module._compiled_call_impl)
         if inner in self.done:
             return
-        self._put(module, name, inner, options)
+        shared = is_block and not self.apart
+        self._put(module, name, inner, options, shared)
         for below in _below(inner):
-            if below not in self.done and not isinstance(below, OptimizedModule) and _may_attend(below):
-                self._put(below, "_compiled_call_impl", below, {**options, "fullgraph": False})
+            if below not in self.done and not isinstance(below, OptimizedModule) and may_attend(below):
+                self._put(below, "_compiled_call_impl", below, {**options, "fullgraph": False}, shared)
 
-    def _put(self, module: nn.Module, name: str, inner: nn.Module, options: dict[str, Any]) -> None:
+    def _put(self, module: nn.Module, name: str, inner: nn.Module, options: dict[str, Any], shared: bool) -> None:
         self.done.add(inner)
         path = self.paths.get(module, "").replace("._orig_mod", "")
-        owner = Owner(path, inner, shared=self.codes is not None)
-        known = None if self.codes is None else self.codes.get(type(inner))
-        call, code = compile_call(owner, known, backend=self.backend, **options)
-        if self.codes is not None:
+        known = self.codes.get(type(inner)) if shared else None
+        call, code = compile_call(Owner(path, inner, shared), known, backend=self.backend, **options)
+        if shared:
             self.codes[type(inner)] = code
         self.attributes.append(_Attribute(module, name, call))
         forward = type(inner).forward
@@ -199,77 +195,14 @@ def _below(module: nn.Module) -> Iterator[nn.Module]:
 def _undo_outer(root: pl.LightningModule, attributes: list[_Attribute]) -> dict[str, Any]:
     """Takes compilation off the LightningModule itself; returns the options it was compiled with."""
     options: dict[str, Any] = {}
-    context = root._compiler_ctx
-    if context is not None:  # torch.compile(LightningModule), as Lightning's from_compiled leaves it
-        options = _options_of(context["dynamo_ctx"])
-        for name in ("forward", "training_step"):
-            attributes.append(_Attribute(root, name, context[f"original_{name}"]))
+    compiled, originals = compiled_as(root)
+    if compiled is not None:
+        options = _options_of(compiled)
+        attributes += [_Attribute(root, name, original) for name, original in originals.items()]
     if root._compiled_call_impl is not None:  # LightningModule.compile()
         options = options or _options_of(root._compiled_call_impl)
         _bypass(root, attributes)
     return options
-
-
-def _named_targets(root: nn.Module, modules: Sequence[str] | str | None) -> Iterator[tuple[str, nn.Module]]:
-    if modules == "attention":
-        yield from _blocks(root, "")
-    elif modules is not None:
-        for name in modules:
-            try:
-                yield name, root.get_submodule(name)
-            except AttributeError:
-                known = ", ".join(repr(n) for n, _ in root.named_children())
-                raise ValueError(
-                    f"modules must name submodules of {type(root).__name__} (its children are {known}), "
-                    f"but it has {name!r}"
-                ) from None
-    else:
-        yield from _children(root, "")
-
-
-def _children(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in parent.named_children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from _children(child, f"{prefix}{name}.")
-        elif _may_attend(child):
-            yield prefix + name, child
-
-
-def _blocks(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost blocks that repeat below a module, and what may hold attention beside them."""
-    for name, child in parent.named_children():
-        if not _may_attend(child) and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            continue
-        repeats = isinstance(parent, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and _repeats(parent, child)
-        inside = isinstance(child, (nn.ModuleList, nn.ModuleDict)) or (not repeats and _has_blocks(child))
-        if inside:
-            yield from _blocks(child, f"{prefix}{name}.")
-        else:
-            yield prefix + name, child
-
-
-def _repeats(parent: nn.Module, child: nn.Module) -> bool:
-    return sum(type(other) is type(child) for other in parent.children()) > 1
-
-
-def _has_blocks(module: nn.Module) -> bool:
-    lists = (m for m in module.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.Sequential)))
-    return any(_repeats(m, child) and _may_attend(child) for m in lists for child in m.children())
-
-
-def _may_attend(module: nn.Module) -> bool:
-    """Whether a call of the module may compute attention: torch's own layers, such as losses and norms, do not."""
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, Metric)):
-        return False  # not called
-    if isinstance(module, torch.jit.ScriptModule):
-        return False  # Dynamo does not enter it
-    if type(module).__module__.startswith(("torch.nn.modules.", "torch.ao.", "torch.nn.parallel.")):
-        return isinstance(module, _MAY_ATTEND) or any(_may_attend(m) for m in module.modules() if m is not module)
-    return True
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
 
 
 def _bypass(module: nn.Module, attributes: list[_Attribute]) -> None:

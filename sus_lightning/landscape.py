@@ -110,12 +110,16 @@ class Landscape:
     Args:
         probes: the oldest first, at least one.
         center: the c in use or of interest.
+
+    Attributes:
+        noise_scale: in batches of a step; NaN where it is not known.
+        full_from: the smallest c at which nearly all entries were kept; infinite where there was none.
     """
 
     def __init__(self, probes: Sequence[Probed], center: float) -> None:
         self.noise_scale = average_noise_scale([(p.spread, p.squared_gradient) for p in probes])
         self._kept = _Kept(point for probe in probes for point in probe.passes)
-        self._full_from, self._full = _fit_full(probes)
+        self.full_from, self._full = _fit_full(probes)
         self._variances = _fit_variance(probes, center)
         self._times, self._error = self._fit_time(probes, center)
 
@@ -124,7 +128,7 @@ class Landscape:
         if math.isinf(c):
             return Estimate(0.0, 0.0, self._error)
         log_penalty = sum(w * math.log(penalty(a * c**-p, self.noise_scale)) for w, p, a in self._variances)
-        if c >= self._full_from:
+        if c >= self.full_from:
             return Estimate(self._full[0], log_penalty, self._full[1])
         if not self._times:
             return Estimate(0.0, log_penalty, self._error)
@@ -139,90 +143,141 @@ class Landscape:
 
     def _fit_time(self, probes: Sequence[Probed], center: float) -> tuple[list[_Shape], float]:
         """The likely shapes, and the standard error of the level."""
-        points: list[tuple[float, float, float, float]] = []  # weight, c, kept entries over 64, log of the time
-        effective = 0.0
+        rows: list[tuple[float, float, float, float, float, float]] = []
+        exact: list[tuple[float, float]] = []
         for age, probe in enumerate(reversed(probes)):
             used = [p for p in probe.passes if 0 < p.seconds < math.inf and not p.full]
             if not used:
                 continue
-            # All passes of a probe are relative to the same exact ones, whose error they share.
             old = 0.5 ** (age / _HALF_LIFE_TIME)
-            samples = sum(_effective(p.samples) for p in used)
-            whole = old / (1 / samples + 1 / _effective(probe.exact_samples))
-            effective += whole
             for p in used:
-                weight = whole * _effective(p.samples) / samples * _nearness(p.c, center)
-                points.append((weight, p.c, self._kept(p.c) / _KEPT, math.log(p.seconds)))
-        if not points:
+                kept = self._kept(p.c) / _KEPT
+                counts = old * _nearness(p.c, center)
+                rows.append((len(exact), counts, _effective(p.samples), p.c, kept, math.log(p.seconds)))
+            exact.append((old, _effective(probe.exact_samples)))
+        if not rows:
             return [], math.inf
-        weights, c, kept, times = torch.tensor(points, dtype=torch.float64).unbind(1)
-        sparse = torch.tensor(_SPARSE, dtype=torch.float64)[:, None]
+        points = _Points(
+            *torch.tensor(rows, dtype=torch.float64).unbind(1), *torch.tensor(exact, dtype=torch.float64).unbind(1)
+        )
         sigma = 0.1
-        for _ in range(2):
-            shapes, squares = _shapes(weights, c, times, torch.log1p(sparse * kept), sigma)
-            # The prior: two passes with a scatter of 10%.
-            sigma = math.sqrt(
-                (float(weights @ squares.clamp(max=9 * sigma**2)) + 2 * 0.01) / (float(weights.sum()) + 2)
-            )
-        shapes, _ = _shapes(weights, c, times, torch.log1p(sparse * kept), sigma)
-        return shapes, sigma / math.sqrt(effective)
+        for _ in range(3):
+            shapes, sigma, error = _shapes(points, sigma)
+        return shapes, error
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """One possible time: ``level + log(1 + sparse * kept)`` below `end`, and `flat` from there on."""
+    """One possible time: ``level + log(1 + sparse * kept)`` below `end`, and the exact backward's from there on."""
 
     weight: float  # its probability
     sparse: float
     level: float
     end: float
-    flat: float
 
     def log_time(self, c: float, kept: float) -> float:
-        return self.flat if c >= self.end else self.level + math.log1p(self.sparse * kept)
+        return 0.0 if c >= self.end else self.level + math.log1p(self.sparse * kept)
 
 
-def _shapes(weights: Tensor, c: Tensor, times: Tensor, lines: Tensor, sigma: float) -> tuple[list[_Shape], Tensor]:
-    """The likely shapes of the time with a given scatter, and the squared residuals of the likeliest.
+class _Points:
+    """Times of passes, as logarithms over the exact backward's of their probe.
 
     Args:
-        weights, c, times: [points]; times are logarithms.
-        lines: [shapes, points], what each value of `_SPARSE` says about the logarithm of the time, but for its level.
-        sigma: scatter of one pass.
+        probe: number of the probe, [points].
+        counts: how much a point counts, 0 to 1, [points].
+        samples: passes that it is as good as, [points].
+        c, kept, times: [points]; kept entries over `_KEPT`.
+        exact_counts, exact_samples: the same of the exact passes, [probes].
     """
-    tried = sorted(set(c.tolist()))
+
+    def __init__(
+        self,
+        probe: Tensor,
+        counts: Tensor,
+        samples: Tensor,
+        c: Tensor,
+        kept: Tensor,
+        times: Tensor,
+        exact_counts: Tensor,
+        exact_samples: Tensor,
+    ) -> None:
+        self.probe, self.counts, self.samples, self.c, self.kept, self.times = (
+            probe.long(),
+            counts,
+            samples,
+            c,
+            kept,
+            times,
+        )
+        self.exact_counts, self.exact_samples = exact_counts, exact_samples
+
+    def fit(self, lines: Tensor, below: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of each shape: its level, log likelihood, sum of squares and precision of the level.
+
+        The exact passes of a probe are off by something that all its points share. With given weights of points and
+        exact passes, levels and these offsets are a weighted mean; the weights are Student's.
+
+        Args:
+            lines: the logarithm of the time but for its level, [shapes, points].
+            below: whether the level is part of a point's time, [points]; else it is the exact backward's.
+            sigma: scatter of the logarithm of one pass.
+        """
+        rest = self.times - lines
+        shapes, probes = len(lines), len(self.exact_counts)
+        index = self.probe.expand(shapes, -1)
+        level = rest.new_zeros(shapes, 1)
+        if bool(below.any()):
+            level = rest[:, below].median(1, keepdim=True).values
+        offset = rest.new_zeros(shapes, probes)
+        spread = sigma**2 * _STUDENT
+
+        def per_probe(values: Tensor) -> Tensor:
+            return values.new_zeros(shapes, probes).scatter_add_(1, index, values)
+
+        for _ in range(4):
+            off = rest - level * below - offset.gather(1, index)
+            weight = self.counts * self.samples / (1 + self.samples * off.square() / spread)
+            whole = self.exact_counts * self.exact_samples / (1 + self.exact_samples * offset.square() / spread)
+            # Without the offset, by the inverse of a probe's covariance.
+            own = per_probe(weight * below)
+            share = own / (per_probe(weight) + whole)
+            means = per_probe(weight * rest)
+            top = per_probe(weight * rest * below) - share * means
+            precision = (own - share * own).sum(1, keepdim=True)
+            if bool(below.any()):
+                level = top.sum(1, keepdim=True) / precision
+            offset = per_probe(weight * (rest - level * below)) / (per_probe(weight) + whole)
+        off = rest - level * below - offset.gather(1, index)
+        squares, common = self.samples * off.square(), self.exact_samples * offset.square()
+        tail = (self.counts * torch.log1p(squares / spread)).sum(1) + (
+            self.exact_counts * torch.log1p(common / spread)
+        ).sum(1)
+        limit = 9 * sigma**2
+        total = (self.counts * squares.clamp(max=limit)).sum(1) + (self.exact_counts * common.clamp(max=limit)).sum(1)
+        return level[:, 0], -(_STUDENT + 1) / 2 * tail, total, precision[:, 0]
+
+
+def _shapes(points: _Points, sigma: float) -> tuple[list[_Shape], float, float]:
+    """The likely shapes of the time with a given scatter of a pass, a better value of it, and the level's error."""
+    lines = torch.log1p(torch.tensor(_SPARSE, dtype=torch.float64)[:, None] * points.kept)
+    tried = sorted(set(points.c.tolist()))
     ends = [math.inf, *(math.sqrt(a * b) for a, b in pairwise(tried))]
-    found: list[tuple[float, float, float, float, float]] = []
-    best, residual = -math.inf, times
+    found: list[tuple[float, float, float, float]] = []
+    best, scatter, error = -math.inf, sigma, math.inf
     for end in ends:
-        below = c < end
-        level, likely = _location(weights * below, times - lines, sigma)
-        flat, likely_flat = _location(weights * ~below, times[None], sigma)
-        prior = math.log(_LINE) if math.isinf(end) else math.log((1 - _LINE) / (len(ends) - 1)) - 1
-        likely = likely + likely_flat + prior
-        rows = zip(likely.tolist(), _SPARSE, level.tolist(), strict=True)
-        found += [(row[0], row[1], row[2], end, float(flat)) for row in rows]
+        below = points.c < end
+        level, likely, squares, precision = points.fit(lines * below, below, sigma)
+        likely = likely + math.log(_LINE if math.isinf(end) else (1 - _LINE) / (len(ends) - 1))
+        found += zip(likely.tolist(), _SPARSE, level.tolist(), [end] * len(_SPARSE), strict=True)
         i = int(likely.argmax())
         if float(likely[i]) > best:
             best = float(likely[i])
-            residual = torch.where(below, times - lines[i] - level[i], times - flat)
+            # The prior: two passes with a scatter of 10%.
+            scatter = math.sqrt((float(squares[i]) + 2 * 0.01) / (float(points.counts.sum()) + 2))
+            error = sigma / math.sqrt(float(precision[i]))
     total = sum(math.exp(likely - best) for likely, *_ in found)
     shapes = [_Shape(math.exp(likely - best) / total, *rest) for likely, *rest in found if likely > best - 9]
-    return shapes, residual.square()
-
-
-def _location(weights: Tensor, values: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """Of each row of [rows, points]: the location by Student's t distribution, and its log likelihood."""
-    if not float(weights.sum()):
-        return values.new_zeros(len(values)), values.new_zeros(len(values))
-    ordered, order = values.sort(1)
-    middle = (weights[order].cumsum(1) < weights.sum() / 2).sum(1, keepdim=True)
-    level = ordered.gather(1, middle.clamp(max=values.shape[1] - 1))
-    for _ in range(3):
-        steady = weights / (1 + ((values - level) / sigma) ** 2 / _STUDENT)
-        level = (steady * values).sum(1, keepdim=True) / steady.sum(1, keepdim=True)
-    likely = -(_STUDENT + 1) / 2 * (weights * torch.log1p(((values - level) / sigma) ** 2 / _STUDENT)).sum(1)
-    return level[:, 0], likely
+    return shapes, scatter, error
 
 
 def _fit_full(probes: Sequence[Probed]) -> tuple[float, tuple[float, float]]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from sus_lightning.landscape import SLOPE
+from sus_lightning.saved import Saved, check_name
+from sus_lightning.schedules import check_amount, check_number
 
 
 class LayerShares:
@@ -51,3 +54,10 @@ class LayerShares:
 
     def state_dict(self) -> dict[str, Any]:
         return {"alone": dict(self.alone), "shares": dict(self.shares)}
+
+    def read(self, saved: Saved) -> LayerShares:
+        """What `state_dict` had saved, checked, with this smoothing."""
+        read = LayerShares(self.smoothing)
+        read.alone = saved.read_dict("alone", check_name, check_amount, self.alone)
+        read.shares = saved.read_dict("shares", check_name, partial(check_number, finite=True), self.shares)
+        return read

@@ -20,7 +20,7 @@ class GradientVariance(Metric):
     r"""Variance of a SUS gradient relative to that of the batch gradient, and the gradient noise scale.
 
     With g the exact gradient of one batch, g_s a SUS gradient of the same batch, and g_1, g_2 exact gradients of two
-    independent batches, summed over the entries of all parameters::
+    independent batches, summed over the entries of all parameters:
 
         sus_variance          =  mean |g_s - g|^2
         batch_variance        =  mean |g_1 - g_2|^2 / 2      (two batches, or each two neighbours of more)
@@ -43,25 +43,21 @@ class GradientVariance(Metric):
         ``per="layer"`` also ``relative_variance_of/<layer>``, and ``worst_relative_variance``, the largest one among
         the attention projections of the layers.
 
-    Example::
-
-        metric = GradientVariance((name, p.shape) for name, p in model.named_parameters())
-        metric.update(exact, sus=sus_gradient)        # as often as there are draws
-        metric.update(exact, other=gradient_of_another_batch)
-        metric.compute()["relative_variance"]
-
     Args:
         parameters: name and shape of each parameter; empty for one group without names.
         batches_per_step: batches whose gradients are averaged in one optimizer step (accumulation times ranks): both
             variances are divided by it, so that they are those of the step.
         per: "kind", or "layer" for the values of layers too, of which there may be hundreds.
-        kwargs: of :class:`torchmetrics.Metric`.
+        **kwargs: of `torchmetrics.Metric`.
 
     Raises:
         ValueError: an argument is not allowed; lengths or shapes of gradients do not fit; neither or both of ``sus``
             and ``other`` given.
 
     Examples:
+        For a model the argument is ``((name, p.shape) for name, p in model.named_parameters())``. ``update`` is called
+        as often as there are draws, and as there are pairs of batches.
+
         >>> import torch
         >>> metric = GradientVariance([("q_proj.weight", torch.Size([2])), ("mlp.weight", torch.Size([1]))])
         >>> exact = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]

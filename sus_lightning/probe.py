@@ -12,20 +12,18 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
 
 from fx_passes import SUSBackend
 from fx_passes.expect import Expectation, expect
 from fx_passes.state import Kept
-from sus_lightning.auto_c import AT
+from sus_lightning.adaptive import ALONE, AT
+from sus_lightning.earlier_batches import copied
 from sus_lightning.gradients import Gradients, StepGradient, muted
 from sus_lightning.metrics import GradientVariance
 from sus_lightning.parameter_kinds import clean_name
 from sus_lightning.snapshot import Snapshot
 from sus_lightning.strategies import copies, is_sharded, local
 from sus_lightning.timing import Clock, PassTimes, shapes
-from sus_lightning.variance_target import ALONE
 
 # Draws of a probe come from a part of the counter's range that training never reaches: had they been those of the
 # training step that follows, a c adapted from them would depend on that step's own noise.
@@ -238,11 +236,6 @@ class Probe:
 def to_be_logged(values: Mapping[str, float]) -> dict[str, float]:
     """Of the values of a probe, those that loggers get."""
     return {k: v for k, v in values.items() if k not in _INTERNAL and not k.startswith((ALONE, AT))}
-
-
-def copied(batch: Any) -> Any:
-    """A batch with tensors and containers of its own: a training step may write into it, or take things out."""
-    return apply_to_collection(batch, Tensor, torch.clone)
 
 
 def _local(gradients: Gradients) -> Gradients:

@@ -5,9 +5,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from fx_passes.report import REWRITTEN, Report, Site
 from sus_lightning._lightning_compat import MisconfigurationException
+from sus_lightning.compilation import Compilation
+from sus_lightning.unseen import Unseen, watch
+
+
+class FirstStep:
+    """Watches the first training step for attention that runs in no compiled graph, and says what trains with SUS."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self._unseen: Unseen | None = None
+
+    def begin(self) -> None:
+        """Before the forward of a step."""
+        if not self.is_over and self._unseen is None:
+            self._unseen = watch()
+
+    def forward_is_over(self) -> None:
+        if self._unseen is not None:
+            self._unseen.close()
+
+    def check(self, report: Report, root: nn.Module, compilation: Compilation) -> bool:
+        """Shows what was rewritten.
+
+        Returns:
+            False, having said nothing, if attention ran outside of blocks that had been chosen for the user: then the
+            whole children are to be compiled, and the step after this one is the first.
+
+        Raises:
+            MisconfigurationException: no attention was rewritten.
+        """
+        self.forward_is_over()
+        unseen, self._unseen = self._unseen, None
+        if compilation.by_blocks and unseen is not None and unseen.is_below(root):
+            return False
+        self.is_over = True
+        names = unseen.names(root) if unseen is not None else []
+        check_rewritten(report, type(root).__name__, compilation.modules, names)
+        return True
 
 
 def check_rewritten(report: Report, module: str, compiled: Sequence[str], unseen: Sequence[str]) -> None:

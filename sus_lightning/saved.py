@@ -71,3 +71,15 @@ def check_real(name: str, value: Any) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, but it is {shown(value)}")
     return float(value)
+
+
+def check_dict(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict, but it is {shown(value)}")
+    return value
+
+
+def check_class_name(name: str, value: Any) -> str:
+    if not check_name(name, value).isidentifier():
+        raise ValueError(f"{name} must be the name of a class, but it is {shown(value)}")
+    return str(value)

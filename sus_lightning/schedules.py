@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -20,13 +20,24 @@ class Schedule(ABC):
     YAML by its ``class_path``, and can keep state: what ``state_dict`` returns is saved in the checkpoint and given to
     ``load_state_dict``.
 
-    Example::
+    Probes ask all schedules the same: what to measure (`measure`, `measure_at`), and to `observe` it. Most need
+    nothing of that.
 
-        class InverseSquareRoot(Schedule):
-            def __call__(self, step: int) -> float:
-                return max(30.0, 1000.0 / (1 + step) ** 0.5)
+    Attributes:
+        on: the relative variance that counts: "total", over all parameters; or "worst", the largest among the q, k, v
+            and o projections of all layers.
+        per: "model" is one c for all attention; "layer" gives each attention module its own, `c_of`.
 
+    Examples:
+        >>> class InverseSquareRoot(Schedule):
+        ...     def __call__(self, step: int) -> float:
+        ...         return max(30.0, 1000.0 / (1 + step) ** 0.5)
+        >>> InverseSquareRoot()(99)
+        100.0
     """
+
+    on = "total"
+    per = "model"
 
     @abstractmethod
     def __call__(self, step: int) -> float:
@@ -35,11 +46,24 @@ class Schedule(ABC):
     def observe(self, variance: Mapping[str, float]) -> None:  # noqa: B027 (nothing to do for most schedules)
         """Called after each variance probe, with the values that it logs (their names without ``sus/``)."""
 
+    def c_of(self, module: str, c: float | None = None) -> float:
+        """c of an attention module, with `per` = "layer", where `c`, by default the one in use, is the mean."""
+        raise NotImplementedError(f"{type(self).__name__} has no c of single modules")
+
+    def measure(self, modules: Sequence[str]) -> list[str]:
+        """Of these attention modules, those whose variance the next probe is to measure alone."""
+        return []
+
+    def measure_at(self) -> list[float]:
+        """The c, besides the one in use, at which the next probe is to measure: all finite."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
+        """What the checkpoint keeps of this schedule."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        pass
+        """Takes over what `state_dict` had returned."""
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))

@@ -1,20 +1,18 @@
-"""What schedules that adapt c from probes ask of a probe, and c of the sites that have their own."""
+"""What a schedule asks of a probe, and c of the sites that have their own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeGuard
 
 from fx_passes.report import REWRITTEN, Report
-from sus_lightning.auto_c import AutoC
-from sus_lightning.variance_target import VarianceTarget
+from sus_lightning.schedules import Schedule
 
 Step = Callable[[int], float]
 
 
 def per_layer(schedule: Step) -> bool:
     """Whether each attention module has a c of its own."""
-    return _adapts(schedule) and schedule.per == "layer"
+    return isinstance(schedule, Schedule) and schedule.per == "layer"
 
 
 def attention_modules(schedule: Step, report: Report) -> dict[str, list[int]]:
@@ -29,12 +27,14 @@ def attention_modules(schedule: Step, report: Report) -> dict[str, list[int]]:
 
 def measured_alone(schedule: Step, modules: Mapping[str, list[int]]) -> dict[str, list[int]]:
     """`alone` of the next probe."""
-    return {name: modules[name] for name in schedule.measure(list(modules))} if _adapts(schedule) else {}
+    if not isinstance(schedule, Schedule):
+        return {}
+    return {name: modules[name] for name in schedule.measure(list(modules))}
 
 
 def measured_at(schedule: Step, modules: Mapping[str, list[int]]) -> dict[float, dict[int, float]]:
     """`at` of the next probe."""
-    if not isinstance(schedule, AutoC):
+    if not isinstance(schedule, Schedule):
         return {}
     return {
         c: {number: schedule.c_of(name, c) for name, numbers in modules.items() for number in numbers}
@@ -44,10 +44,6 @@ def measured_at(schedule: Step, modules: Mapping[str, list[int]]) -> dict[float,
 
 def site_c(schedule: Step, modules: Mapping[str, list[int]]) -> dict[int, float]:
     """c by number of the site."""
-    if not _adapts(schedule):
+    if not isinstance(schedule, Schedule):
         return {}
     return {number: schedule.c_of(name) for name, numbers in modules.items() for number in numbers}
-
-
-def _adapts(schedule: Step) -> TypeGuard[AutoC | VarianceTarget]:
-    return isinstance(schedule, (AutoC, VarianceTarget))

@@ -100,6 +100,10 @@ class Unseen(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found.append(f"{path} ({line})" if line else path)
         return found
 
+    def is_below(self, root: nn.Module) -> bool:
+        """Whether an attention was seen that a submodule of `root` ran."""
+        return any(module is not None and module is not root for module, _ in self._found.values())
+
     def close(self) -> bool:
         """Ends the watch, if no other mode was left on top of it; whether it has ended."""
         if self._open and _get_current_dispatch_mode() is self:

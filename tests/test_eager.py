@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fx_passes import SUSBackend, sus_attention, sus_backward
+from fx_passes.torch_compat import CPU_KERNEL_HAS_GQA
 
 
 def _gradient(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +50,8 @@ def test_gqa_backward_after_the_block_and_no_grad() -> None:
     (sparse,) = torch.autograd.grad(out.sum(), k)
     true = F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
     (exact,) = torch.autograd.grad(true.sum(), k)
-    assert torch.equal(out, true)
+    tolerance = 0 if CPU_KERNEL_HAS_GQA else 1e-5  # without, eager forms all weights
+    torch.testing.assert_close(out, true, rtol=tolerance, atol=tolerance)
     assert not torch.allclose(sparse, exact)
 
 

@@ -8,13 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 
 from fx_passes import (
     SUSBackend,
@@ -24,6 +24,7 @@ from fx_passes import (
 from tests.passes import attention_packages as packages
 from tests.passes.harness import run, tensors
 from tests.passes.test_calls import BNHD, CALLS, DOCS, ENDS, VARLEN, B, D, H, N, called, causal, eager_flex, softcap
+from tests.torch_versions import varlen_attn, varlen_options
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,9 +56,9 @@ def test_calls_of_packages(name: str) -> None:
 @pytest.mark.parametrize("name", VARLEN)
 def test_varlen(name: str) -> None:
     options, ends, groups, _ = VARLEN[name]
-    window = options.get("window_size", (-1, -1))
+    window, named = options.get("window_size", (-1, -1)), varlen_options(options)
     check(
-        lambda q, k, v: varlen_attn(q, k, v, ENDS, ends, 19, 19, **options),
+        lambda q, k, v: varlen_attn(q, k, v, ENDS, ends, 19, 19, **named),
         lambda q, k, v: packages.packed(q, k, v, ENDS, ends, options.get("scale"), False, window),
         *tensors((N, H, D), (N, groups, D), (N, groups, D)),
     )
@@ -77,6 +78,36 @@ def test_a_call_that_is_left_runs_its_own_function() -> None:
         out = f(*args)
     torch.testing.assert_close(out, f(*args), rtol=0, atol=0)
     assert (sus.calls, sus.left) == (0, {"its argument return_attn_probs is not understood": 1})
+
+
+def test_the_report_has_the_form_of_each_call() -> None:
+    flash, varlen = (getattr(sys.modules["flash_attn"], f"flash_attn_{x}func") for x in ("", "varlen_"))
+    xformers = sys.modules["xformers.ops"].memory_efficient_attention
+    args = tuple(x.requires_grad_() for x in tensors(*BNHD))
+    turned = [x.transpose(1, 2) for x in args]
+    ends = torch.tensor([0, N, 2 * N], dtype=torch.int32)
+    with sus_backward(c=2) as sus:
+        flash(*args), partial(flash, causal=True)(*args)
+        varlen(*(x.flatten(0, 1) for x in args), ends, ends, N, N)
+        varlen_attn(*(x.flatten(0, 1) for x in args), ends, ends, N, N)
+        xformers(*args), xformers(*args, packages.PagedBlockDiagonalPaddedKeysMask(ENDS[None]))
+        flex_attention(*turned), torch.nn.functional.scaled_dot_product_attention(*turned)
+        flash(*args, return_attn_probs=True)
+        torch.func.grad(lambda q: flash(q, *args[1:]).sum())(args[0].detach())
+    found = [(site.form, site.source, site.status, site.reason) for site in sus.report.sites]
+    paged = "its bias PagedBlockDiagonalPaddedKeysMask is not understood"
+    assert found == [
+        ("flash", "2 calls", "rewritten", ""),
+        ("flash varlen", "1 calls", "rewritten", ""),
+        ("varlen", "1 calls", "rewritten", ""),
+        ("xformers", "1 calls", "rewritten", ""),
+        ("flex", "1 calls", "rewritten", ""),
+        ("sdpa", "1 calls", "rewritten", ""),
+        ("xformers", "1 calls", "left", paged),
+        ("flash", "1 calls", "left", "its argument return_attn_probs is not understood"),
+        ("flash", "1 calls", "left", "inside a transform of torch.func"),
+    ]
+    assert sus.calls == sum(int(source.split()[0]) for _, source, status, _ in found if status == "rewritten")
 
 
 def test_without_gradient_nothing_changes() -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-STAGES = ("card", "compile", "correct", "headline", "kernels", "tune")
+STAGES = ("card", "compile", "correct", "headline", "kernels", "tune", "packages")
 
 
 def session(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
@@ -61,6 +61,13 @@ def test_all_stages(tmp_path: Path) -> None:
     assert kept
     assert all(0 < x <= 30 for x in kept)
 
+    for package in ("flash_attn", "flash_attn_interface", "flash_attn.cute", "xformers.ops"):
+        notes = {row["note"] for row in of["packages"] if row.get("package") == package}
+        assert notes == {"not installed"}
+    flex = [row for row in of["packages"] if "ok" in row]
+    assert [(row["what"], row["sites"]) for row in flex] == [("documents", ["flex, causal, chunk 100, rewritten"])]
+    assert all(row["ok"] for row in flex)
+
     assert any("sus::attention_backward" in x["kernel"] for row in of["kernels"] for x in row["kernels"])
     timed = [x for x in rows if x["stage"] == "tune" and "backward_ms" in x]
     best = min(timed, key=lambda x: x["backward_ms"])
@@ -75,7 +82,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
     done, rows = session(tmp_path, "--stages", "card,cards")
     assert done.returncode == 2
     assert "'cards'" in done.stderr
-    assert "card, compile, correct, headline, kernels, tune" in done.stderr
+    assert "card, compile, correct, headline, kernels, tune, packages" in done.stderr
     done, rows = session(tmp_path, "--budget", "0")
     assert done.returncode == 2
     assert "--budget" in done.stderr

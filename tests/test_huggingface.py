@@ -199,14 +199,32 @@ def test_packed_batches_have_no_mask_over_queries_and_keys(monkeypatch: pytest.M
     assert shapes == [((1, 1, 1, sum(LENGTHS)), ids, 6, 0)] * 2
 
 
-def test_lengths_of_queries_and_keys_must_agree_where_places_count() -> None:
-    register_sus_attention(c=5)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("ends", [([0, 5, 12], [0, 5, 12]), ([0, 5, 12], [0, 9, 17]), ([0, 7, 12], [0, 2, 17])])
+def test_queries_and_keys_of_other_lengths(ends: tuple[list[int], list[int]], masked: bool, causal: bool) -> None:
+    """As in flash-attn: each document by itself, counted from its last query and its last key."""
+    register_sus_attention(c=float("inf"))
     attention = transformers.AttentionInterface()["sus"]
-    module, q = torch.nn.Module(), torch.randn(1, 2, 12, 8, requires_grad=True)
-    lengths, others = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 12], [0, 4, 12]))
-    module.is_causal = True
-    attention(module, q, q, q, None, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths.clone())
-    with pytest.raises(ValueError, match="cu_seq_lens_q and cu_seq_lens_k must be equal"):
-        attention(module, q, q, q, None, cu_seq_lens_q=lengths, cu_seq_lens_k=others)
-    module.is_causal = False
-    attention(module, q, q, q, None, cu_seq_lens_q=lengths, cu_seq_lens_k=others)
+    module = torch.nn.Module()
+    module.is_causal = causal
+    g = torch.Generator().manual_seed(0)
+    m, n = ends[0][-1], ends[1][-1]
+    q, k, v = (torch.randn(1, 2, x, 8, generator=g, dtype=torch.float64, requires_grad=True) for x in (m, n, n))
+    bias = torch.randn(1, 2, m, n, generator=g, dtype=torch.float64) if masked else None
+    parts = []
+    for a, b, c, d in zip(ends[0], ends[0][1:], ends[1], ends[1][1:], strict=False):
+        scores = q[:, :, a:b] @ k[:, :, c:d].mT * 8**-0.5 + (0 if bias is None else bias[..., a:b, c:d])
+        if causal and not masked:  # transformers' masks have the band in them
+            later = torch.arange(d - c) > torch.arange(b - a)[:, None] + (d - c) - (b - a)
+            scores = scores.masked_fill(later, -torch.inf)
+        parts.append(torch.nan_to_num(scores.softmax(-1)) @ v[:, :, c:d])
+    true = torch.cat(parts, 2).transpose(1, 2)
+    true_grads = torch.autograd.grad(true.sin().sum(), (q, k, v))
+    lengths = {f"cu_seq_lens_{x}": torch.tensor(e, dtype=torch.int32) for x, e in zip("qk", ends, strict=True)}
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    for function in (attention, compiled) if causal else (attention,):
+        out = function(module, q, k, v, bias, **lengths)[0]
+        torch.testing.assert_close(out, true, rtol=1e-9, atol=1e-9)
+        for x, y in zip(torch.autograd.grad(out.sin().sum(), (q, k, v)), true_grads, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)

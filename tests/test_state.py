@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from fx_passes import SUSBackend, device_state, runs, state
 from fx_passes.device_state import mix, mix_last
 from fx_passes.ops import dispatch
-from fx_passes.state import Kept, State, draw
+from fx_passes.ops.functional import draw
+from fx_passes.state import Kept, State
 
 CPU = torch.device("cpu")
 LIKE = torch.zeros(1)

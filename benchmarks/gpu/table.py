@@ -104,8 +104,18 @@ def tune(rows: list[Row]) -> Iterable[str]:
         yield f"d={d}: {plain} ms as it is; best of {len(own)}: {best['backward_ms']} ms with {best['candidate']}"
 
 
+def packages(rows: list[Row]) -> Iterable[str]:
+    checks = [x for x in rows if "ok" in x]
+    missing = dict.fromkeys(x["package"] for x in rows if x.get("note") == "not installed")
+    yield f"{sum(x['ok'] for x in checks)} of {len(checks)} calls exact; not installed: {', '.join(missing) or 'none'}"
+    for row in checks:
+        if not row["ok"]:
+            yield f"WRONG {row['key']}: eager {row['eager']}, compiled {row['compiled']}, {row['sites']}"
+
+
 SECTIONS = {
     "card": card, "compile": compilation, "correct": correct, "headline": headline, "kernels": kernels, "tune": tune,
+    "packages": packages,
 }  # fmt: skip
 
 
@@ -118,7 +128,9 @@ def lines(rows: list[Row]) -> list[str]:
             continue
         body = list(section(own))
         said = [
-            f"{x['key']} {x.get('name', '')}: {x.get('error') or x['note']}" for x in own if "error" in x or "note" in x
+            f"{x['key']} {x.get('name', '')}: {x.get('error') or x['note']}"
+            for x in own
+            if "error" in x or ("note" in x and stage != "packages")
         ]
         slow = {f"{x['name']} took the PyTorch path: {reason}" for x in own for reason in x.get("slow") or ()}
         said += sorted(slow)

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from torch.nn.modules import transformer
 
 from fx_passes.find import calls
+from fx_passes.find.source_location import module_path, source_of
+from fx_passes.report import Report, Site
+from fx_passes.torch_compat import inner_backend
 
 _RESUMED = "torch_dynamo_resume_in_"
 _CLASSES = (
@@ -106,10 +109,15 @@ def _holds_attention(code: CodeType) -> bool:
 
 
 def _rewrites(backend: Any) -> bool:
-    """Whether a backend, or Dynamo's callback to one, rewrites attention. Dynamo wraps backends, once or more."""
+    """Whether a backend, or Dynamo's callback to one, rewrites attention."""
+    return _rewriter(backend) is not None
+
+
+def _rewriter(backend: Any) -> Any:
+    """The backend that rewrites attention, or None. Dynamo wraps backends, once or more."""
     while backend is not None and getattr(backend, "rewrites_attention", False) is not True:
-        backend = getattr(backend, "compiler_fn", None) or getattr(backend, "_torchdynamo_orig_backend", None)
-    return backend is not None
+        backend = inner_backend(backend)
+    return backend
 
 
 def _train_flex_on_the_cpu() -> None:
@@ -137,6 +145,18 @@ def rewrites() -> bool:
     return _rewrites(InstructionTranslator.current_tx().output.compiler_fn)
 
 
+def report_left(form: str, reason: str) -> None:
+    """Reports a call that breaks the graph which Dynamo traces, so that no node of it is left."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    tx = InstructionTranslator.current_tx()
+    report = getattr(_rewriter(tx.output.compiler_fn), "report", None)
+    if isinstance(report, Report):
+        paths = [path for path, _ in tx.nn_module_stack.values()]
+        where = module_path(paths[-1] if paths else ""), source_of("".join(tx.format_frame_summary()))
+        report.add(Site(*where, form=form, reason=reason, number=report.number((*where, 0))))
+
+
 _seen: dict[str, Callable[..., Any]] = {}
 
 
@@ -150,7 +170,7 @@ def know_calls() -> None:
 
 
 def _traced(key: str, known: calls.Known) -> Callable[..., Any]:
-    names, original = tuple(known.defaults), known.function
+    names, original = tuple(known.about.defaults), known.function
 
     def traced(*args: Any, **kwargs: Any) -> Any:
         if not rewrites() or not torch.is_grad_enabled():
@@ -159,6 +179,8 @@ def _traced(key: str, known: calls.Known) -> Callable[..., Any]:
         reason = calls.why_not(key, given)
         if not reason:
             return calls.call_known(key, **calls.flat(given))
+        if all(x is None or isinstance(x, (Tensor, int, float, str, tuple, list)) for x in given.values()):
+            return calls.call_left(given[names[0]], key, reason, **given)
         first = calls.call_left(given[names[0]], key, reason)
         return original(**{**given, names[0]: first})
 

@@ -43,6 +43,15 @@ _ALLOWED = {
 }  # fmt: skip
 
 
+# Of two masks: what it says in other words.
+_OF_BOOL = {
+    aten.mul.Tensor: aten.bitwise_and.Tensor,
+    aten.minimum.default: aten.bitwise_and.Tensor,
+    aten.add.Tensor: aten.bitwise_or.Tensor,
+    aten.maximum.default: aten.bitwise_or.Tensor,
+}
+
+
 class NotPointwise(Exception):
     """Why a modification cannot be run on grids, in words for the user."""
 
@@ -189,6 +198,8 @@ class _Pointwise(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _OF_BOOL and all(isinstance(x, Tensor) and x.dtype == torch.bool for x in args):
+            return _OF_BOOL[func](*args)
         if func.namespace == "prim" or torch.Tag.pointwise in func.tags or func in _ALLOWED:
             return func(*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):

@@ -7,6 +7,7 @@ import re
 from torch.fx import Node
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_OURS = ("fx_passes/rewrite/module_counts.py", "fx_passes/find/dynamo_patches.py")
 
 
 def locate(node: Node) -> tuple[str, str]:
@@ -15,10 +16,10 @@ def locate(node: Node) -> tuple[str, str]:
     path = ""
     for value in stack.values():
         path = value[0]
-    return _module_path(path), _source(node.stack_trace or "")
+    return module_path(path), source_of(node.stack_trace or "")
 
 
-def _module_path(dynamo: str) -> str:
+def module_path(dynamo: str) -> str:
     """``L['self']._modules['blocks']._modules['0'].attn`` as ``blocks.0.attn``."""
     # `L['args'][0]` is the module where Dynamo entered through a decorator around `forward`.
     path = re.sub(r"^L\['args'\]\[0\]|^L\['[A-Za-z_]\w*'\](\[\d+\](?=\._modules|$))?", "", dynamo)
@@ -28,9 +29,10 @@ def _module_path(dynamo: str) -> str:
     return path.removeprefix("._orig_mod").lstrip(".")
 
 
-def _source(trace: str) -> str:
+def source_of(trace: str) -> str:
+    """The innermost user frame of a stack trace as text."""
     frames = _FRAME.findall(trace)
-    frames = [f for f in frames if not f[0].endswith("fx_passes/rewrite/module_counts.py")]
+    frames = [f for f in frames if not f[0].endswith(_OURS)]
     outside = [f for f in frames if "/torch/" not in f[0]] or frames
     if not outside:
         return ""

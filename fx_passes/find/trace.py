@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fx_passes.find import calls, flex
 from fx_passes.find.context import Context, attribute, fake_of
 from fx_passes.find.decompositions import DECOMPOSITIONS, masked_by_index, sets_by_mask
+from fx_passes.torch_compat import symbolic_sizes
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -354,6 +355,7 @@ def _modes(context: Context, node: Node) -> Iterator[None]:
         stack.enter_context(mode)
         if mode.shape_env is not None:
             stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
+            stack.enter_context(symbolic_sizes())
         stack.enter_context(torch.no_grad())
         for device, dtype, enabled, *_ in context.state[node].autocast:
             stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fx_passes.device_state import signed
 from fx_passes.ops.problem import FORWARDS, SAMPLERS
-from fx_passes.state import check_c, check_seed, shown
+from fx_passes.state import check_c, check_seed, get_state, shown
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
@@ -19,8 +20,16 @@ _DEVICES = ("cpu", "cuda")
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if name == "sampler" and value == "block":
         raise ValueError("sampler 'block' is gone: use 'tile', which keeps whole tiles of 64 rows and 64 keys")
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but it is {shown(value)}")
+
+
+def check_state(state: Any) -> None:
+    """TypeError or ValueError if it is neither 0 nor the number of a `State` that exists."""
+    if not isinstance(state, int) or isinstance(state, bool):
+        raise TypeError(f"state must be the number of a State (its id) or 0, but it is {shown(state)}")
+    if state and get_state(state) is None:
+        raise ValueError(f"state must be the number of a State that exists (its id) or 0, but it is {shown(state)}")
 
 
 def autocast_dtype(x: Tensor, device: str) -> torch.dtype:
@@ -65,7 +74,7 @@ def as_seed(seed: int | Tensor, query: Tensor) -> Tensor:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed must be an int, a 0-dim int64 tensor or None, but it is {shown(seed)}")
         check_seed(seed)
-        return torch.full((), (seed + (1 << 63)) % (1 << 64) - (1 << 63), dtype=torch.int64, device=query.device)
+        return torch.full((), signed(seed), dtype=torch.int64, device=query.device)
     if seed.dtype != torch.int64:
         raise TypeError(f"seed must be an int or an int64 tensor, but it is a tensor of {seed.dtype}")
     if seed.dim() != 0:
@@ -95,7 +104,7 @@ def check_arguments(
     check_choice("sampler", sampler, SAMPLERS)
     check_choice("forward", forward, FORWARDS)
     for name, x in (("query", query), ("key", key), ("value", value)):
-        _check_tensor(name, x)
+        check_tensor(name, x)
     device = query.device.type
     dtype = autocast_dtype(query, device)
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -128,7 +137,7 @@ def check_arguments(
         _check_mask(query, key, attn_mask, is_causal)
 
 
-def _check_tensor(name: str, x: Any) -> None:
+def check_tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, but it is {shown(x)}")
     if x.is_nested or x.layout != torch.strided:
@@ -166,7 +175,7 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
 def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor, is_causal: bool) -> None:
     if is_causal:
         raise ValueError("attn_mask and is_causal=True exclude one another: put the causal mask into attn_mask")
-    _check_tensor("attn_mask", attn_mask)
+    check_tensor("attn_mask", attn_mask)
     if attn_mask.dtype != torch.bool and attn_mask.dtype not in _FLOATS:
         raise TypeError(f"attn_mask must be bool or floating point, but it is {attn_mask.dtype}")
     if attn_mask.device != query.device:
@@ -181,9 +190,8 @@ def broadcast(*shapes: torch.Size) -> torch.Size:
 
 
 def _broadcasts(mask: Tensor, full: tuple[int, ...]) -> bool:
-    return mask.dim() <= len(full) and all(
-        size in (1, target) for size, target in zip(mask.shape[::-1], full[::-1], strict=False)
-    )
+    sizes = zip(mask.shape[::-1], full[::-1])  # noqa: B905 - Dynamo of torch 2.8 takes strict=False for True
+    return mask.dim() <= len(full) and all(size in (1, target) for size, target in sizes)
 
 
 def why_left(
@@ -201,9 +209,9 @@ def why_left(
     It raises nothing: what is wrong about a call, the library's own function says.
     """
     tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
-    reason = next((r for r in map(_unusual, tensors) if r is not None), None)
-    if reason is not None:
-        return reason
+    for reason in map(_unusual, tensors):
+        if reason is not None:
+            return reason
     if any(x.device != query.device for x in tensors) or query.device.type not in _DEVICES:
         return f"device {query.device.type}" if query.device.type not in _DEVICES else "tensors on several devices"
     device = query.device.type
@@ -212,11 +220,16 @@ def why_left(
         return "dtypes " + ", ".join(sorted(str(d) for d in dtypes))
     if type(is_causal) is not bool or type(enable_gqa) is not bool:
         return "is_causal or enable_gqa is not a bool"
-    if type(dropout_p) not in (int, float) or not 0 <= dropout_p < 1:
+    if not _is_number(dropout_p) or not 0 <= dropout_p < 1:
         return "dropout_p outside of [0, 1)"
-    if scale is not None and (type(scale) not in (int, float) or not math.isfinite(scale)):
-        return "scale is not finite"
+    if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
+        return "scale is no finite int or float"
     return _why_shapes(query, key, value, enable_gqa) or _why_mask(query, key, value, attn_mask, is_causal)
+
+
+def _is_number(x: Any) -> bool:
+    """Also NumPy's float64, which is a float. Not by `numbers.Real`, which Dynamo does not trace."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def _unusual(x: Any) -> str | None:

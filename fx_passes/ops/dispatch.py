@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fx_passes.ops import cpu, tile_rule, tiled
 from fx_passes.ops.cuda import support
-from fx_passes.ops.problem import Gradients, Problem, Softmax, from_logsumexp, is_logsumexp, to_logsumexp
+from fx_passes.ops.problem import Gradients, Problem, Softmax, Upstream, from_logsumexp, is_logsumexp, to_logsumexp
 from fx_passes.state import get_state
 
 
@@ -69,29 +70,18 @@ def _keeps_most(problem: Problem, c: Tensor) -> bool:
     return tile_rule.keeps_most(float(c), m, n, s.left, s.right, problem.diagonal)
 
 
-def backward(
-    problem: Problem,
-    grad: Tensor,
-    out: Tensor,
-    softmax: Softmax,
-    kept: Tensor,
-    c: Tensor,
-    seed: Tensor,
-    dropout_seed: Tensor,
-    bias_grad: bool,
-) -> Gradients:
+def backward(problem: Problem, upstream: Upstream) -> Gradients:
     """Gradients; it also adds to the state's count of kept entries. See `schema.attention_backward`."""
     found: tuple[Gradients, int | Tensor] | None = None
+    c = upstream.c
     if (cuda := _cuda(problem)) is not None:
-        found = cuda.backward(problem, grad, out, softmax, kept, c, seed, dropout_seed, bias_grad)
+        found = cuda.backward(problem, upstream)
     elif bool(torch.isinf(c)) or _keeps_most(problem, c):
-        softmax, c = from_logsumexp(softmax), torch.full_like(c, torch.inf)
-        if not bias_grad and tiled.library_backward_applies(problem, softmax):
-            found = tiled.library_backward(problem, grad, out, softmax)
+        upstream = replace(upstream, c=torch.full_like(c, torch.inf))
     elif cpu.supports(problem):
-        found = cpu.backward(problem, grad, out, kept, c, seed, dropout_seed, bias_grad)
+        found = cpu.backward(problem, upstream)
     if found is None:
-        found = tiled.backward(problem, grad, out, from_logsumexp(softmax), c, seed, dropout_seed, bias_grad)
+        found = tiled.backward(problem, replace(upstream, softmax=from_logsumexp(upstream.softmax)))
     gradients, count = found
     state = get_state(problem.static.state)
     if state is not None:

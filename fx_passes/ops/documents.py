@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from fx_passes.state import shown
 
 Ids = tuple[Tensor, Tensor]  # [B or 1, M] and [B or 1, N], int64
 
@@ -30,15 +34,16 @@ def as_ids(query: Tensor, key: Tensor, query_ids: Tensor | None, key_ids: Tensor
 
 def _as_ids(name: str, ids: object, x: Tensor) -> Tensor:
     if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be a tensor of int32 or int64 or None, but it is {ids!r}")
+        raise TypeError(f"{name} must be a tensor of int32 or int64 or None, but it is {shown(ids)}")
+    if ids.is_nested or ids.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, but it is {'nested' if ids.is_nested else ids.layout}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be of int32 or int64, but it is of {ids.dtype}")
     if ids.device != x.device:
         raise ValueError(f"{name} must be on the query's device {x.device}, but it is on {ids.device}")
     batch, length = x.shape[:-3], x.shape[-2]
-    fits = 1 <= ids.dim() <= len(batch) + 1 and all(
-        size in (1, wanted) for size, wanted in zip(ids.shape[-2::-1], batch[::-1], strict=False)
-    )
+    sizes = zip(ids.shape[-2::-1], batch[::-1])  # noqa: B905 - Dynamo of torch 2.8 takes strict=False for True
+    fits = 1 <= ids.dim() <= len(batch) + 1 and all(size in (1, wanted) for size, wanted in sizes)
     if not fits or ids.shape[-1] != length:
         raise ValueError(
             f"{name} must be of shape [{length}] or {[*batch, length]} (1 where it is broadcast), but it is "
@@ -70,6 +75,53 @@ def ids_of_positions(position_ids: Tensor) -> Tensor:
     """[B, N]: the number of the document of each place, for positions [B, N] that restart with each document."""
     steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
     return (steps != 1).cumsum(-1)
+
+
+@dataclass(frozen=True)
+class SharedPlaces:
+    """Places in one sequence of M + N for queries and keys whose documents have other lengths.
+
+    Each document has room for the longer of its two parts, and both begin (or end) together: what counts from there,
+    such as a causal mask, is the same distance for all documents. Places without a query or a key see nothing.
+
+    Attributes:
+        query, key: places of the queries, int64 [M], and of the keys, [N].
+        query_ids, key_ids: numbers of documents, int64 [1, M + N]. They ascend.
+    """
+
+    query: Tensor
+    key: Tensor
+    query_ids: Tensor
+    key_ids: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.query_ids.shape[1]
+
+    def spread(self, x: Tensor, places: Tensor) -> Tensor:
+        """[B, H, M or N, D] to [B, H, M + N, D], zero where there is none."""
+        return x.new_zeros((*x.shape[:2], self.length, x.shape[3])).index_copy(2, places, x)
+
+
+def shared_places(query_ends: Tensor, key_ends: Tensor, m: int, n: int, from_end: bool) -> SharedPlaces:
+    """For the documents' ends and a 0 before, [documents + 1], of M queries and N keys."""
+    begins = torch.maximum(query_ends.diff(), key_ends.diff()).long().cumsum(0)
+    begins = torch.cat([begins.new_zeros(1), begins])
+    query, query_document = _places(query_ends, begins, m, from_end)
+    key, key_document = _places(key_ends, begins, n, from_end)
+    documents = ids_of_lengths(begins, m + n)[0]
+    # Of three numbers for each document one is for what is there; others, in their order, are empty places.
+    real, no_key, no_query = (2, 0, 1) if from_end else (0, 1, 2)
+    query_ids = (3 * documents + no_query).index_copy(0, query, 3 * query_document + real)
+    key_ids = (3 * documents + no_key).index_copy(0, key, 3 * key_document + real)
+    return SharedPlaces(query, key, query_ids[None], key_ids[None])
+
+
+def _places(ends: Tensor, begins: Tensor, total: int, from_end: bool) -> Ids:
+    """Places of `total` rows, and their documents, in documents that begin at `begins`."""
+    document = ids_of_lengths(ends, total)[0]
+    edge = (document + 1).clamp(max=ends.shape[0] - 1) if from_end else document
+    return torch.arange(total, device=ends.device) + begins[edge] - ends[edge], document
 
 
 def _ranks(query: Tensor, key: Tensor) -> Ids:

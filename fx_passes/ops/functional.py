@@ -12,13 +12,23 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops import schema  # registers the operators
-from fx_passes.ops.arguments import as_c, as_seed, autocast_dtype, autocasts, broadcast, check_arguments, check_choice
+from fx_passes.ops.arguments import (
+    as_c,
+    as_seed,
+    autocast_dtype,
+    autocasts,
+    broadcast,
+    check_arguments,
+    check_choice,
+    check_state,
+)
 from fx_passes.ops.documents import as_ids
 from fx_passes.ops.exact import exact_attention
-from fx_passes.ops.problem import resolve_sampler
+from fx_passes.ops.problem import Forward, Sampler, resolve_sampler
+from fx_passes.ops.schema import draw
 from fx_passes.ops.sharding import is_dtensor, on_shards
 from fx_passes.ops.transforms import NEEDS_LIBRARY, transform
-from fx_passes.state import State, draw, get_state
+from fx_passes.state import State, get_state
 
 _default_state = State(float("inf"))
 
@@ -43,8 +53,8 @@ def attend(
     bottom_right: bool = False,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
-    sampler: str = "auto",
-    forward: str = "auto",
+    sampler: Sampler = "auto",
+    forward: Forward = "auto",
     site: int = 0,
     state: int = 0,
     return_lse: bool = False,
@@ -68,27 +78,27 @@ def attend(
         key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
     attn_mask, attn_bias = (None if x is None else _four_mask(x, lead) for x in (attn_mask, attn_bias))
     scale = float(query.shape[-1] or 1) ** -0.5 if scale is None else float(scale)
-    if scale <= 0:  # the library's kernel masks before it scales: -inf would become inf or NaN
-        query, scale = (-query, -scale) if scale else (_times_zero(query), 1.0)
+    if scale < 0:  # the library's kernel masks before it scales: -inf would become inf
+        query, scale = -query, -scale
     tensors = (query, key, value, attn_bias, sinks)
+    given: dict[str, Any] = {
+        "attn_mask": attn_mask,
+        "attn_bias": attn_bias,
+        "sinks": sinks,
+        "query_ids": query_ids,
+        "key_ids": key_ids,
+        "prefix": prefix,
+        "left": left,
+        "right": right,
+        "bottom_right": bottom_right,
+        "softcap": softcap,
+    }
     around = transform(*tensors)
     if around is None and not 0 <= dropout_p < 1:
         around = "dropout_p outside of [0, 1)"
     if around is not None:
         if state and (counts := get_state(state)) is not None:
             counts.note_left(around)
-        given: dict[str, Any] = {
-            "attn_mask": attn_mask,
-            "attn_bias": attn_bias,
-            "sinks": sinks,
-            "query_ids": query_ids,
-            "key_ids": key_ids,
-            "prefix": prefix,
-            "left": left,
-            "right": right,
-            "bottom_right": bottom_right,
-            "softcap": softcap,
-        }
         if return_lse:
             out, lse = exact_attention(query, key, value, scale=scale, dropout_p=dropout_p, return_lse=True, **given)
         else:
@@ -99,29 +109,20 @@ def attend(
         # From the global generator, as dropout draws everywhere: checkpointing restores it before a recomputation.
         dropout_seed = torch.randint(-(1 << 62), 1 << 62, (), device=query.device)
     out, maximum, total, _ = schema.attention(
-        query,
-        key,
-        value,
-        attn_mask,
-        attn_bias,
-        sinks,
-        query_ids,
-        key_ids,
-        prefix,
-        c,
-        seed,
-        dropout_seed,
-        scale,
-        left,
-        right,
-        bottom_right,
-        softcap,
-        dropout_p,
-        resolve_sampler(sampler, query.device),
-        forward,
-        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
-        site,
-        state,
+        query=query,
+        key=key,
+        value=value,
+        c=c,
+        seed=seed,
+        dropout_seed=dropout_seed,
+        scale=scale,
+        dropout_p=dropout_p,
+        sampler=resolve_sampler(sampler, query.device),
+        forward=forward,
+        sample=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
+        site=site,
+        state=state,
+        **given,
     )
     return _shaped(out, _lse(maximum, total) if return_lse else None, lead)
 
@@ -132,11 +133,6 @@ def _shaped(out: Tensor, lse: Tensor | None, lead: list[int]) -> Any:
         out = out.reshape(*lead, *out.shape[-2:])
         lse = None if lse is None else lse.reshape(*lead, lse.shape[-1])
     return out if lse is None else (out, lse)
-
-
-def _times_zero(x: Tensor) -> Tensor:
-    """``x * 0.0``, with a gradient of 0 also where what comes back has overflowed."""
-    return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0) + x.detach() * 0.0
 
 
 def _lse(maximum: Tensor, total: Tensor) -> Tensor:
@@ -241,9 +237,9 @@ def sus_attention(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     c: float | Tensor = 30.0,
-    sampler: str = "auto",
+    sampler: Sampler = "auto",
     seed: int | Tensor | None = None,
-    forward: str = "auto",
+    forward: Forward = "auto",
     state: int = 0,
 ) -> Tensor:
     """F.scaled_dot_product_attention with a SUS backward (arXiv 2505.15080): same forward, sparse unbiased gradients.
@@ -271,7 +267,7 @@ def sus_attention(
         seed: fixes the draws, an int of 64 bits or such a tensor; None draws anew in each call, following
             `torch.manual_seed` without use of the global generator.
         forward: "auto", or "library" to keep the bits of PyTorch's own kernel where another forward would be faster.
-        state: number of the `fx_passes.state.State` that counts the kept entries; 0 is none.
+        state: number (`id`) of the `fx_passes.state.State` that counts the kept entries; 0 is none.
 
     Inside of forward-mode AD and of the transforms of torch.func (grad, jacrev, vmap, jvp) gradients are exact. What
     gradients of gradients add is exact too, at the first gradient's own draw.
@@ -290,11 +286,12 @@ def sus_attention(
         torch.Size([1, 2, 64, 16])
     """
     check_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, sampler, forward)
+    query_ids, key_ids = as_ids(query, key, query_ids, key_ids)
+    check_state(state)
     c_tensor = as_c(c, query)
     here = query.to_local() if is_dtensor(query) else query  # type: ignore[attr-defined]
     seed_tensor = draw(here, _default_state.id, [])[1] if seed is None else as_seed(seed, query)
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
-    query_ids, key_ids = as_ids(query, key, query_ids, key_ids)
     result: Tensor = attend(
         query,
         key,

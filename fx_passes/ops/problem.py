@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-SAMPLERS = ("auto", "systematic", "independent", "tile")
-FORWARDS = ("auto", "library")
+Sampler = Literal["auto", "systematic", "independent", "tile"]
+Forward = Literal["auto", "library"]
+SAMPLERS: tuple[str, ...] = get_args(Sampler)
+FORWARDS: tuple[str, ...] = get_args(Forward)
+# Beyond it, c times 2^32 units per unit of weight would pass 63 bits; q = min(1, LARGEST_C * W) is as unbiased.
+LARGEST_C = float(1 << 30)
 
 
-def resolve_sampler(sampler: str, device: torch.device) -> str:
+def resolve_sampler(sampler: Sampler, device: torch.device) -> Sampler:
     """What "auto" is on a device: whole tiles where tensor cores make dense work cheap, else single entries."""
     return ("tile" if device.type == "cuda" else "systematic") if sampler == "auto" else sampler
 
@@ -40,8 +45,8 @@ class Static:
     bottom_right: bool = False
     softcap: float = 0.0
     dropout_p: float = 0.0
-    sampler: str = "systematic"
-    forward: str = "auto"
+    sampler: Sampler = "systematic"
+    forward: Forward = "auto"
     sample: bool = True
     site: int = 0
     state: int = 0
@@ -94,6 +99,10 @@ class Problem:
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
 
+TENSORS = tuple(f.name for f in fields(Problem) if f.name != "static")
+STATICS = tuple(f.name for f in fields(Static))
+
+
 @dataclass(frozen=True)
 class Softmax:
     """What turns logits S into weights: ``W = exp(S - maximum) / total``, both [B, H, M].
@@ -122,6 +131,31 @@ def from_logsumexp(softmax: Softmax) -> Softmax:
     if softmax.total.numel() or not softmax.maximum.numel():
         return softmax
     return Softmax(softmax.maximum.masked_fill(softmax.maximum.isinf(), 0), torch.ones_like(softmax.maximum))
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What a backward has beside the problem.
+
+    Attributes:
+        grad: [B, H, M, E], the gradient of the output.
+        out: [B, H, M, E], what the forward returned, as are
+        softmax: that of every row, and
+        kept: uint8 [1], the byte behind which an implementation may have left what it wants to know.
+        c: expected number of kept entries per row, a 0-dim float64.
+        seed: fixes the entries that are kept, a 0-dim int64.
+        dropout_seed: fixes the weights that dropout drops, a 0-dim int64.
+        bias_grad: whether `attn_bias` wants a gradient.
+    """
+
+    grad: Tensor
+    out: Tensor
+    softmax: Softmax
+    kept: Tensor
+    c: Tensor
+    seed: Tensor
+    dropout_seed: Tensor
+    bias_grad: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,16 +10,21 @@ from torch import Tensor
 
 from fx_passes.ops import dispatch
 from fx_passes.ops.exact import exact_attention
-from fx_passes.ops.problem import Problem, Softmax, Static, is_logsumexp
+from fx_passes.ops.problem import STATICS, TENSORS, Problem, Softmax, Static, Upstream, is_logsumexp
 from fx_passes.ops.transforms import has_tangent
+from fx_passes.state import get_state
 
-_TENSORS = 9  # tensor arguments before c
-_STATICS = 11
-_BIAS_GRAD = 5 + _TENSORS + 3  # its place among the backward's arguments
+_DRAWN = ("c", "seed", "dropout_seed")
+_OUTPUTS = ("out", "maximum", "total", "kept")
+_Given = Mapping[str, Any]  # arguments of an operator by name
 
 
-def _problem(tensors: tuple[Tensor | None, ...], static: tuple[Any, ...]) -> Problem:
-    return Problem(*tensors, static=Static(*static))  # type: ignore[arg-type, misc]
+def _static(given: _Given) -> Static:
+    return Static(**{name: given[name] for name in STATICS})
+
+
+def _problem(given: _Given) -> Problem:
+    return Problem(**{name: given[name] for name in TENSORS}, static=_static(given))
 
 
 @torch.library.custom_op("sus::attention", mutates_args=())
@@ -55,27 +61,35 @@ def attention(
         kept, uint8 [1]: a cache for the backward that the implementation may fill behind the first byte. Whoever
         copies the tensor loses the cache, and the backward then draws the same entries again.
     """
+    given = locals()
     if has_tangent(query, key, value, attn_bias, sinks):
         raise NotImplementedError(
             "SUS attention in a compiled graph has no forward-mode derivative, and a tangent came in: compute tangents "
             "without torch.compile (there SUS attention has exact ones), or compile without SUS"
         )
-    tensors = (query, key, value, attn_mask, attn_bias, sinks, query_ids, key_ids, prefix)
-    static = (scale, left, right, bottom_right, softcap, dropout_p, sampler, forward, sample, site, state)
-    out, softmax, kept = dispatch.forward(_problem(tensors, static), c, seed, dropout_seed)
+    out, softmax, kept = dispatch.forward(_problem(given), c, seed, dropout_seed)
     return out, softmax.maximum, softmax.total, kept
+
+
+def _named(names: tuple[str, ...], values: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(names, values, strict=True))
+
+
+# In the order in which PyTorch hands arguments to fakes and to autograd.
+_ARGUMENTS = tuple(argument.name for argument in torch.ops.sus.attention.default._schema.arguments)
 
 
 @attention.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query, value = args[0], args[2]
+    given = _named(_ARGUMENTS, args)
+    query, value = given["query"], given["value"]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     b, h, m, _ = query.shape
     rows = query.new_empty((b, h, m), dtype=dtype)
     # Heads and rows swapped in memory, as the library's kernels return it: what follows is a merge of heads.
     out = query.new_empty((b, m, h, value.shape[-1])).transpose(1, 2)
-    softcap, sampler = args[16], args[18]
-    total = query.new_empty(0, dtype=dtype) if is_logsumexp(sampler, args[4], softcap) else torch.empty_like(rows)
+    alone = is_logsumexp(given["sampler"], given["attn_bias"], given["softcap"])
+    total = query.new_empty(0, dtype=dtype) if alone else torch.empty_like(rows)
     return out, rows, total, query.new_empty((1,), dtype=torch.uint8)
 
 
@@ -116,53 +130,67 @@ def attention_backward(
     That of attn_bias is empty unless `bias_grad`, and that of sinks where there are none. (Not a list of those that
     are wanted: PyTorch batches backwards, for `is_grads_batched`, of operators only that return single tensors.)
     """
-    tensors = (query, key, value, attn_mask, attn_bias, sinks, query_ids, key_ids, prefix)
-    static = (scale, left, right, bottom_right, softcap, dropout_p, sampler, forward, sample, site, state)
-    grads = dispatch.backward(
-        _problem(tensors, static), grad, out, Softmax(maximum, total), kept, c, seed, dropout_seed, bias_grad
+    upstream = Upstream(grad, out, Softmax(maximum, total), kept, c, seed, dropout_seed, bias_grad)
+    grads = dispatch.backward(_problem(locals()), upstream)
+    return (
+        grads.query,
+        grads.key,
+        grads.value,
+        grad.new_empty(0) if grads.attn_bias is None else grads.attn_bias,
+        grad.new_empty(0) if grads.sinks is None else grads.sinks,
     )
-    bias, sinks = (grad.new_empty(0) if g is None else g for g in (grads.attn_bias, grads.sinks))
-    return grads.query, grads.key, grads.value, bias, sinks
+
+
+_DIFFERENTIABLE = ("query", "key", "value", "attn_bias", "sinks")  # the backward's results are their gradients
+_BACKWARD_ARGUMENTS = tuple(argument.name for argument in torch.ops.sus.attention_backward.default._schema.arguments)
 
 
 @attention_backward.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    grad, query, key, value, bias, sinks = args[0], args[5], args[6], args[7], args[9], args[10]
-    wanted = (query, key, value, bias if args[_BIAS_GRAD] else None, sinks)
+    given = _named(_BACKWARD_ARGUMENTS, args)
+    grad = given["grad"]
+    wanted = [given[name] if _wanted(name, given["bias_grad"]) else None for name in _DIFFERENTIABLE]
     return tuple(
         grad.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in wanted
     )
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(inputs[0], *inputs[5 : 5 + _TENSORS])
-    ctx.bias_grad, ctx.static = inputs[_BIAS_GRAD], Static(*inputs[_BIAS_GRAD + 1 :])
+    given = _named(_BACKWARD_ARGUMENTS, inputs)
+    ctx.save_for_backward(given["grad"], *(given[name] for name in TENSORS))
+    ctx.bias_grad, ctx.static = given["bias_grad"], _static(given)
 
 
 def _second_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the gradients: those of the exact ones, which SUS gradients have as their mean."""
-    s = ctx.static
-    if s.dropout_p:
+    if ctx.static.dropout_p:
         raise NotImplementedError(
             "SUS attention has no second derivative with dropout: set dropout_p=0, or compute gradients of gradients "
             "with F.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
         )
-    grad, query, key, value, mask, bias, sinks, *others = ctx.saved_tensors
+    saved = _named(("grad", *TENSORS), ctx.saved_tensors)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        live: list[Any] = [None if x is None else _live(x) for x in (grad, query, key, value, bias, sinks)]
-        grad, query, key, value, bias, sinks = live
-        query_ids, key_ids, prefix = others
-        masks = (mask, bias, sinks, query_ids, key_ids, prefix)
-        out = exact_attention(query, key, value, *masks, s.scale, s.left, s.right, s.bottom_right, s.softcap)
-        by = (query, key, value, bias if ctx.bias_grad else None, sinks)
-        used = [(x, u) for x, u in zip(by, upstream, strict=True) if x is not None and u is not None]
-        first = torch.autograd.grad(out, [x for x, _ in used], grad, create_graph=True)
-        wanted = [x for x in live if x is not None]
-        second = torch.autograd.grad(first, wanted, [u for _, u in used], create_graph=create_graph, allow_unused=True)
-    found = iter(second)
-    by_place = {place: next(found) for place, x in zip((0, 5, 6, 7, 9, 10), live, strict=True) if x is not None}
-    return tuple(by_place.get(place) for place in range(_BIAS_GRAD + 1 + _STATICS))
+        live = {name: _live(saved[name]) for name in ("grad", *_DIFFERENTIABLE) if saved[name] is not None}
+        operands = {name: live.get(name, saved[name]) for name in TENSORS}
+        out = exact_attention(**operands, **_exact_options(ctx.static))
+        by_name = zip(_DIFFERENTIABLE, upstream, strict=True)
+        used = {name: u for name, u in by_name if u is not None and name in live and _wanted(name, ctx.bias_grad)}
+        first = torch.autograd.grad(out, [live[name] for name in used], live["grad"], create_graph=True)
+        second = torch.autograd.grad(
+            first, list(live.values()), list(used.values()), create_graph=create_graph, allow_unused=True
+        )
+    found = dict(zip(live, second, strict=True))
+    return tuple(found.get(name) for name in _BACKWARD_ARGUMENTS)
+
+
+def _wanted(name: str, bias_grad: bool) -> bool:
+    """Whether the backward returns a gradient of this operand, if the call has it."""
+    return name != "attn_bias" or bias_grad
+
+
+def _exact_options(s: Static) -> dict[str, Any]:
+    return {name: getattr(s, name) for name in ("scale", "left", "right", "bottom_right", "softcap")}
 
 
 def _live(x: Tensor) -> Tensor:
@@ -185,11 +213,13 @@ attention_backward.register_vmap(_vmapped_backward)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[: _TENSORS + 3], *output)
+    given, results = _named(_ARGUMENTS, inputs), _named(_OUTPUTS, output)
+    ctx.save_for_backward(*(given[name] for name in (*TENSORS, *_DRAWN)), *output)
     # The logsumexp has a gradient: through the totals, or where there are none, itself.
-    ctx.mark_non_differentiable(output[2 if _keeps_logsumexp(output[2]) else 1], output[3])
+    alone = _keeps_logsumexp(results["total"])
+    ctx.mark_non_differentiable(results["total" if alone else "maximum"], results["kept"])
     ctx.set_materialize_grads(False)
-    ctx.static = inputs[_TENSORS + 3 :]
+    ctx.static = _static(given)
 
 
 def _keeps_logsumexp(total: Tensor) -> bool:
@@ -200,60 +230,89 @@ def _keeps_logsumexp(total: Tensor) -> bool:
 def _backward(
     ctx: Any, grad: Tensor | None, maximum_grad: Tensor | None, total_grad: Tensor | None, _kept: None
 ) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    inputs, outputs = saved[: _TENSORS + 3], saved[_TENSORS + 3 :]
-    lse_grad = maximum_grad if total_grad is None else total_grad * outputs[2]
-    bias_grad = inputs[4] is not None and ctx.needs_input_grad[4]
+    saved = _named((*TENSORS, *_DRAWN, *_OUTPUTS), ctx.saved_tensors)
+    lse_grad = maximum_grad if total_grad is None else total_grad * saved["total"]
+    needs = _named(_ARGUMENTS, ctx.needs_input_grad)
+    bias_grad = saved["attn_bias"] is not None and needs["attn_bias"]
     if grad is None:
-        grad = torch.zeros_like(outputs[0])
-    width = grad.shape[-1]
+        grad = torch.zeros_like(saved["out"])
     exact_lse = lse_grad is not None and torch.is_grad_enabled()  # for gradients of gradients
+    given = {"grad": grad, **saved}
     if lse_grad is not None and not exact_lse:
-        grad, outputs, inputs = _with_lse(grad, lse_grad, outputs, inputs)
-    grads = list(attention_backward(grad, *outputs, *inputs, bias_grad, *ctx.static))
+        given |= _with_lse(grad, lse_grad, saved["out"], saved["value"])
+    results = attention_backward(**given, bias_grad=bias_grad, **vars(ctx.static))
+    found = {
+        name: x
+        for name, x in zip(_DIFFERENTIABLE, results, strict=True)
+        if saved[name] is not None and _wanted(name, bias_grad)
+    }
     if lse_grad is not None and not exact_lse:
-        grads[2] = grads[2][..., :width]
-    result: list[Tensor | None] = [None] * (_TENSORS + 3 + _STATICS)
-    result[:3] = grads[:3]
-    if bias_grad:
-        result[4] = grads[3]
-    if inputs[5] is not None:
-        result[5] = grads[4]
+        found["value"] = found["value"][..., : grad.shape[-1]]
     if exact_lse and lse_grad is not None:
-        for i, more in _grads_of_lse(lse_grad, inputs, ctx.static).items():
-            before = result[i]
-            result[i] = more if before is None else before + more
-    return tuple(result)
+        for name, more in _grads_of_lse(lse_grad, saved, ctx.static).items():
+            found[name] = found[name] + more if name in found else more
+    return tuple(found.get(name) for name in _ARGUMENTS)
 
 
-def _grads_of_lse(grad: Tensor, inputs: tuple[Any, ...], static: tuple[Any, ...]) -> dict[int, Tensor]:
-    """Exact gradients, by the operands' places, that have gradients again; `grad` is that of the logsumexp."""
-    live = {i: _live(inputs[i]) for i in (0, 1, 4, 5) if inputs[i] is not None and inputs[i].requires_grad}
-    operands: list[Any] = [live.get(i, x) for i, x in enumerate(inputs[:_TENSORS])]
-    scale, left, right, bottom_right, softcap = static[:5]
-    bands = {"left": left, "right": right, "bottom_right": bottom_right}
-    _, lse = exact_attention(*operands, scale=scale, softcap=softcap, **bands, return_lse=True)  # type: ignore[misc]
+def _grads_of_lse(grad: Tensor, saved: _Given, static: Static) -> dict[str, Tensor]:
+    """Exact gradients, by the operands' names, that have gradients again; `grad` is that of the logsumexp."""
+    operands = {name: saved[name] for name in TENSORS}
+    live = {
+        name: _live(x)
+        for name, x in operands.items()
+        if name in _DIFFERENTIABLE and name != "value" and x is not None and x.requires_grad
+    }
+    _, lse = exact_attention(**{**operands, **live}, **_exact_options(static), return_lse=True)
     found = torch.autograd.grad(lse, list(live.values()), grad, create_graph=True)
     return dict(zip(live, found, strict=True))
 
 
-def _with_lse(
-    grad: Tensor, lse_grad: Tensor, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _with_lse(grad: Tensor, lse_grad: Tensor, out: Tensor, value: Tensor) -> dict[str, Tensor]:
     """What a backward gets that also has a gradient of the logsumexp.
 
     That gradient, times the weight, is added to the gradient of each logit, W (dO . V - dO . O). One more column does
     it: 1 in dO, 0 in V and minus the gradient in O.
     """
-    out, maximum, total, kept = outputs
-    query, key, value, *rest = inputs
     column = -lse_grad[..., None].to(out.dtype)
-    more = (
-        torch.cat([grad, torch.ones_like(grad[..., :1])], -1),
-        torch.cat([out, column], -1),
-        torch.cat([value, torch.zeros_like(value[..., :1])], -1),
-    )
-    return more[0], (more[1], maximum, total, kept), (query, key, more[2], *rest)
+    return {
+        "grad": torch.cat([grad, torch.ones_like(grad[..., :1])], -1),
+        "out": torch.cat([out, column], -1),
+        "value": torch.cat([value, torch.zeros_like(value[..., :1])], -1),
+    }
 
 
 attention.register_autograd(_backward, setup_context=_setup)
+
+
+def _draw(like: Tensor, state: int, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
+    found = get_state(state)
+    if found is None:
+        raise RuntimeError("the SUSBackend that compiled this graph no longer exists; keep a reference to it")
+    return found.draw(like.device, sites)
+
+
+def _fake_draw(like: Tensor, state: int, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return like.new_empty((len(sites),), dtype=torch.float64), like.new_empty((), dtype=torch.int64)
+
+
+def _vmapped_draw(
+    info: Any, in_dims: Any, like: Tensor, state: int, sites: Sequence[int]
+) -> tuple[tuple[Tensor, Tensor], tuple[None, None]]:
+    """One draw for the whole batch: entries are told apart by their place in it."""
+    return draw(like, state, sites), (None, None)
+
+
+# Not by `custom_op`: an operator whose results have no gradient needs no autograd, whose node torch.func would refuse.
+_library: Any = torch.library.Library("sus", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(
+    "draw(Tensor like, int state, int[] sites) -> (Tensor, Tensor)",
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
+)
+_library.impl("draw", _draw, "CompositeExplicitAutograd")
+_library.impl("draw", torch.library.fallthrough_kernel, "Autograd")
+torch.library.register_fake("sus::draw", _fake_draw)
+torch.library.register_vmap("sus::draw", _vmapped_draw)
+
+# draw(like, state, sites): c of each site (float64 [sites]) and a fresh seed (0-dim int64) of a state, on the device of
+# `like`.
+draw = torch.ops.sus.draw.default

@@ -13,8 +13,8 @@ NEEDS_LIBRARY = "inside a transform of torch.func"
 
 def transform(*tensors: Tensor | None) -> str | None:
     """`NEEDS_EXACT`, `NEEDS_LIBRARY` or None: what the transforms around a call on these tensors ask for."""
-    if torch.compiler.is_dynamo_compiling():  # which knows of the stack no more than its depth
-        return NEEDS_EXACT if _functorch.get_dynamic_layer_stack_depth() else None
+    if torch.compiler.is_dynamo_compiling():
+        return NEEDS_EXACT if _transformed() else None
     levels = [level.key() for level in _functorch.get_interpreter_stack() or ()]
     gradients = levels.count(_functorch.TransformType.Grad)
     if _functorch.TransformType.Jvp in levels or gradients > 1 or has_tangent(*tensors):
@@ -22,6 +22,15 @@ def transform(*tensors: Tensor | None) -> str | None:
     if gradients or _functorch.TransformType.Vmap in levels:
         return NEEDS_LIBRARY
     return None
+
+
+def _transformed() -> bool:
+    return bool(_functorch.get_dynamic_layer_stack_depth() > 0)
+
+
+# Dynamo guards on the stack, and calls this while it traces, as with `torch.compiler.assume_constant_result`, which
+# imports Dynamo.
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:

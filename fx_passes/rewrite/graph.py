@@ -22,6 +22,7 @@ from fx_passes.canonicalise.masks import MaskGuard
 from fx_passes.find.context import Context, fake_of
 from fx_passes.find.relations import Relation
 from fx_passes.find.trace import Trace, Value
+from fx_passes.ops.problem import Forward, Sampler
 from fx_passes.report import LEFT, REWRITTEN, Key, Report
 from fx_passes.rewrite.build import Builder
 from fx_passes.rewrite.emit import Emitter
@@ -40,8 +41,8 @@ class Options:
     """What the rewritten calls are given. See `fx_passes.SUSBackend`."""
 
     state: State
-    sampler: str = "auto"
-    forward: str = "auto"
+    sampler: Sampler = "auto"
+    forward: Forward = "auto"
 
     def uuid(self) -> str:
         """A hash of the pass's source and configuration, for compile caches."""

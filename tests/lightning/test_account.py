@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import random
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import pytest
@@ -20,9 +22,9 @@ from test_callback import Resumable
 from test_loggers import of_csv
 
 from sus_lightning import AutoC, SUSBackprop, VarianceTarget
-from sus_lightning.account import Account
+from sus_lightning.account import Account, interval
 from sus_lightning.probe import Probe
-from sus_lightning.timing import StepTimes, compile_seconds
+from sus_lightning.timing import Clock, StepTimes, compile_seconds
 
 
 @pytest.fixture(autouse=True)
@@ -185,6 +187,53 @@ def test_settling_at_infinity_is_said_once_with_the_reason(caplog: Any, capsys: 
     assert math.isinf(callback.summary.c[-1][1])  # type: ignore[union-attr]
 
 
+def test_a_fit_with_one_probe_says_at_its_end_that_nothing_is_gained(caplog: Any, capsys: Any) -> None:
+    class NoGain(Simulated):
+        world = World(rest=1.3, per_entry=1e-3, at_one=1.0, slope=1.5, noise_scale=1.0, keys=1e9)
+
+    callback = NoGain(compiler="eager", variance_every_n_steps=100)
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        fitted(callback, steps=4)
+    shown = capsys.readouterr()
+    text = caplog.text + shown.out + shown.err
+    assert text.count("SUS would not speed this model up at n = 48") == 1, text
+
+
+@pytest.mark.parametrize(
+    ("speedups", "c", "said"),
+    [
+        ([1.1, 1.3, 0.85, 1.2], 30.0, "none beyond the noise: 1.15x measured (95% from 0.8"),
+        ([1.3], 30.0, "none beyond the noise: 1.30x measured"),
+        ([1.4, 1.38, 1.45, 1.41], 30.0, "1.40x (forward and backward; 95% from 1.2"),
+        ([0.7, 0.72, 0.69], 30.0, "none: 0.70x, slower than the exact backward"),
+        ([1.0, 1.0], math.inf, "none: c = inf is the exact backward"),
+        ([], 30.0, "not measured"),
+    ],
+)
+def test_a_speed_up_is_claimed_beyond_its_noise_only(speedups: list[float], c: float, said: str) -> None:
+    account = Account()
+    for step, speedup in enumerate(speedups):
+        account.note_probe(step, c, {"exact_step_seconds": speedup, "step_seconds": 1.0})
+    summary = account.summary(1, 0, 10)
+    assert f"speed-up of a step   {said}" in str(summary)
+    inside = summary.step_speedup_low <= summary.step_speedup <= summary.step_speedup_high
+    assert inside or not speedups
+
+
+def test_the_interval_covers_the_truth() -> None:
+    """Of 2000 fits with 4 probes that scatter by 20%: in 95%, and not much more often."""
+    rng = random.Random(0)
+    found = [interval([1.2 * math.exp(rng.gauss(0, 0.2)) for _ in range(4)]) for _ in range(2000)]
+    assert 0.92 < sum(low <= 1.2 <= high for low, high in found) / 2000 < 0.99
+
+
+def test_what_sus_gains_is_that_of_the_last_c() -> None:
+    account = Account()
+    for step, (c, speedup) in enumerate([(256.0, 0.8), (64.0, 1.2), (16.0, 1.4), (16.0, 1.5), (16.0, 1.45)]):
+        account.note_probe(step, c, {"exact_step_seconds": speedup, "step_seconds": 1.0})
+    assert account.summary(1, 0, 10).step_speedup == 1.45
+
+
 def test_probes_stay_below_3_percent_of_the_time_by_default() -> None:
     """A probe that costs as much as 1000 steps is not repeated for as long as that takes."""
     pacing, fit = SUSBackprop(c=6, compiler="eager")._pacing, trainer()
@@ -322,6 +371,39 @@ def test_step_times_are_those_of_the_same_c_and_shapes() -> None:
     clock.at = 200.0
     times.stop()
     assert times.seconds(9.0, torch.zeros(1)) == []  # the device has not come that far: nobody waits
+
+
+def test_a_clock_on_a_gpu_asks_for_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device's module without `synchronize`: to wait would be an AttributeError."""
+
+    class Event:
+        recorded: ClassVar[list[Event]] = []
+        done = False
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            assert stream == "the current one"
+            self.recorded.append(self)
+
+        def query(self) -> bool:
+            return self.done
+
+        def elapsed_time(self, end: Event) -> float:
+            assert end.done
+            return 250.0 * (self.recorded.index(end) - self.recorded.index(self))
+
+    module = SimpleNamespace(Event=Event, current_stream=lambda device: "the current one")
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    times = StepTimes(Clock(torch.device("cuda:0")))
+    for _ in range(3):
+        times.start(30.0, torch.zeros(2))
+        times.stop()
+    assert times.seconds(30.0, torch.zeros(2)) == []  # nothing has run on the device yet
+    Event.recorded[2].done = True
+    assert times.seconds(30.0, torch.zeros(2)) == [0.25]
+    assert len(Event.recorded) == 6 - 1  # the first step of all counts nothing
 
 
 def test_compile_seconds_count() -> None:

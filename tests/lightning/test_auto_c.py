@@ -132,6 +132,16 @@ def test_where_sus_gains_nothing_it_settles_at_infinity_and_says_so(noise: float
     assert not helped.gains_nothing
 
 
+def test_where_everything_is_kept_a_gain_has_to_be_shown() -> None:
+    """A short input under the sampler "tile": noise of the clock is no gain, but another kernel may have one."""
+    everything = World(rest=1.0, per_entry=0.0, at_one=0.0, slope=1.5, noise_scale=1.0, keys=8.0, timing_noise=0.15)
+    for seed in range(8):
+        _, path = run(replace(everything, seed=seed), 6)
+        assert sum(math.isinf(c) for c in path[1:]) >= 5, path
+    _, path = run(replace(everything, rest=0.5), 6)
+    assert all(map(math.isfinite, path))
+
+
 def test_it_comes_back_from_infinity() -> None:
     """The input became longer: SUS pays now."""
     schedule, path = run(replace(USUAL, rest=1.1))

@@ -38,7 +38,9 @@ CALLBACK: list[tuple[str, Any, type[Exception], str]] = [
     ("variance", {"a": "b"}, TypeError, r"variance\['a'\] must be a number"),
     ("variance", {"a": 10**400}, ValueError, r"variance\['a'\] must fit into a float"),
     ("variance", {1: 1.0}, TypeError, "a key of variance must be a string"),
-    ("schedule", 3, TypeError, "the saved state of VarianceTarget must be a dict"),
+    *(("schedule", x, TypeError, "schedule must be a dict") for x in (3, "x", -1, NAN, 1.5, None, [])),
+    *(("schedule_type", x, TypeError, "schedule_type must be a string") for x in (3, None, NAN, [])),
+    *(("schedule_type", x, ValueError, "schedule_type must be the name of a class") for x in ("", "a b", "-1")),
 ]
 
 SCHEDULE: list[tuple[str, Any, type[Exception], str]] = [
@@ -93,6 +95,25 @@ def test_a_bad_value_of_the_schedule(name: str, value: Any, error: type[Exceptio
     with pytest.raises(error, match=f"the saved state of VarianceTarget: {message}"):
         made.load_state_dict({**before, "counter": 9, "schedule": bad})
     assert made.state_dict() == before
+
+
+@pytest.mark.parametrize("c", ["auto", 3.0, lambda step: 5.0])
+def test_a_bad_schedule_whatever_the_own_one(c: Any) -> None:
+    """A run may go on with another schedule; what is no state of any is an error all the same."""
+    made = SUSBackprop(c=c, compiler="eager")
+    before = made.state_dict()
+    bad = [("schedule", x) for x in (None, "x", -1, NAN, 1.5)] + [("schedule_type", x) for x in ("", "a b", 3, None)]
+    for name, value in bad:
+        with pytest.raises((TypeError, ValueError), match=f"the saved state of SUSBackprop: {name} must be"):
+            made.load_state_dict({**before, "counter": 9, name: value})
+        assert made.state_dict() == before
+
+
+def test_another_schedule_starts_anew_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    made = SUSBackprop(c="auto", compiler="eager")
+    with caplog.at_level("INFO"):
+        made.load_state_dict(callback().state_dict())
+    assert "the saved state is that of a VarianceTarget" in caplog.text
 
 
 def test_states_of_older_versions_load() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fx_passes.ops import cpu
 from fx_passes.ops.cpu import kept
 from fx_passes.ops.draws import STREAM_DROPOUT, entry_words
-from fx_passes.ops.problem import Gradients, Problem, Softmax, Static
+from fx_passes.ops.problem import Gradients, Problem, Softmax, Static, Upstream
 from fx_passes.ops.reference import Dense
 
 
@@ -229,7 +229,10 @@ def run(problem: Problem, c: float, seed: int) -> Run:
 
 def gradients(problem: Problem, grad: Tensor, found: Run, c: float, seed: int) -> tuple[Gradients, int]:
     wanted = problem.attn_bias is not None
-    result = cpu.backward(problem, grad, found.out, found.cache, tensor(c), torch.tensor(seed), DROPOUT_SEED, wanted)
+    upstream = Upstream(
+        grad, found.out, found.softmax, found.cache, tensor(c), torch.tensor(seed), DROPOUT_SEED, wanted
+    )
+    result = cpu.backward(problem, upstream)
     assert result is not None
     return result
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fx_passes import SUSBackend, sus_attention
 from fx_passes.ops import cpu, dispatch, tiled
 from fx_passes.ops.cpu import bind, kept
+from fx_passes.ops.problem import Upstream
 from tests.ops.cpu_cases import CASES, DROPOUT_SEED, Case, draw, run, tensor
 
 pytestmark = pytest.mark.skipif(bind.library() is None, reason="no C++ compiler")
@@ -27,14 +28,14 @@ def test_a_copied_cache_falls_back_to_the_same_draw(name: str) -> None:
     out, softmax, cache = dispatch.forward(problem, c, seed, dropout_seed)
     assert cache.shape == (1,)
     biased = problem.attn_bias is not None
-    native = dispatch.backward(problem, grad, out, softmax, cache, c, seed, dropout_seed, biased)
-    copied = dispatch.backward(problem, grad, out, softmax, cache.clone(), c, seed, dropout_seed, biased)
+    native = dispatch.backward(problem, Upstream(grad, out, softmax, cache, c, seed, dropout_seed, biased))
+    copied = dispatch.backward(problem, Upstream(grad, out, softmax, cache.clone(), c, seed, dropout_seed, biased))
     for field in ("query", "key", "value", *(["attn_bias"] if biased else [])):
         a, b = getattr(native, field), getattr(copied, field)
         assert float((a - b).norm() / a.norm()) < 0.03  # but for a point on a rounding boundary
-    other = cpu.backward(problem, grad, out, cache, c, torch.tensor(12), dropout_seed, biased)
+    other = cpu.backward(problem, Upstream(grad, out, softmax, cache, c, torch.tensor(12), dropout_seed, biased))
     assert other is None, "a cache of another seed was taken"
-    other = cpu.backward(problem, grad, out, cache, c, seed, ZERO, biased)
+    other = cpu.backward(problem, Upstream(grad, out, softmax, cache, c, seed, ZERO, biased))
     assert (other is None) == (problem.static.dropout_p > 0), (
         "only dropout's seed decides whether that of dropout counts"
     )
@@ -97,8 +98,9 @@ def test_what_it_leaves_to_the_tiled_path() -> None:
     assert not any(cpu.supports(x) for x in other)
     independent = replace(problem, static=replace(problem.static, sampler="independent"))
     out, softmax, cache = dispatch.forward(independent, tensor(4.0), ZERO, ZERO)
-    found = dispatch.backward(independent, Case().grad(), out, softmax, cache, tensor(4.0), ZERO, ZERO, False)
-    expected, _ = tiled.backward(independent, Case().grad(), out, softmax, tensor(4.0), ZERO, ZERO, False)
+    upstream = Upstream(Case().grad(), out, softmax, cache, tensor(4.0), ZERO, ZERO)
+    found = dispatch.backward(independent, upstream)
+    expected, _ = tiled.backward(independent, upstream)
     assert torch.equal(found.query, expected.query)
 
 

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fx_passes import sus_attention
 from fx_passes.ops import cpu, dispatch
 from fx_passes.ops.cpu import bind, kept
+from fx_passes.ops.problem import Upstream
 from fx_passes.ops.reference import dense_attention
 from fx_passes.ops.tiled import extreme
 from tests.ops.cpu_cases import CASES, Case, dense, draw, kept_weights, run, tensor
@@ -84,8 +85,6 @@ def check(call: Call, c: float) -> None:
     overflows = spoiled or any(float(x.abs().max()) > 1e15 for x in inputs)
     # The library's kernel multiplies the causal mask by such scales; what it makes of it depends on the block.
     if call.is_causal and call.scale is not None and call.scale <= 1e-30 and overflows:
-        return
-    if call.scale == 0 and overflows:  # eager takes roots of the scale on both sides: where its NaNs lie is its own
         return
     large = call.scale is not None and abs(call.scale) > 1e10  # of subnormal products, which kernels may flush
     for name, theirs, true, ours in zip(NAMES, eager, exact, found, strict=False):
@@ -225,6 +224,24 @@ def test_as_eager(name: str, c: float) -> None:
     check(EXTREMES[name], c)
 
 
+@pytest.mark.parametrize("name", EXTREMES)
+def test_as_eager_without_a_scale(name: str) -> None:
+    """Whatever multiplies a scale of 0: the library's kernels read it in one place, and leave it out in another."""
+    for c in (INF, 8.0):
+        check(replace(EXTREMES[name], scale=0.0), c)
+
+
+@pytest.mark.parametrize("other", ["query", "key", "value"])
+def test_products_that_only_one_order_overflows(other: str) -> None:
+    """Eager takes another kernel where the last dimension has a stride: the order of its products is ours too."""
+    call = ordinary(2, 3, 8)
+    small = {"query": with_one(call.query * 1e-38, 1e38, (0, 0, 0, 0)), "key": call.key * 5e-39}
+    call = replace(call, **small, grad=call.grad * 7)
+    call = replace(call, **{other: getattr(call, other).mT.contiguous().mT})
+    for factor in torch.logspace(-1, 1, 40).tolist():  # somewhere one order overflows and the other does not
+        check(replace(call, grad=call.grad * factor), INF)
+
+
 @pytest.mark.parametrize("c", [INF, 8.0])
 def test_a_nan_in_a_query_poisons_all_gradients(c: float) -> None:
     out, dq, dk, dv = EXTREMES["nan in query"].run(sus_attention, c=c, seed=0)
@@ -311,7 +328,7 @@ def test_features_with_extreme_numbers(name: str, kind: str) -> None:
     learns = problem.attn_bias is not None
     for c in (8.0, INF):
         out, softmax, cache = dispatch.forward(problem, tensor(c), ZERO, ZERO)
-        found = dispatch.backward(problem, grad, out, softmax, cache, tensor(c), ZERO, ZERO, learns)
+        found = dispatch.backward(problem, Upstream(grad, out, softmax, cache, tensor(c), ZERO, ZERO, learns))
         if kind == "nan" and name != "one":  # of a single NaN, the library's kernel makes 0
             assert out[0, 0, row].isnan().all()
             assert found.query[0, 0, row].isnan().all()
@@ -329,7 +346,7 @@ def test_exact_gradients_of_extreme_calls_are_those_of_the_tiled_path(name: str)
     problem, grad = CASES.get(name, Case()).problem(), CASES.get(name, Case()).grad()
     learns = problem.attn_bias is not None
     out, softmax, cache = dispatch.forward(problem, tensor(INF), ZERO, ZERO)
-    expected = dispatch.backward(problem, grad, out, softmax, cache, tensor(INF), ZERO, ZERO, learns)
+    expected = dispatch.backward(problem, Upstream(grad, out, softmax, cache, tensor(INF), ZERO, ZERO, learns))
     again, _ = extreme.forward(problem, ZERO)
     torch.testing.assert_close(again, out, atol=1e-5, rtol=1e-4)
     found = extreme._gradients(problem, grad, ZERO, learns)

@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fx_passes import SUSBackend, sus_attention
 from fx_passes.ops import tile_rule
 from fx_passes.ops.cuda import library
-from fx_passes.ops.functional import attend
+from fx_passes.ops.functional import attend, draw
 from fx_passes.ops.problem import Problem, Static
-from fx_passes.state import State, draw
+from fx_passes.state import State
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)

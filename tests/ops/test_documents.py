@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fx_passes import sus_attention
 from fx_passes.ops.documents import both_ids, ids_of_lengths, ids_of_positions, only_rows
+from fx_passes.ops.functional import attend
+from fx_passes.state import State
 
 B, H, M, N, D = 2, 3, 20, 26, 8
 
@@ -102,3 +104,31 @@ def test_two_pairs_of_numbers_as_one() -> None:
     rows = torch.arange(M)[None] % 3 > 0
     hidden = only_rows(*first, rows)
     assert torch.equal(hidden[:, :, None] == first[1][:, None], same[0] & rows[:, :, None])
+
+
+@pytest.mark.parametrize("band", [{}, {"right": 0}, {"right": 2, "left": 4}], ids=["all", "causal", "window"])
+def test_the_exact_backward_computes_documents_alone(band: dict[str, int]) -> None:
+    """Pairs that are computed and pairs that count, of documents that end inside of tiles."""
+    lengths = torch.tensor([700, 1, 500, 847])
+    ids = torch.repeat_interleave(torch.arange(4), lengths)
+    n, state = int(lengths.sum()), State(float("inf"))
+    args = [torch.randn(1, 2, n, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    c, seed = torch.tensor(float("inf"), dtype=torch.float64), torch.tensor(1)
+    out = attend(*args, c, seed, query_ids=ids[None], key_ids=ids[None], state=state.id, **band)
+    out.sum().backward()
+    kept = state.pop_kept()
+    distance = torch.arange(n) - torch.arange(n)[:, None]
+    seen = (ids[:, None] == ids) & (distance <= band.get("right", n)) & (-distance <= band.get("left", n))
+    assert kept.dense == 2 * int(seen.sum())
+    if not band:
+        assert kept.entries <= 1.6 * kept.dense  # blocks of 512 rows; all pairs are 2.9 times as many
+
+
+def test_the_exact_backward_of_numbers_that_do_not_ascend() -> None:
+    ids = torch.tensor([3, 1, 2]).repeat_interleave(300)
+    args = [torch.randn(1, 1, 900, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    out = sus_attention(*args, query_ids=ids, c=float("inf"))
+    expected = F.scaled_dot_product_attention(*args, ids[:, None] == ids)
+    torch.testing.assert_close(out, expected)
+    for a, b in zip(*(torch.autograd.grad(x.sin().sum(), args) for x in (out, expected)), strict=True):
+        torch.testing.assert_close(a, b)

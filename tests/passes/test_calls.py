@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import math_attention
 from torch.nn.attention.flex_attention import (
-    AuxOutput,
-    AuxRequest,
     BlockMask,
     _create_empty_block_mask,
     _identity,
@@ -26,12 +24,12 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
     or_masks,
 )
-from torch.nn.attention.varlen import varlen_attn
 
 from fx_passes import SUSBackend, explain
 from fx_passes.report import Site
 from tests.passes import attention_packages as packages
 from tests.passes.harness import run, tensors
+from tests.torch_versions import AuxOutput, AuxRequest, needs_aux, varlen_attn, varlen_options
 
 B, H, N, D = 2, 4, 40, 8
 DOCS = torch.arange(N) // 7
@@ -45,9 +43,11 @@ def eager_flex(q, k, v, score_mod=None, block_mask=None, scale=None, enable_gqa=
     """FlexAttention's own eager form, which torch gives nobody on a CPU where a gradient is wanted."""
     block_mask = _create_empty_block_mask(q, k) if block_mask is None else block_mask
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse, top = math_attention(q, k, v, score_mod or _identity, block_mask.as_tuple(), scale, {})
-    aux = AuxOutput(lse=lse * math.log(2), max_scores=top * math.log(2))
-    return (out, aux) if "return_aux" in more else (out, aux.lse) if more.get("return_lse") else out
+    out, lse, *top = math_attention(q, k, v, score_mod or _identity, block_mask.as_tuple(), scale, {})
+    lse = lse * math.log(2)
+    if "return_aux" in more:
+        return out, AuxOutput(lse=lse, max_scores=top[0] * math.log(2))
+    return (out, lse) if more.get("return_lse") else out
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -177,6 +177,8 @@ FLEX: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "documents of each entry": (and_masks(causal, documents_of_batch), None, {}, "causal + documents"),
     "documents in chunks": (and_masks(documents, lambda b, h, i, j: i // 8 == j // 8), None, {}, "chunk 8 + documents"),
     "documents twice": (and_masks(documents, documents_of_batch), None, {}, "documents"),
+    "documents, multiplied": (lambda b, h, i, j: (i >= j) * (DOCS[i] == DOCS[j]), None, {}, "causal + documents"),
+    "documents, not other ones": (lambda b, h, i, j: ~(DOCS[i] != DOCS[j]) & ~(j > i), None, {}, "causal + documents"),
     "documents and padding": (
         and_masks(documents_of_batch, real_rows, real_keys), None, {}, "documents + mask"
     ),
@@ -259,6 +261,29 @@ CALLS: dict[str, tuple[str, str, tuple[tuple[int, ...], ...], dict[str, Any], st
     "flash, ALiBi": (
         "flash_attn", "flash_attn_func", BNHD, {"causal": True, "alibi_slopes": SLOPES.abs().float()}, "causal + bias"
     ),
+    "flash, no argument by name": ("flash_attn", "flash_attn_func", BNHD, {"causal": False}, "none"),
+    "flash, a window that is all": ("flash_attn", "flash_attn_func", SHORT, {"window_size": (-1, 0)}, "up to 16 ahead"),
+    "flash, ALiBi of each entry": (
+        "flash_attn", "flash_attn_func", SHORT, {"alibi_slopes": torch.rand(B, H)}, "bias"
+    ),
+    "flash, kv packed and lengths": (
+        "flash_attn", "flash_attn_varlen_kvpacked_func", ((N, H, D), (N, 2, 2, D)),
+        {"cu_seqlens_q": ENDS, "cu_seqlens_k": OTHER_ENDS, "max_seqlen_q": 19, "max_seqlen_k": 11}, "documents",
+    ),
+    "flash, other lengths and ALiBi": (
+        "flash_attn", "flash_attn_varlen_func", PACKED,
+        {
+            "cu_seqlens_q": ENDS, "cu_seqlens_k": OTHER_ENDS, "max_seqlen_q": 19, "max_seqlen_k": 11,
+            "alibi_slopes": torch.rand(H),
+        }, "documents + bias",
+    ),
+    "flash, other lengths in a window": (
+        "flash_attn", "flash_attn_varlen_func", PACKED,
+        {
+            "cu_seqlens_q": OTHER_ENDS, "cu_seqlens_k": ENDS, "max_seqlen_q": 11, "max_seqlen_k": 19,
+            "window_size": (3, 1),
+        }, "up to 1 ahead, window 4 + documents",
+    ),
     "flash, qkv packed": ("flash_attn", "flash_attn_qkvpacked_func", ((B, N, 3, H, D),), {"causal": True}, "causal"),
     "flash, kv packed": ("flash_attn", "flash_attn_kvpacked_func", ((B, N, H, D), (B, N, 2, 2, D)), {}, "none"),
     "flash, lengths": (
@@ -277,13 +302,30 @@ CALLS: dict[str, tuple[str, str, tuple[tuple[int, ...], ...], dict[str, Any], st
     "flash, other lengths, causal": (
         "flash_attn", "flash_attn_varlen_func", PACKED,
         {"cu_seqlens_q": ENDS, "cu_seqlens_k": OTHER_ENDS, "max_seqlen_q": 19, "max_seqlen_k": 11, "causal": True},
-        "documents + mask",
+        "causal + documents",
     ),
     "flash 3": ("flash_attn_interface", "flash_attn_func", GQA, {"causal": True, "num_splits": 2}, "causal"),
     "flash 3, lengths": (
         "flash_attn_interface", "flash_attn_varlen_func", PACKED,
         {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS, "max_seqlen_q": 19, "max_seqlen_k": 19, "softcap": 4.0},
         "documents",
+    ),
+    "flash 3, qkv packed": (
+        "flash_attn_interface", "flash_attn_qkvpacked_func", ((B, N, 3, H, D),), {"causal": True}, "causal"
+    ),
+    "flash 3 of 2024": ("old.flash_attn_interface", "flash_attn_func", GQA, {"gqa_parallel": True}, "none"),
+    "flash 3 of 2024, lengths": (
+        "old.flash_attn_interface", "flash_attn_varlen_func", PACKED,
+        {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS, "max_seqlen_q": 19, "max_seqlen_k": 19}, "documents",
+    ),
+    "flash 4, lengths and sinks": (
+        "flash_attn.cute", "flash_attn_varlen_func", PACKED,
+        {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS, "causal": True, "learnable_sink": SINKS}, "causal + documents",
+    ),
+    "flash 4, lengths that are not given": ("flash_attn.cute", "flash_attn_varlen_func", GQA, {"softcap": 3.0}, "none"),
+    "flash 4, bounds that are none": ("flash_attn.cute", "flash_attn_func", GQA, {"window_size": (-1, 0)}, "none"),
+    "flash 4, causal and bounds that are none": (
+        "flash_attn.cute", "flash_attn_func", GQA, {"window_size": (-1, -1), "causal": True}, "causal"
     ),
     "flash 4, window": (
         "flash_attn.cute", "flash_attn_func", GQA, {"causal": True, "window_size": (5, None)}, "causal, window 6"
@@ -302,6 +344,47 @@ CALLS: dict[str, tuple[str, str, tuple[tuple[int, ...], ...], dict[str, Any], st
     "xformers, from the bottom right": (
         "xformers.ops", "memory_efficient_attention", SHORT,
         {"attn_bias": packages.LowerTriangularFromBottomRightMask()}, "up to 16 ahead",
+    ),
+    "mslk": ("mslk.attention.fmha", "memory_efficient_attention", BNHD, {}, "none"),
+    "xformers, one head": ("xformers.ops", "memory_efficient_attention", ((B, N, D),) * 3, {}, "none"),
+    "xformers, groups of heads": (
+        "xformers.ops", "memory_efficient_attention", ((B, N, 2, 2, D),) * 3, {"attn_bias": BIAS.view(B, 2, 2, N, N)},
+        "bias",
+    ),
+    "xformers, causal and bias": (
+        "xformers.ops", "memory_efficient_attention", BNHD,
+        {"attn_bias": packages.LowerTriangularMaskWithTensorBias(BIAS)}, "causal + bias",
+    ),
+    "xformers, local": (
+        "xformers.ops", "memory_efficient_attention", SHORT,
+        {"attn_bias": packages.LocalAttentionFromBottomRightMask(5, 2)}, "up to 18 ahead, window -10",
+    ),
+    "xformers, local and causal": (
+        "xformers.ops", "memory_efficient_attention", BNHD,
+        {"attn_bias": packages.LowerTriangularFromBottomRightLocalAttentionMask(5)}, "causal, window 5",
+    ),
+    "xformers, other lengths": (
+        "xformers.ops", "memory_efficient_attention", ((1, N, H, D),) * 3,
+        {"attn_bias": packages.BlockDiagonalCausalMask.from_seqlens([5, 15, 1, 19], [9, 11, 10, 10])},
+        "causal + documents",
+    ),
+    "xformers, other lengths from the bottom right": (
+        "xformers.ops", "memory_efficient_attention", ((1, N, H, D),) * 3,
+        {"attn_bias": packages.BlockDiagonalCausalFromBottomRightMask.from_seqlens([5, 15, 1, 19], [5, 15, 1, 19])},
+        "causal + documents",
+    ),
+    "xformers, packed and local": (
+        "xformers.ops", "memory_efficient_attention", ((1, N, H, D),) * 3,
+        {"attn_bias": packages.BlockDiagonalCausalLocalAttentionMask.from_seqlens([5, 15, 1, 19])},
+        "causal, window 6 + documents",
+    ),
+    "xformers, packed and local from the bottom right": (
+        "xformers.ops", "memory_efficient_attention", ((1, 25, H, D), (1, N, H, D), (1, N, H, D)),
+        {
+            "attn_bias": packages.BlockDiagonalCausalLocalAttentionFromBottomRightMask.from_seqlens(
+                [5, 10, 1, 9], [5, 15, 1, 19]
+            )
+        }, "causal, window 6 + documents",
     ),
     "xformers, packed": (
         "xformers.ops", "memory_efficient_attention", ((1, N, H, D),) * 3,
@@ -329,16 +412,32 @@ def test_calls_of_packages(name: str) -> None:
     module, function, shapes, options, mask = CALLS[name]
     f = called(module, function, options)
     site = check(f, f, *tensors(*shapes))
-    form = "xformers" if "xformers" in module else "flash varlen" if "varlen" in function else "flash"
+    form = "xformers" if "memory" in function else "flash varlen" if "varlen" in function else "flash"
     assert (site.form, site.status, site.tier, site.mask) == (form, "rewritten", 1, mask)
 
 
+PAGED = {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS, "max_seqlen_q": 19, "max_seqlen_k": 19}
 LEFT: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "probabilities": ("flash_attn", "flash_attn_func", {"return_attn_probs": True}, "return_attn_probs"),
     "a cache": ("flash_attn", "flash_attn_with_kvcache", {"causal": True}, "cache"),
     "a second query": ("flash_attn_interface", "flash_attn_func", {"qv": torch.zeros(1)}, "qv"),
     "chunks": ("flash_attn_interface", "flash_attn_func", {"attention_chunk": 8}, "attention_chunk"),
     "a score_mod": ("flash_attn.cute", "flash_attn_func", {"score_mod": abs}, "score_mod"),
+    "a window behind the query": ("flash_attn.cute", "flash_attn_func", {"window_size": (5, -1)}, "below 0"),
+    "keys in pages": ("flash_attn", "flash_attn_varlen_func", {**PAGED, "block_table": ENDS[None]}, "pages"),
+    "keys in pages, flash 4": (
+        "flash_attn.cute",
+        "flash_attn_varlen_func",
+        {"cu_seqlens_q": ENDS, "page_table": ENDS[None]},
+        "pages",
+    ),
+    "lengths of queries alone": ("flash_attn.cute", "flash_attn_varlen_func", {"cu_seqlens_q": ENDS}, "only one of"),
+    "keys in pages, xformers": (
+        "xformers.ops",
+        "memory_efficient_attention",
+        {"attn_bias": packages.PagedBlockDiagonalPaddedKeysMask(ENDS[None])},
+        "PagedBlockDiagonalPaddedKeysMask",
+    ),
 }
 
 
@@ -347,9 +446,11 @@ def test_left_with_a_reason(name: str) -> None:
     module, function, options, reason = LEFT[name]
     f = called(module, function, options)
     torch._dynamo.reset()
-    report = explain(f, *(x.requires_grad_() for x in tensors(*BNHD)))
+    shapes = PACKED if "varlen" in function else BNHD
+    report = explain(f, *(x.requires_grad_() for x in tensors(*shapes)))
     site = report.sites[0]  # what the stand-in itself computes comes behind it
-    assert (site.form, site.status) == ("flash", "left")
+    assert site.form == ("xformers" if "memory" in function else "flash varlen" if "varlen" in function else "flash")
+    assert site.status == "left"
     assert reason in site.reason
 
 
@@ -361,20 +462,22 @@ VARLEN: dict[str, tuple[dict[str, Any], Tensor, int, str]] = {
     "window": ({"window_size": (4, 0), "scale": 0.3}, ENDS, H, "causal, window 5 + documents"),
     "GQA": ({"window_size": (-1, 0), "enable_gqa": True}, ENDS, 2, "causal + documents"),
     "other lengths": ({}, OTHER_ENDS, H, "documents"),
-    "other lengths, causal": ({"window_size": (-1, 0)}, OTHER_ENDS, H, "documents + mask"),
+    "other lengths, causal": ({"window_size": (-1, 0)}, OTHER_ENDS, H, "causal + documents"),
+    "other lengths, window": ({"window_size": (4, 2)}, OTHER_ENDS, H, "up to 2 ahead, window 5 + documents"),
 }
 
 
 @pytest.mark.parametrize("name", VARLEN)
 def test_varlen(name: str) -> None:
     options, ends, groups, mask = VARLEN[name]
+    named = varlen_options(options)
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window = options.get("window_size", (-1, -1))
         return packages.packed(q, k, v, ENDS, ends, options.get("scale"), False, window)
 
     site = check(
-        lambda q, k, v: varlen_attn(q, k, v, ENDS, ends, 19, 19, **options),
+        lambda q, k, v: varlen_attn(q, k, v, ENDS, ends, 19, 19, **named),
         plain,
         *tensors((N, H, D), (N, groups, D), (N, groups, D)),
     )
@@ -384,6 +487,7 @@ def test_varlen(name: str) -> None:
 # -- what flex_attention returns besides the output
 
 
+@needs_aux
 def test_sinks_through_the_logsumexp() -> None:
     def f(flex: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
         out, aux = flex(q, k, v, None, CAUSAL, return_aux=AuxRequest(lse=True))
@@ -403,6 +507,7 @@ def test_sinks_through_the_logsumexp() -> None:
 CAUSAL = create_block_mask(causal, None, None, N, N, device="cpu")
 
 
+@needs_aux
 def test_logsumexp_that_is_used() -> None:
     def f(flex: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, aux = flex(q, k, v, softcap, CAUSAL, return_aux=AuxRequest(lse=True))
@@ -414,7 +519,7 @@ def test_logsumexp_that_is_used() -> None:
 
 def test_flash_4_logsumexp_that_is_used() -> None:
     def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = sys.modules["flash_attn.cute"].flash_attn_func(q, k, v, causal=True)
+        out, lse = sys.modules["flash_attn.cute"].flash_attn_func(q, k, v, causal=True, return_lse=True)
         return out * torch.sigmoid(lse).transpose(1, 2)[..., None]
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -507,6 +612,21 @@ def test_calls_without_gradient_stay() -> None:
         out = torch.compile(f, backend=backend)(*tensors(*BNHD))
     torch.testing.assert_close(out, f(*tensors(*BNHD)))
     assert not backend.report.sites
+
+
+def test_a_call_that_stays_a_node_is_traced_as_what_it_computes() -> None:
+    """The stand-in looks at values, as flash-attn 4 compiles kernels: AOTAutograd cannot trace it."""
+    SUSBackend(compiler="eager")
+
+    def keeps(gm: Any, inputs: Any) -> Any:
+        assert "call_known" in str(gm.graph)
+        return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
+
+    keeps.rewrites_attention = True  # type: ignore[attr-defined]
+    f = called("flash_attn", "flash_attn_varlen_func", {**PAGED, "causal": True})
+    torch._dynamo.reset()
+    found, true = (run(g, tensors(*PACKED)) for g in (torch.compile(f, backend=keeps, fullgraph=True), f))
+    torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-9)
 
 
 def test_other_backends_see_nothing_of_it() -> None:

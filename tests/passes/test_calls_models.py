@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fx_passes import SUSBackend
+from fx_passes import SUSBackend, sus_backward
 from tests.passes import attention_packages as packages
 from tests.passes.test_calls import called
+from tests.torch_versions import varlen_attn, varlen_options
 
 
 @pytest.fixture
@@ -181,9 +184,11 @@ def plain_of(plain: nn.Module, model: nn.Module) -> Callable[..., Tensor]:
 
 
 def test_a_torchtitan_block_with_varlen_attention() -> None:
+    options = varlen_options({"window_size": (-1, 0)})
+
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         parts = (x.flatten(0, 1) for x in (q, k, v))
-        return varlen_attn(*parts, mask, mask, 20, 20, window_size=(-1, 0)).view(q.shape)
+        return varlen_attn(*parts, mask, mask, 20, 20, **options).view(q.shape)
 
     model, plain = Model(attention).double(), Model(dense).double()
     ids = (torch.arange(N) % 50)[None]
@@ -241,6 +246,7 @@ class Largest(TorchDispatchMode):
 LONG = 1200
 LONG_DOCS = torch.arange(LONG) // 70
 LONG_BATCH = torch.stack([LONG_DOCS, torch.arange(LONG) // 55])
+LONG_OTHER_ENDS = torch.tensor([*range(0, LONG - 70, 140), *[LONG] * 10], dtype=torch.int32)
 LONG_ENDS = torch.tensor([*range(0, LONG, 70), LONG], dtype=torch.int32)
 
 
@@ -260,33 +266,39 @@ def real_keys(b: Any, h: Any, i: Any, j: Any) -> Any:
     return LONG_BATCH[b, j] < 5
 
 
-LINEAR: dict[str, Any] = {
-    "flex, causal": (causal,),
-    "flex, window": (causal, window),
-    "flex, documents": (causal, of_batch),
-    "flex, documents, rows and keys": (causal, of_batch, real_rows, real_keys),
-    "flex, rows and keys": (real_rows, real_keys),
-    "flex, two kinds of documents": (of_batch, lambda b, h, i, j: LONG_DOCS[i] == LONG_DOCS[j]),
-    "flash varlen": None,
-    "varlen": None,
+def flexible(*masks: Any) -> Callable[..., Tensor]:
+    block = create_block_mask(and_masks(*masks), 2, None, LONG, LONG, device="cpu")
+    return lambda q, k, v: flex_attention(q, k, v, block_mask=block)
+
+
+def flash_varlen(q: Tensor, k: Tensor, v: Tensor, keys: Tensor = LONG_ENDS) -> Tensor:
+    function = sys.modules["flash_attn"].flash_attn_varlen_func
+    return function(q, k, v, LONG_ENDS, keys, 70, 140, causal=True)
+
+
+LINEAR: dict[str, Callable[[], Callable[..., Tensor]]] = {
+    "flex, causal": lambda: flexible(causal),
+    "flex, window": lambda: flexible(causal, window),
+    "flex, documents": lambda: flexible(causal, of_batch),
+    "flex, documents, rows and keys": lambda: flexible(causal, of_batch, real_rows, real_keys),
+    "flex, rows and keys": lambda: flexible(real_rows, real_keys),
+    "flex, two kinds of documents": lambda: flexible(of_batch, lambda b, h, i, j: LONG_DOCS[i] == LONG_DOCS[j]),
+    "packed, flash": lambda: flash_varlen,
+    "packed, flash, other lengths": lambda: lambda q, k, v: flash_varlen(q, k, v, LONG_OTHER_ENDS),
+    "packed, torch": lambda: lambda q, k, v: varlen_attn(q, k, v, LONG_ENDS, LONG_ENDS, 70, 70, window_size=(32, 0)),
+}
+DENSE: dict[str, Callable[[], Callable[..., Tensor]]] = {
+    "flex, dilated": lambda: flexible(causal, lambda b, h, i, j: (i - j) % 3 == 0),
+    "flex, neighbourhood in two dimensions": lambda: flexible(
+        lambda b, h, i, j: ((i // 40 - j // 40).abs() <= 2) & ((i % 40 - j % 40).abs() <= 2)
+    ),
 }
 
 
-@pytest.mark.parametrize("name", LINEAR)
-def test_no_tensor_over_queries_and_keys(name: str, flash_attn: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    masks = LINEAR[name]
-    shape = (2, 1, LONG, 4) if masks else (LONG, 1, 4)
+def largest_tensor(name: str, f: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Elements of the largest tensor that a rewritten call makes, forward and backward."""
+    shape = (LONG, 1, 4) if "packed" in name else (2, 1, LONG, 4)
     args = [torch.randn(shape, requires_grad=True) for _ in range(3)]
-    block = create_block_mask(and_masks(*masks), 2, None, LONG, LONG, device="cpu") if masks else None
-
-    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if masks:
-            return flex_attention(q, k, v, block_mask=block)
-        if name == "varlen":
-            return varlen_attn(q, k, v, LONG_ENDS, LONG_ENDS, 70, 70, window_size=(32, 0))
-        options = {"cu_seqlens_q": LONG_ENDS, "cu_seqlens_k": LONG_ENDS, "max_seqlen_q": 70, "max_seqlen_k": 70}
-        return called("flash_attn", "flash_attn_varlen_func", {**options, "causal": True})(q, k, v)
-
     largest = Largest()
 
     def watched(_: str, gm: Any, *more: Any) -> Any:
@@ -304,4 +316,47 @@ def test_no_tensor_over_queries_and_keys(name: str, flash_attn: None, monkeypatc
         out.sum().backward()
     (site,) = backend.report.sites
     assert (site.status, site.tier) == ("rewritten", 1)
-    assert 0 < largest.elements < LONG * LONG / 8
+    return largest.elements
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_no_tensor_over_queries_and_keys(name: str, flash_attn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < largest_tensor(name, LINEAR[name](), monkeypatch) < LONG * LONG / 8
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_other_masks_are_one_tensor_for_all_entries_and_heads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert largest_tensor(name, DENSE[name](), monkeypatch) == LONG * LONG
+
+
+@pytest.mark.parametrize(("package", "option"), [("flash_attn.flash_attn_func", "dropout_p"), ("xformers", "p")])
+def test_dropout_of_a_call(package: str, option: str, flash_attn: None) -> None:
+    """One-hot values show the weights: those that are kept are 1 / (1 - p) of what they were, and the others 0."""
+    name = "memory_efficient_attention" if package == "xformers" else "flash_attn_func"
+    function = getattr(sys.modules["xformers.ops" if package == "xformers" else "flash_attn"], name)
+    n, p = 60, 0.3
+    q, k = (torch.randn(1, n, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    v = torch.eye(n, dtype=torch.float64)[None, :, None].expand(1, n, 2, n).clone().requires_grad_()
+    probs = (q.transpose(1, 2) @ k.transpose(1, 2).mT * 8**-0.5).softmax(-1).transpose(1, 2)
+    torch._dynamo.reset()
+    backend = SUSBackend(c=float("inf"), compiler="eager")
+    compiled = torch.compile(lambda q, k, v: function(q, k, v, **{option: p}), backend=backend)
+    means = []
+    for how in (compiled, function):
+        block = contextlib.nullcontext() if how is compiled else sus_backward(c=float("inf"))
+        for _ in range(3):
+            with block:
+                out = how(q, k, v) if how is compiled else how(q, k, v, **{option: p})
+            kept = out != 0
+            torch.testing.assert_close(out, torch.where(kept, probs / (1 - p), 0))
+            rate = kept.double().mean().item()
+            assert abs(rate - (1 - p)) < 4 * (p * (1 - p) / kept.numel()) ** 0.5
+            means.append(kept)
+            grad = torch.randn_like(out)
+            grads = torch.autograd.grad(out, (q, k, v), grad)
+            expected = torch.autograd.grad(torch.where(kept, probs / (1 - p), 0), (q, k), grad, retain_graph=True)
+            dv = (out.transpose(1, 2).mT @ grad.transpose(1, 2)).transpose(1, 2)
+            for a, b in zip(grads, (*expected, dv), strict=True):
+                torch.testing.assert_close(a, b)
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(means))
+    assert backend.report.rewritten == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fx_passes.find.source_location import _module_path
+from fx_passes.find.source_location import module_path
 
 
 @pytest.mark.parametrize(
@@ -20,4 +20,4 @@ from fx_passes.find.source_location import _module_path
     ],
 )
 def test_module_path(dynamo: str, path: str) -> None:
-    assert _module_path(dynamo) == path
+    assert module_path(dynamo) == path

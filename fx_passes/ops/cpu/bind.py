@@ -7,7 +7,7 @@ import functools
 import os
 import warnings
 from ctypes import POINTER, Structure, byref, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from fx_passes.ops.problem import Problem
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LANES = 16  # of src/simd.h
 _NO_BOUND = 1 << 60
+S = TypeVar("S", bound=Structure)
 
 
 class _Strides(Structure):
@@ -73,6 +74,14 @@ class _Backward(Structure):
         ("bias_grad", c_void_p),
         ("bias_grad_strides", _Places),
     )
+
+
+def _filled(struct: type[S], **values: Any) -> S:
+    """A struct with each of its fields given by name: ctypes leaves out what is missing, and takes names it lacks."""
+    names = {field[0] for field in struct._fields_}
+    if names != values.keys():
+        raise TypeError(f"{struct.__name__} has other fields: {sorted(names ^ values.keys())}")
+    return struct(**values)
 
 
 @functools.cache
@@ -135,31 +144,60 @@ def _ids(query: Tensor | None, key: Tensor | None) -> tuple[int | None, int | No
     return query.data_ptr(), key.data_ptr(), steps[0], steps[1]
 
 
-def is_per_key(mask: Tensor) -> bool:
+def _is_per_key(mask: Tensor | None) -> bool:
     """Whether a mask is the same for all heads and rows: it is then read when keys are packed, once for all rows."""
-    return mask.shape[1:3] == (1, 1)
+    return mask is not None and mask.shape[1:3] == (1, 1)
 
 
 def call(problem: Problem) -> _Call:
     """The arguments that forward and backward share. The tensors of `problem` must outlive the result."""
-    q, k, v, mask, s = problem.query, problem.key, problem.value, problem.attn_mask, problem.static
-    widths = (q.shape[3], v.shape[3])
-    padded = (-(-width // LANES) * LANES for width in widths)
-    sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], *padded, *widths)
-    left = _NO_BOUND if s.left is None else min(s.left - problem.diagonal, _NO_BOUND)
-    right = _NO_BOUND if s.right is None else min(s.right + problem.diagonal, _NO_BOUND)
-    per_key: tuple[int | None, int, int] = (None, 0, 0)
-    if mask is not None and is_per_key(mask):
-        where, strides = _broadcast(mask)
-        per_key, mask = (where, strides.batch, strides.key), None
-    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), _strides(q), _strides(k), _strides(v))
-    effects = (*per_key, *_broadcast(mask), *_broadcast(problem.attn_bias))
-    prefix = (None, 0) if problem.prefix is None else (problem.prefix.data_ptr(), int(len(problem.prefix) > 1))
-    sinks = None if problem.sinks is None else problem.sinks.data_ptr()
-    more = (*_ids(problem.query_ids, problem.key_ids), *prefix, sinks)
+    q, k, v, s = problem.query, problem.key, problem.value, problem.static
+    key_mask, mask = (problem.attn_mask, None) if _is_per_key(problem.attn_mask) else (None, problem.attn_mask)
+    key_mask_at, key_mask_strides = _broadcast(key_mask)
+    mask_at, mask_strides = _broadcast(mask)
+    bias_at, bias_strides = _broadcast(problem.attn_bias)
+    query_ids, key_ids, query_ids_batch, key_ids_batch = _ids(problem.query_ids, problem.key_ids)
     ascend = all(x is not None and bool((x[:, 1:] >= x[:, :-1]).all()) for x in (problem.query_ids, problem.key_ids))
-    numbers = (s.scale, DTYPES[q.dtype], _threads(), int(ascend), s.softcap, 1 / (1 - s.dropout_p))
-    return _Call(*pointers, *effects, *more, *sizes, left, right, *numbers)
+    return _filled(
+        _Call,
+        query=q.data_ptr(),
+        key=k.data_ptr(),
+        value=v.data_ptr(),
+        query_strides=_strides(q),
+        key_strides=_strides(k),
+        value_strides=_strides(v),
+        mask=key_mask_at,
+        mask_batch=key_mask_strides.batch,
+        mask_key=key_mask_strides.key,
+        places=mask_at,
+        places_strides=mask_strides,
+        bias=bias_at,
+        bias_strides=bias_strides,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        query_ids_batch=query_ids_batch,
+        key_ids_batch=key_ids_batch,
+        prefix=None if problem.prefix is None else problem.prefix.data_ptr(),
+        prefix_batch=0 if problem.prefix is None else int(len(problem.prefix) > 1),
+        sinks=None if problem.sinks is None else problem.sinks.data_ptr(),
+        batch=q.shape[0],
+        heads=q.shape[1],
+        groups=k.shape[1],
+        m=q.shape[2],
+        n=k.shape[2],
+        dk=-(-q.shape[3] // LANES) * LANES,
+        dv=-(-v.shape[3] // LANES) * LANES,
+        key_width=q.shape[3],
+        value_width=v.shape[3],
+        left=_NO_BOUND if s.left is None else min(s.left - problem.diagonal, _NO_BOUND),
+        right=_NO_BOUND if s.right is None else min(s.right + problem.diagonal, _NO_BOUND),
+        scale=s.scale,
+        dtype=DTYPES[q.dtype],
+        threads=_threads(),
+        ids_ascend=int(ascend),
+        softcap=s.softcap,
+        dropout_factor=1 / (1 - s.dropout_p),
+    )
 
 
 class Lists:
@@ -192,13 +230,21 @@ def forward(
     total: Tensor | None,
 ) -> Lists:
     """Fills out, maximum and total where they are given, and samples if c is above 0."""
-    strides = _Strides() if out is None else _strides(out)
-    pointers = (None if x is None else x.data_ptr() for x in (maximum, total))
-    where = None if out is None else out.data_ptr()
-    seeds = (x % (1 << 64) for x in (seed, dropout_seed))
-    streams = (stream_word(problem.static.site, x) % (1 << 32) for x in (STREAM_ROW, STREAM_DROPOUT))
-    below = problem.static.drop_below
-    args = _Forward(call(problem), c, *seeds, *streams, below, where, strides, *pointers)
+    stream, dropout_stream = (stream_word(problem.static.site, x) % (1 << 32) for x in (STREAM_ROW, STREAM_DROPOUT))
+    args = _filled(
+        _Forward,
+        call=call(problem),
+        c=c,
+        seed=seed % (1 << 64),
+        dropout_seed=dropout_seed % (1 << 64),
+        stream=stream,
+        dropout_stream=dropout_stream,
+        drop_below=problem.static.drop_below,
+        out=None if out is None else out.data_ptr(),
+        out_strides=_Strides() if out is None else _strides(out),
+        maximum=None if maximum is None else maximum.data_ptr(),
+        total=None if total is None else total.data_ptr(),
+    )
     handle = native.sus_forward(byref(args))
     if not handle:
         raise MemoryError("sus_attention: out of memory in the forward")
@@ -218,8 +264,24 @@ def backward(
 
     False for numbers beyond src/range.inc: the gradients are then of no use.
     """
-    pointers = (grad.data_ptr(), out.data_ptr(), _strides(grad), _strides(out))
-    args = _Backward(call(problem), *pointers, *(x.data_ptr() for x in (*lists, *gradients)), *_broadcast(bias))
+    (offsets, keys, weights), (query_grad, key_grad, value_grad) = lists, gradients
+    bias_grad, bias_grad_strides = _broadcast(bias)
+    args = _filled(
+        _Backward,
+        call=call(problem),
+        grad=grad.data_ptr(),
+        out=out.data_ptr(),
+        grad_strides=_strides(grad),
+        out_strides=_strides(out),
+        offsets=offsets.data_ptr(),
+        keys=keys.data_ptr(),
+        weights=weights.data_ptr(),
+        query_grad=query_grad.data_ptr(),
+        key_grad=key_grad.data_ptr(),
+        value_grad=value_grad.data_ptr(),
+        bias_grad=bias_grad,
+        bias_grad_strides=bias_grad_strides,
+    )
     status: int = native.sus_backward(byref(args))
     if status == 1:
         raise MemoryError("sus_attention: out of memory in the backward")

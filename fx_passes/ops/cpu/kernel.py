@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops.cpu import bind, kept
-from fx_passes.ops.problem import Gradients, Problem, Softmax, sink_gradient, sink_weights
+from fx_passes.ops.problem import LARGEST_C, Gradients, Problem, Softmax, Upstream, sink_gradient, sink_weights
 
 _LARGEST_WIDTH = 256
-_LARGEST_C = float(1 << 30)  # that of tiled.backward
 _FACTORS = (1e-10, 1e10)  # of scale and softcap; src/range.inc counts on it
 
 
@@ -103,7 +102,7 @@ def sample(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> T
 
 def _draw(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> kept.Draw:
     dropped = problem.static.drop_below
-    return kept.Draw(min(float(c), _LARGEST_C), int(seed), int(dropout_seed) if dropped else 0, dropped)
+    return kept.Draw(min(float(c), LARGEST_C), int(seed), int(dropout_seed) if dropped else 0, dropped)
 
 
 def _run(
@@ -127,26 +126,18 @@ def _run(
     return cache
 
 
-def backward(
-    problem: Problem,
-    grad: Tensor,
-    out: Tensor,
-    cache: Tensor,
-    c: Tensor,
-    seed: Tensor,
-    dropout_seed: Tensor,
-    bias_grad: bool,
-) -> tuple[Gradients, int] | None:
+def backward(problem: Problem, upstream: Upstream) -> tuple[Gradients, int] | None:
     """Gradients and the number of entries used; None if the cache is lost or was never filled, or as in `forward`."""
+    grad, out, c = upstream.grad, upstream.out, upstream.c
     if not samples(problem, c):
         return None
-    parts = kept.unpack(cache, problem, _draw(problem, c, seed, dropout_seed))
+    parts = kept.unpack(upstream.kept, problem, _draw(problem, c, upstream.seed, upstream.dropout_seed))
     if parts is None:
         return None
     inputs = (problem.query, problem.key, problem.value)
     query, key, value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
     bias = None
-    if bias_grad and problem.attn_bias is not None:
+    if upstream.bias_grad and problem.attn_bias is not None:
         bias = torch.empty(problem.attn_bias.shape, dtype=torch.float32, device=grad.device)
     # Kept weights have biases, ids, prefixes and sinks in them.
     read = _as_read(replace(problem, attn_bias=None, query_ids=None, key_ids=None, prefix=None, sinks=None))

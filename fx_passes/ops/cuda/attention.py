@@ -20,6 +20,7 @@ from fx_passes.ops.problem import (
     Gradients,
     Problem,
     Softmax,
+    Upstream,
     from_logsumexp,
     is_logsumexp,
     sink_gradient,
@@ -63,21 +64,13 @@ def forward(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> 
 
 
 @_on_its_device
-def backward(
-    problem: Problem,
-    grad: Tensor,
-    out: Tensor,
-    softmax: Softmax,
-    kept: Tensor,
-    c: Tensor,
-    seed: Tensor,
-    dropout_seed: Tensor,
-    bias_grad: bool,
-) -> tuple[Gradients, int | Tensor]:
+def backward(problem: Problem, upstream: Upstream) -> tuple[Gradients, int | Tensor]:
     """Gradients, and the number of entries used. See `schema.attention_backward`."""
     if problem.static.sampler == "tile":
-        return _tile_backward(problem, grad, out, softmax, kept, c, seed, dropout_seed, bias_grad)
-    lists = find_lists(kept, problem)
+        return _tile_backward(problem, upstream)
+    grad, out, softmax, c = upstream.grad, upstream.out, upstream.softmax, upstream.c
+    dropout_seed = upstream.dropout_seed
+    lists = find_lists(upstream.kept, problem)
     if lists is None:
         # No points were drawn because c was infinite or huge, or the lists were lost when `kept` was copied. Only
         # here the host waits for the device, to learn which; in a capture it cannot.
@@ -88,13 +81,13 @@ def backward(
             if kernel:  # whose own forward runs once more: its backward wants its logsumexp
                 out, lse = library.forward_with_lse(problem, kernel)
                 return library.exact_backward(problem, kernel, grad, out, lse), tiled.dense_entries(problem)
-            return tiled.backward(problem, grad, out, softmax, c, seed, dropout_seed, bias_grad)
+            return tiled.backward(problem, upstream)
         lists = new_lists(problem, capacity)
-        c, seed, dropout_seed = (x.to(problem.query.device) for x in (c, seed, dropout_seed))
+        c, seed, dropout_seed = (x.to(problem.query.device) for x in (c, upstream.seed, dropout_seed))
         launch_forward(problem, c, seed, dropout_seed, lists, with_out=False)
     bias: Tensor | None = None
     g, found, dlogit, count = launch_backward(problem, grad, out, softmax, lists, dropout_seed)
-    if bias_grad:
+    if upstream.bias_grad:
         bias = _bias_gradient(problem, _places(problem, lists, found), dlogit.masked_fill(found < 0, 0))
     return Gradients(g.query, g.key, g.value, bias, _sinks(problem, grad, out, softmax)), count
 
@@ -139,26 +132,17 @@ def _tile_plan(problem: Problem, kept: Tensor, c: Tensor) -> tuple[int, int]:
     return code % _KERNELS, code // _KERNELS
 
 
-def _tile_backward(
-    problem: Problem,
-    grad: Tensor,
-    out: Tensor,
-    softmax: Softmax,
-    kept: Tensor,
-    c: Tensor,
-    seed: Tensor,
-    dropout_seed: Tensor,
-    bias_grad: bool,
-) -> tuple[Gradients, int | Tensor]:
-    (kernel, capacity), device = _tile_plan(problem, kept, c), problem.query.device
+def _tile_backward(problem: Problem, upstream: Upstream) -> tuple[Gradients, int | Tensor]:
+    grad, out, softmax, c = upstream.grad, upstream.out, upstream.softmax, upstream.c
+    (kernel, capacity), device = _tile_plan(problem, upstream.kept, c), problem.query.device
     # A gradient of the logsumexp comes as one more column of dO and O, which the library does not take.
     if not capacity and kernel and grad.shape[-1] == problem.query.shape[-1]:
         return library.exact_backward(problem, kernel, grad, out, softmax.maximum), tiled.dense_entries(problem)
     if not capacity:  # exact, by tiles that are all kept
         c, capacity = c.new_full((), math.inf), tile_rule.count(problem.key.shape[2], tile_rule.KEYS)
-    c, seed, dropout_seed = (x.to(device) for x in (c, seed, dropout_seed))
+    c, seed, dropout_seed = (x.to(device) for x in (c, upstream.seed, upstream.dropout_seed))
     tiles = launch_tile_draw(problem, grad, out, softmax, c, seed, capacity)
-    g, count = launch_tile_backward(problem, grad, softmax, tiles, dropout_seed, bias_grad)
+    g, count = launch_tile_backward(problem, grad, softmax, tiles, dropout_seed, upstream.bias_grad)
     sinks = None if problem.sinks is None else _sinks(problem, grad, out, from_logsumexp(softmax))
     return Gradients(g.query, g.key, g.value, g.attn_bias, sinks), count
 

@@ -22,6 +22,8 @@ def unsupported(problem: Problem) -> str | None:
     d, e = q.shape[-1], problem.value.shape[-1]
     if not (1 <= d <= _LARGEST_HEAD and 1 <= e <= _LARGEST_HEAD):
         return f"head sizes {d} and {e}: the kernels take 1 to {_LARGEST_HEAD}"
+    if s.scale == 0:
+        return "scale 0"
     if q.numel() == 0 or problem.key.numel() == 0:
         return "empty tensors"
     if s.sampler not in _SAMPLERS:

@@ -2,7 +2,6 @@
 
 from fx_passes.ops.tiled.backward import backward
 from fx_passes.ops.tiled.forward import forward
-from fx_passes.ops.tiled.library import library_backward, library_backward_applies
 from fx_passes.ops.tiled.tiles import dense_entries
 
-__all__ = ["backward", "dense_entries", "forward", "library_backward", "library_backward_applies"]
+__all__ = ["backward", "dense_entries", "forward"]

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fx_passes.ops.problem import Gradients, Problem, Softmax
+from fx_passes.ops.problem import Gradients, Problem, Softmax, Upstream
 from fx_passes.ops.tiled.dropout import dropout_factor
 from fx_passes.ops.tiled.library import eager_takes_library, library_backward, library_forward
-from fx_passes.ops.tiled.tiles import Tile, _visible, dense_entries, part, row_blocks
+from fx_passes.ops.tiled.tiles import Tile, dense_entries, part, row_blocks, visible_keys
 
 # Of any sum, and of a logit. Below them every number here stays finite: weights of kept entries are up to 2^32 times
 # those of the softmax, and beside a logit of finfo.min a score is nothing.
@@ -76,7 +76,7 @@ def _blocks(problem: Problem, dropout_seed: Tensor) -> Iterator[tuple[slice, Ten
             logits, slope = tanh * s.softcap, 1 - tanh * tanh
         if problem.attn_bias is not None:
             logits = logits + part(problem.attn_bias, rows, keys).to(dtype)
-        visible = _visible(problem, rows, keys)
+        visible = visible_keys(problem, rows, keys)
         if visible is not None:
             logits = torch.where(visible, logits, logits - torch.inf)  # a hidden NaN stays
         sink = logits.new_full((1, h, 1, 1), -torch.inf)
@@ -105,17 +105,16 @@ def forward(problem: Problem, dropout_seed: Tensor) -> tuple[Tensor, Softmax]:
     return out, Softmax(nothing, nothing.clone())
 
 
-def backward(
-    problem: Problem, grad: Tensor, out: Tensor, dropout_seed: Tensor, bias_grad: bool
-) -> tuple[Gradients, int]:
+def backward(problem: Problem, upstream: Upstream) -> tuple[Gradients, int]:
     """Exact gradients and the number of entries used.
 
     The library's own where it has NaN for a reason: its logsumexp has no room for the sum of weights beside a large
     maximum, so where all is finite, the gradients are formed here.
     """
+    grad, dropout_seed, bias_grad = upstream.grad, upstream.dropout_seed, upstream.bias_grad
     if bias_grad or not eager_takes_library(problem):
         return _gradients(problem, grad, dropout_seed, bias_grad), dense_entries(problem)
-    inputs = (problem.query, problem.key, problem.value, grad, out)
+    inputs = (problem.query, problem.key, problem.value, grad, upstream.out)
     if all(math.isfinite(_peak(x)) for x in inputs):
         found = _gradients(problem, grad, dropout_seed, bias_grad)
         if all(math.isfinite(_peak(x)) for x in (found.query, found.key, found.value)):

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend
 
 from fx_passes.ops.problem import Gradients, Problem, Softmax
 from fx_passes.ops.tiled.tiles import dense_entries, row_blocks, row_softmax
+from fx_passes.torch_compat import CPU_KERNEL_HAS_GQA
 
 # Above it, float32 has fewer than 13 bits for the part of a logsumexp that decides the weights.
 _LARGE = 1024.0
@@ -22,7 +23,8 @@ def library_applies(problem: Problem) -> bool:
     sizes = q.shape[-1] == problem.value.shape[-1] and q.numel() > 0 and problem.key.numel() > 0
     # The kernel multiplies the causal mask's -inf by the scale, in float32: a NaN for what is zero there or below.
     scale = s.right is None or s.scale > 1e-30
-    return q.device.type == "cpu" and band and plain and sizes and scale
+    heads = q.shape[1] == problem.key.shape[1] or CPU_KERNEL_HAS_GQA
+    return q.device.type == "cpu" and band and plain and sizes and scale and heads
 
 
 def eager_takes_library(problem: Problem) -> bool:

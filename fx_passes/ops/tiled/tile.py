@@ -14,31 +14,22 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fx_passes.ops.draws import STREAM_DROPOUT, STREAM_TILE, philox, row_words, stream_word
-from fx_passes.ops.problem import Problem, Softmax
+from fx_passes.ops.problem import Problem, Softmax, Upstream
 from fx_passes.ops.tile_ranges import ranges
 from fx_passes.ops.tile_rule import FLOOR, KEYS, ONE, PROBED, ROWS, count
-from fx_passes.ops.tiled.sums import Sums
+from fx_passes.ops.tiled.sums import Sums, add_rows
 from fx_passes.ops.tiled.tiles import tiles, weights
 
 _ELEMENTS = 1 << 21  # numbers in the tiles that are treated together
 
 
-def add_tiles(
-    problem: Problem,
-    grad: Tensor,
-    softmax: Softmax,
-    delta: Tensor,
-    c: float,
-    seed: Tensor,
-    dropout_seed: Tensor,
-    sums: Sums,
-) -> int:
+def add_tiles(problem: Problem, upstream: Upstream, delta: Tensor, c: float, sums: Sums) -> int:
     """Adds the gradients of all row blocks to `sums`; returns the number of pairs used."""
-    b, h = problem.query.shape[:2]
+    (b, h), grad, softmax = problem.query.shape[:2], upstream.grad, upstream.softmax
     used, heads = 0, torch.arange(b * h, device=grad.device).view(b, h, 1)
     for rows in _row_slices(problem):
         block = torch.arange(rows.start // ROWS, count(rows.stop, ROWS), device=grad.device)
-        words = row_words(seed, problem.static.site, heads, block, STREAM_TILE)
+        words = row_words(upstream.seed, problem.static.site, heads, block, STREAM_TILE)
         q = probabilities(_masses(problem, rows, softmax), probed_rows(grad[:, :, rows]), _sees(problem, rows), c)
         kept, inverse = choose(q, words)
         at = kept.nonzero()
@@ -46,7 +37,7 @@ def add_tiles(
         for part in torch.split(at, size):
             batch, head, of, tile = part.unbind(1)
             picked = _Picked(batch, head, of + rows.start // ROWS, tile, inverse[batch, head, of, tile])
-            used += _add(problem, picked, grad, softmax, delta, dropout_seed, sums)
+            used += _add(problem, picked, upstream, delta, sums)
     return used
 
 
@@ -149,15 +140,13 @@ class _Picked:
         return self.tile[:, None] * KEYS + torch.arange(KEYS, device=self.tile.device)
 
 
-def _add(
-    problem: Problem, at: _Picked, grad: Tensor, softmax: Softmax, delta: Tensor, dropout_seed: Tensor, sums: Sums
-) -> int:
+def _add(problem: Problem, at: _Picked, upstream: Upstream, delta: Tensor, sums: Sums) -> int:
     """Adds the gradients of the picked tiles; returns their number of pairs in the band."""
     s, dtype, (m, n) = problem.static, sums.query.dtype, (problem.query.shape[2], problem.key.shape[2])
     rows, keys = at.rows(), at.keys()
     row, key = rows.clamp(max=m - 1), keys.clamp(max=n - 1)
     batch, head, key_head = at.batch[:, None], at.head[:, None], at.head[:, None] // problem.group
-    query, grad_rows = problem.query[batch, head, row].to(dtype), grad[batch, head, row].to(dtype)
+    query, grad_rows = problem.query[batch, head, row].to(dtype), upstream.grad[batch, head, row].to(dtype)
     keys_of, values_of = problem.key[batch, key_head, key].to(dtype), problem.value[batch, key_head, key].to(dtype)
     logits = query @ keys_of.mT * s.scale
     slope = None
@@ -168,21 +157,21 @@ def _add(
     if problem.attn_bias is not None:
         logits = logits + problem.attn_bias[_at(problem.attn_bias, place)]
     band, visible = _visible(problem, at, rows[:, :, None], keys[:, None, :], place)
-    top, total = (x[batch, head, row][..., None] for x in (softmax.maximum, softmax.total))
+    top, total = (x[batch, head, row][..., None] for x in (upstream.softmax.maximum, upstream.softmax.total))
     weight = (logits.masked_fill(~visible, -torch.inf) - top).exp() / total * at.inverse.to(dtype)[:, None, None]
     weight = weight.masked_fill((rows >= m)[..., None], 0)
     grad_w, used = grad_rows @ values_of.mT, weight
     if s.dropout_p:
-        factor = _dropout(problem, dropout_seed, at, rows).to(dtype)
+        factor = _dropout(problem, upstream.dropout_seed, at, rows).to(dtype)
         grad_w, used = grad_w * factor, weight * factor
     grad_logits = weight * (grad_w - delta[batch, head, row][..., None])
     if sums.bias is not None:
         sums.bias.index_put_(_at(sums.bias, place), grad_logits, accumulate=True)
     if slope is not None:
         grad_logits = grad_logits * slope
-    _add_rows(sums.value, batch, key_head, key, used.mT @ grad_rows)
-    _add_rows(sums.query, batch, head, row, grad_logits @ keys_of * s.scale)
-    _add_rows(sums.key, batch, key_head, key, grad_logits.mT @ query * s.scale)
+    add_rows(sums.value, batch, key_head, key, used.mT @ grad_rows)
+    add_rows(sums.query, batch, head, row, grad_logits @ keys_of * s.scale)
+    add_rows(sums.key, batch, key_head, key, grad_logits.mT @ query * s.scale)
     return int(band.sum())
 
 
@@ -222,10 +211,3 @@ def _dropout(problem: Problem, seed: Tensor, at: _Picked, rows: Tensor) -> Tenso
     word = torch.full((), stream_word(s.site, STREAM_DROPOUT), dtype=torch.int64, device=rows.device)
     words = torch.stack(philox(seed, groups, rows[..., None], plane, word), -1).flatten(-2)
     return (words >= s.drop_below) / (1 - s.dropout_p)
-
-
-def _add_rows(target: Tensor, batch: Tensor, head: Tensor, place: Tensor, x: Tensor) -> None:
-    """``target[batch, head, place] += x`` with repeated places added up. What lies outside of the tensor is 0 in x."""
-    _, heads, places, width = target.shape
-    if width:
-        target.view(-1, width).index_add_(0, ((batch * heads + head) * places + place).flatten(), x.flatten(0, 1))

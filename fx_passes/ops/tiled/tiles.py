@@ -52,7 +52,17 @@ def _key_range(problem: Problem, rows: slice) -> tuple[int, int]:
     high = n if s.right is None else rows.stop + problem.diagonal + s.right
     if problem.prefix is not None and problem.prefix.numel():
         high = max(high, int(problem.prefix.max()))
+    if problem.query_ids is not None and problem.key_ids is not None:
+        first, last = _documents(problem.query_ids[:, rows], problem.key_ids)
+        low, high = max(low, first), min(high, last)
     return max(0, low) // CHUNK * CHUNK, max(0, min(n, high))
+
+
+def _documents(query_ids: Tensor, key_ids: Tensor) -> tuple[int, int]:
+    """First key, and one behind the last one, whose number lies between those of the queries, in any batch entry."""
+    least, most = query_ids.aminmax(dim=1, keepdim=True)
+    near = ((key_ids >= least) & (key_ids <= most)).any(0).nonzero()
+    return (int(near[0]), int(near[-1]) + 1) if len(near) else (0, 0)
 
 
 def tiles(problem: Problem, rows: slice) -> Iterator[Tile]:
@@ -84,7 +94,7 @@ def _tile(problem: Problem, rows: slice, keys: slice) -> Tile:
         logits = tanh * s.softcap
     if problem.attn_bias is not None:
         logits = logits.add_(part(problem.attn_bias, rows, keys))
-    visible = _visible(problem, rows, keys)
+    visible = visible_keys(problem, rows, keys)
     if visible is not None:
         logits = logits.masked_fill_(~visible, -torch.inf)
     return Tile(rows.start, keys.start, logits, slope, visible)
@@ -96,7 +106,8 @@ def part(x: Tensor, rows: slice, keys: slice) -> Tensor:
     return x[..., keys] if x.shape[-1] != 1 else x
 
 
-def _visible(problem: Problem, rows: slice, keys: slice) -> Tensor | None:
+def visible_keys(problem: Problem, rows: slice, keys: slice) -> Tensor | None:
+    """Which keys rows see, bool, broadcastable to [B, H, m, n]; None where they see all of them."""
     s, device = problem.static, problem.query.device
     first, last = rows.start + problem.diagonal, rows.stop - 1 + problem.diagonal
     band: Tensor | None = None
@@ -150,10 +161,28 @@ def weights(tile: Tile, softmax: Softmax) -> Tensor:
 
 
 def dense_entries(problem: Problem) -> int:
-    """Number of (row, key) pairs inside the band, over all heads and batch entries."""
+    """Number of (row, key) pairs inside the band, over all heads and batch entries.
+
+    Those of different documents do not count, as far as that is known without a wait for the device.
+    """
     b, h, m, _ = problem.query.shape
-    s = problem.static
+    s, ids = problem.static, (problem.query_ids, problem.key_ids)
+    if all(x is not None and x.device.type == "cpu" and bool((x[:, 1:] >= x[:, :-1]).all()) for x in ids):
+        return h * _pairs_in_documents(problem)
     return b * h * _pairs_in_band(m, problem.key.shape[2], s.left, s.right, problem.diagonal)
+
+
+def _pairs_in_documents(problem: Problem) -> int:
+    """Of one head. The numbers ascend."""
+    s, (b, _, m, _), n = problem.static, problem.query.shape, problem.key.shape[2]
+    query_ids, key_ids = (x.long().expand(b, -1).contiguous() for x in (problem.query_ids, problem.key_ids))  # type: ignore[union-attr]
+    low, high = (torch.searchsorted(key_ids, query_ids, right=right) for right in (False, True))
+    place = torch.arange(m) + problem.diagonal
+    # A prefix is visible whatever the band: as many keys as both hide are counted, which is an upper bound there.
+    if problem.prefix is None:
+        low = low if s.left is None else torch.maximum(low, (place - s.left).clamp(0, n))
+        high = high if s.right is None else torch.minimum(high, (place + s.right + 1).clamp(0, n))
+    return int((high - low).clamp(min=0).sum())
 
 
 @lru_cache(maxsize=256)

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from fx_passes.ops import tile_rule
 from fx_passes.ops.cuda import attention, launch, launch_tile
-from fx_passes.ops.problem import Problem, Static
+from fx_passes.ops.problem import Problem, Static, Upstream
 
 _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
@@ -184,7 +184,7 @@ def _call(
     problem = Problem(new(1, heads, n, d), new(1, groups, n, d), new(1, groups, n, d), **tensors, static=static)
     c, seed = torch.empty((), dtype=torch.float64), torch.empty((), dtype=torch.int64)
     out, softmax, kept = attention.forward(problem, c, seed, seed)
-    attention.backward(problem, out, out, softmax, kept, c, seed, seed, "bias" in features)
+    attention.backward(problem, Upstream(out, out, softmax, kept, c, seed, seed, "bias" in features))
 
 
 def main(arch: int, options: dict[str, Any], only: str = "") -> None:

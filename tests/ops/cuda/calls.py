@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops.cuda import attention, launch, lists
-from fx_passes.ops.problem import Problem, Static
+from fx_passes.ops.problem import Problem, Static, Upstream
 from fx_passes.ops.reference import Dense, dense_attention, sus_gradients
 from fx_passes.ops.tiled.dropout import dropout_factor
 from fx_passes.ops.tiled.tiles import Tile
@@ -74,7 +74,7 @@ def run(p: Problem, c: float, grad: Tensor | None = None) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "launch_backward", spy)
-        gradients, count = attention.backward(p, grad, out, softmax, kept, c_tensor, SEED, SEED, bias_grad)
+        gradients, count = attention.backward(p, Upstream(grad, out, softmax, kept, c_tensor, SEED, SEED, bias_grad))
     found = lists.find_lists(kept, p)
     key = results[0][1].view(*p.query.shape[:3], -1).long() if results else None
     return {
@@ -142,9 +142,8 @@ def check_lost_lists(p: Problem, c: float) -> None:
     """A copy of `kept` has no lists behind it; the backward draws them again, the same ones."""
     r = run(p, c)
     number = torch.tensor(c, dtype=torch.float64, device=DEVICE)
-    again, count = attention.backward(
-        p, r["grad"], r["out"], r["softmax"], r["kept"].clone(), number, SEED, SEED, False
-    )  # fmt: skip
+    upstream = Upstream(r["grad"], r["out"], r["softmax"], r["kept"].clone(), number, SEED, SEED)
+    again, count = attention.backward(p, upstream)
     assert count == r["count"]
     for name in ("query", "key", "value"):
         assert torch.equal(getattr(again, name), getattr(r["gradients"], name))

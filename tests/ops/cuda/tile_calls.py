@@ -11,7 +11,7 @@ from torch import Tensor
 from fx_passes.ops import tile_rule
 from fx_passes.ops.cuda import attention, launch_tile
 from fx_passes.ops.draws import STREAM_TILE, row_words
-from fx_passes.ops.problem import Problem
+from fx_passes.ops.problem import Problem, Upstream
 from fx_passes.ops.reference import dense_attention, sus_gradients, tile_draw, tile_multiplier
 from tests.ops.cuda.calls import SEED, TOLERANCE, check_blind, dense, dropout, error
 from tests.ops.cuda.calls import problem as _problem
@@ -38,7 +38,7 @@ def run(p: Problem, c: float, grad: Tensor | None = None, seed: Tensor = SEED) -
         out, softmax, kept = attention.forward(p, c_tensor, seed, SEED)
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out) if grad is None else grad
         bias_grad = p.attn_bias is not None
-        gradients, count = attention.backward(p, grad, out, softmax, kept, c_tensor, seed, SEED, bias_grad)
+        gradients, count = attention.backward(p, Upstream(grad, out, softmax, kept, c_tensor, seed, SEED, bias_grad))
     tiles = drawn[-1] if drawn else None
     return {"out": out, "softmax": softmax, "grad": grad, "gradients": gradients, "count": count, "tiles": tiles}
 

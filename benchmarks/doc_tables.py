@@ -1,0 +1,142 @@
+"""The tables of README.md and docs/, written from benchmarks/results/ by benchmarks/doc_numbers.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+MISSING = "not measured"
+SETTINGS = {"exact": "exact", "c30": "c = 30", "c100": "c = 100", "auto": 'c = "auto"'}
+SAMPLERS = ("systematic", "independent", "tile")
+
+
+def read(name: str) -> Any:
+    """A file of results, or None where it was not measured yet."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def train_quality(name: str) -> str:
+    result = read(f"train-quality-{name}")
+    header = ["setting", "seeds", "final validation loss, mean (lowest to highest)", "minus exact (± over windows)",
+              "CPU seconds", "of the exact run's time until its final loss"]  # fmt: skip
+    rows = []
+    for r in result["summary"] if result else []:
+        seeds = ", ".join(map(str, r["seeds"]))
+        if not seeds:
+            rows.append([SETTINGS[r["setting"]], "none finished", *[MISSING] * 4])
+            continue
+        pairs = r["minus exact"]
+        loss = (
+            f"{r['mean']:.4f} ({r['lowest']:.4f} to {r['highest']:.4f})" if len(r["seeds"]) > 1 else f"{r['mean']:.4f}"
+        )
+        if r["setting"] == "exact":
+            rows.append([SETTINGS["exact"], seeds, loss, "0", each(f"{p['seconds']:.0f}" for p in pairs), "1"])
+            continue
+        apart = each(f"{p['difference']:+.4f} ± {p['error']:.4f}" for p in pairs) or MISSING
+        times = each(until(p) for p in pairs) or MISSING
+        rows.append([SETTINGS[r["setting"]], seeds, loss, apart, each(f"{p['seconds']:.0f}" for p in pairs), times])
+    return markdown(header, rows)
+
+
+def each(texts: Iterable[str]) -> str:
+    return ", ".join(texts)
+
+
+def until(pair: dict[str, Any]) -> str:
+    at, exact = pair["seconds to exact's final loss"], pair["exact's seconds"]
+    return "not reached" if at is None else f"{at / exact:.2f}"
+
+
+def variance_rows(name: str) -> list[dict[str, Any]]:
+    """Of variance-NAME.json and, where it lacks them, of the earlier files of one n each, which have no errors."""
+    earlier = []
+    for n in (1024, 2048, 4096):
+        for r in (read(f"variance-{name}-{n}") or {"rows": []})["rows"]:
+            worst = max(r[f"{x}_proj"] for x in "qkvo")
+            earlier.append({**r, "point": name, "n": n, "worst": worst, "error": None})
+    rows = (read(f"variance-{name}") or {"rows": []})["rows"]
+    return list({(r["point"], r["n"], r["sampler"], r["c"]): r for r in [*earlier, *rows]}.values())
+
+
+def variance(name: str) -> str:
+    found = {(r["point"], r["n"], r["sampler"], r["c"]): r for r in variance_rows(name)}
+    points = sorted({key[0] for key in found}, key=training_step)
+    cs = sorted({key[3] for key in found})
+    rows = []
+    for point in points:
+        for n in sorted({key[1] for key in found if key[0] == point}):
+            for sampler in SAMPLERS:
+                cells = [found.get((point, n, sampler, c)) for c in cs]
+                if any(cells):
+                    label = [f"step {training_step(point)}"] if name == "byte" else []
+                    rows.append([*label, str(n), sampler, *(MISSING if r is None else noise(r) for r in cells)])
+    first = ["weights after"] if name == "byte" else []
+    return markdown([*first, "n", "sampler", *(f"c = {c:g}" for c in cs)], rows)
+
+
+def training_step(point: str) -> int:
+    return int(point.rpartition("step")[2]) if "-step" in point else 0
+
+
+def noise(r: dict[str, Any]) -> str:
+    """Total with its standard error, and the worst kind."""
+    if r["worst"] < 1e-5:
+        return "below 0.001%"
+    error = "" if r["error"] is None else f" ± {percent(r['error'])}"
+    return f"{percent(r['total'])}{error}; {percent(r['worst'])}"
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:.2g}%" if x < 0.1 else f"{100 * x:.0f}%"
+
+
+def attention_scaling() -> str:
+    result = read("attention-scaling")
+    rows = []
+    for r in sorted(result["rows"] if result else [], key=lambda r: (r["dtype"] != "float32", r["n"])):
+        ms = [f"{1e3 * r['seconds'][name]:,.4g}" for name in ("library", "library under Inductor", "SUS")]
+        up = [f"{r['speed-up'][name]:.2f}x" for name in ("library", "library under Inductor")]
+        memory = [MISSING if m is None else f"{m / 2**20:.0f}" for m in (r["memory"]["library"], r["memory"]["SUS"])]
+        rows.append([r["dtype"], f"{r['n']:,}", *ms, *up, " / ".join(memory), str(r["rounds"])])
+    header = ["dtype", "n", "SDPA, ms", "SDPA under Inductor, ms", "SUS, ms", "speed-up", "over Inductor",
+              "peak memory, SDPA / SUS, MiB", "rounds"]  # fmt: skip
+    return markdown(header, rows)
+
+
+def whole_steps() -> str:
+    names = {"example": "the example, 4 layers, width 128", "gpt2": "GPT-2, 4 layers, width 512, dropout 0.1",
+             "smollm2": "SmolLM2-135M, pretrained", "quality": "byte model as trained, width 192"}  # fmt: skip
+    rows = []
+    for model, label in names.items():
+        for r in (read(f"steps-{model}") or {"rows": []})["rows"]:
+            over = r["speed-up over"]
+            compiled = f"{over['exact, compiled']:.2f}x" if "exact, compiled" in over else MISSING
+            memory = " / ".join(f"{r['memory'][name] / 2**20:,.0f}" for name in ("exact", "SUS"))
+            spread = f"{r['lowest']['exact']:.2f} to {r['highest']['exact']:.2f}"
+            speed = f"{over['exact']:.2f}x ({spread})"
+            rows.append(
+                [label, f"{r['n']:,}", speed, compiled, f"{r['largest possible']:.2f}x", memory, str(r["rounds"])]
+            )
+    header = ["model", "n", "speed-up over exact (range of the rounds)", "over exact under Inductor",
+              "a free attention backward", "peak memory, exact / SUS, MiB", "rounds"]  # fmt: skip
+    return markdown(header, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "train_quality_byte": lambda: train_quality("byte"),
+    "train_quality_smollm2": lambda: train_quality("smollm2"),
+    "variance_byte": lambda: variance("byte"),
+    "variance_smollm2": lambda: variance("smollm2"),
+    "attention_scaling": attention_scaling,
+    "whole_steps": whole_steps,
+}

@@ -1,0 +1,287 @@
+"""More tables for docs/, from results that single benchmarks left; written by benchmarks/doc_numbers.py."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any
+
+from doc_tables import RESULTS, markdown, read
+
+ABSENT = "not measured"
+
+
+def attention_cpu() -> str:
+    """Forward and backward of one attention against the library's, per kind of call."""
+    rows = [
+        ("causal, n = 2048, 8 heads", ["causal n=2048"]),
+        ("causal, n = 8192, 4 heads", ["causal n=8192"]),
+        ("causal, n = 32768, 2 heads", ["causal n=32768"]),
+        ("full, n = 8192, 4 heads", ["full n=8192"]),
+        ("causal, d = 128, n = 2048 / 8192 / 32768", [f"causal n={n} d=128" for n in (2048, 8192, 32768)]),
+        ("full, d = 128, n = 8192", ["full n=8192 d=128"]),
+        ("causal, 9 heads over 3, n = 2048 / 8192", [f"causal n={n} gqa 9/3" for n in (2048, 8192)]),
+        ("key padding, n = 2048 / 8192", [f"padding n={n}" for n in (2048, 8192)]),
+        ("causal and padding as a bool mask, n = 2048 / 8192", [f"mask bool n={n}" for n in (2048, 8192)]),
+        ("the same added as finfo.min (Hugging Face eager)", [f"mask float n={n}" for n in (2048, 8192)]),
+        ("causal with dropout 0.1, n = 2048 / 8192", [f"dropout n={n}" for n in (2048, 8192)]),
+        ("a learned bias per head, query and key, n = 2048, 8 heads", ["learned bias n=2048"]),
+        ("bfloat16, causal, n = 2048 / 8192 / 32768", [f"causal n={n} bfloat16" for n in (2048, 8192, 32768)]),
+        ("bfloat16, full, n = 8192", ["full n=8192 bfloat16"]),
+    ]
+    now = _cases("attention-cpu-avx2")
+    earlier = {**_cases("attention-cpu-quiet"), **_cases("attention-cpu-masks")}
+
+    def cells(cases: dict[str, Any], names: list[str], key: str, shown: Callable[[float], str]) -> str:
+        return " / ".join(shown(cases[name][key]) for name in names) if set(names) <= set(cases) else ABSENT
+
+    table = [
+        [
+            title,
+            cells(now, names, "speed-up", _times),
+            cells(now, names, "backward / forward", "{:.2f}".format),
+            cells(now, names, "forward / library forward", "{:.2f}".format),
+            cells(earlier, names, "speed-up", _times),
+        ]
+        for title, names in rows
+    ]
+    header = ["case", "speed-up, EPYC", "sparse backward / own forward", "own forward / library's", "speed-up, Xeon"]
+    return markdown(header, table)
+
+
+def _cases(name: str) -> dict[str, Any]:
+    return {case["name"]: case for case in (read(name) or {"cases": []})["cases"]}
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"  # above 10 the decimals are noise
+
+
+def gpu_headline() -> str:
+    """Forward and backward of causal attention on a GPU, against the fastest dense attention there."""
+    rows = [json.loads(line) for line in (RESULTS / "gpu-h200.jsonl").read_text().splitlines()]
+    found = [row for row in rows if row["stage"] == "headline" and "both_ms" in row]
+    table = []
+    for _, shape in groupby(found, key=lambda row: row["key"]):
+        by_name = {(row["name"], row["c"]): row for row in shape}
+        sus = by_name["sus tile", 30.0]
+        peer = by_name[sus["best_peer"], None]
+        title = f"{sus['n']}, {sus['d']}"
+        if sus["kv_heads"] != sus["heads"]:
+            title += f", {sus['heads']} heads over {sus['kv_heads']}"
+        if sus["kind"] == "diffuse":
+            title += ", diffuse inputs"
+        captured = "captured_ms" in sus
+        table.append(
+            [
+                title,
+                _ms(peer["both_ms"]) + (f" ({_ms(peer['captured_ms'])})" if captured else ""),
+                _ms(sus["both_ms"]) + (f" ({_ms(sus['captured_ms'])})" if captured else ""),
+                f"{sus['speed_up']:.2f}" + (f" (**{sus['captured_speed_up']:.2f}**)" if captured else ""),
+                f"{peer['ceiling']:.2f}",
+                f"{sus['kept_per_row']:.0f}",
+                f"{max(sus[f'noise_{x}'] for x in 'qkv'):.1%}",
+            ]
+        )
+    header = [
+        "n, head size",
+        "cuDNN, ms",
+        "SUS, ms",
+        "speed-up",
+        "a free backward",
+        "keys kept per row",
+        "noise",
+    ]
+    return markdown(header, table)
+
+
+def _ms(x: float) -> str:
+    return f"{x:.3g}"
+
+
+def kept_smollm2() -> str:
+    """Keys kept per row on SmolLM2-135M."""
+    table = []
+    for n in (1024, 2048, 4096):
+        found = read(f"variance-smollm2-{n}")
+        kept = {(row["sampler"], row["c"]): row["kept"] for row in found["rows"]} if found else {}
+        for c in sorted({c for _, c in kept}):
+            cells = [_kept(kept[s, c]) if (s, c) in kept else ABSENT for s in ("systematic", "tile")]
+            table.append([str(n), f"{c:g}", *cells])
+    return markdown(["n", "c", "systematic", "tile"], table)
+
+
+def _kept(x: float) -> str:
+    return f"{x:.0f}" if x >= 100 else f"{x:.1f}"
+
+
+def expectations() -> str:
+    """What `explain` predicts for three models."""
+    names = {
+        "bytes": "byte model of the example (4 layers, width 128)",
+        "bert": "BERT base of transformers, with its dropout",
+        "smollm2": "SmolLM2-135M",
+    }
+    table = []
+    for key, model in read("expect")["models"].items():
+        n, predicted = model["n"], model["predicted"]
+        near, far = (" / ".join(f"{predicted[f'n = {m}, c = {c}']:.2f}x" for c in (30, 100)) for m in (n, 4 * n))
+        share, most = model["backward share of operations"], model["largest speed-up"]
+        table.append([f"{names[key]}, n = {n}", f"{share:.1%}", f"{most:.2f}x", near, far])
+    header = ["model, one sequence", "backward's share of a step's operations", "largest speed-up"]
+    return markdown([*header, "predicted at n, c = 30 / 100", "at 4 n"], table)
+
+
+def auto_c_bytes() -> str:
+    return _auto_c("auto-c-bytes-2048")
+
+
+def auto_c_bytes_8192() -> str:
+    return _auto_c("auto-c-bytes-8192")
+
+
+def auto_c_smollm2() -> str:
+    return _auto_c("auto-c-smollm2-2048")
+
+
+def _auto_c(name: str) -> str:
+    """Speed-up and variance at the chosen c and at fixed ones."""
+    found = read(name)
+    table = [
+        [
+            f"{row['c']:.3g}" + (" (auto)" if row["c"] == found["chosen"] else ""),
+            f"{row['step_speedup']:.2f}x",
+            f"{row['relative_variance']:.2%}",
+            f"{row['worst_relative_variance']:.1%}",
+            f"{row['net_speedup']:.2f}x",
+            f"{row['kept_per_row']:.1f}",
+        ]
+        for row in found["rows"]
+        if math.isfinite(float(row["c"]))
+    ]
+    header = ["c", "speed-up of a step", "relative variance", "worst kind", "net speed-up", "kept per row"]
+    return markdown(header, [*table, ["inf", "1", "0", "0", "1", "all"]])
+
+
+def auto_c_landscapes() -> str:
+    """How near to the best c the schedule comes where that is known."""
+    found = read("auto-c-landscapes")
+    table = [
+        [
+            f"{row['noise']:.0%}"
+            + (f", {row['outliers']:.0%} of the passes ten times as long" if row["outliers"] else ""),
+            f"{row['within 5% of the best']} of {found['landscapes']}",
+            f"{row['median loss']:.2%}",
+            f"{row['95% below']:.1%}",
+            f"{row['largest loss']:.1%}",
+            f"{row['probes until first within 5%, nine of ten']} probes",
+            f"{row['moves in the last ten probes, mean']:.2f}",
+            f"{row['turns in the last ten probes, most']}",
+        ]
+        for row in found["rows"]
+    ]
+    header = [
+        "noise of each time and variance",
+        "within 5% of the best",
+        "median loss",
+        "95% of the losses below",
+        "largest",
+        "nine of ten first within 5% after",
+        "moves of c in the last ten probes, mean",
+        "turns there, most",
+    ]
+    return markdown(header, table)
+
+
+FAMILIES = {
+    "hf-decoder": "transformers: decoders",
+    "hf-encoder": "transformers: encoders",
+    "hf-encdec": "transformers: encoders with decoders",
+    "hf-audio": "transformers: audio",
+    "hf-vision": "transformers: vision",
+    "hf-multimodal": "transformers: multimodal",
+    "hf-base": "transformers: other models",
+    "timm": "timm",
+    "x-transformers": "x-transformers",
+    "hand": "attention written by hand",
+    "negative": "negatives: must not be touched",
+    "noattn": "models without softmax attention",
+}
+
+
+def found_by_family() -> str:
+    """Attentions found in the zoo, per family of models."""
+    entries = read("zoo")["entries"]
+    groups = {title: [e for e in entries if _family(e) == family] for family, title in FAMILIES.items()}
+    table = [
+        [title, str(len(group)), *(str(sum(e[key] for e in group)) for key in ("attentions", "found", "false"))]
+        for title, group in groups.items()
+    ]
+    total = ["**all**", *(f"**{read('zoo')['totals'][key]}**" for key in ("entries", "attentions", "found", "false"))]
+    return markdown(["family", "entries", "attentions", "found and exact", "false positives"], [*table, total])
+
+
+def found_missing() -> str:
+    """The entries where something is missing."""
+    missing = [e for e in read("zoo")["entries"] if e["found"] < e["attentions"]]
+    table = [[f"`{e['name']}`", f"{e['found']} of {e['attentions']}", _why_missing(e)] for e in missing]
+    return markdown(["entry", "found and exact", "why"], table)
+
+
+def _why_missing(entry: dict[str, Any]) -> str:
+    if "error" in entry:
+        return str(entry["error"])
+    return "left, see below" if entry["exact"] else "gradients beyond the limit of exactness, see below"
+
+
+def found_models() -> str:
+    """All models, family by family, in sections that unfold."""
+    entries = read("zoo")["entries"]
+    parts = []
+    for family, title in FAMILIES.items():
+        models: dict[str, list[dict[str, Any]]] = {}
+        for e in entries:
+            if _family(e) == family:
+                name = e["name"].removesuffix("/eager").removesuffix("/sdpa").split("/", 1)[-1]
+                models.setdefault(name, []).append(e)
+        rows = [
+            [f"`{name}`", _counts(group, "attentions"), _counts(group, "found")]
+            for name, group in sorted(models.items())
+        ]
+        if rows:
+            table = markdown(["model", "attentions", "found"], rows)
+            parts.append(f'??? note "{title} ({len(rows)})"\n\n' + textwrap.indent(table, "    "))
+    return "\n\n".join(parts)
+
+
+def _family(entry: dict[str, Any]) -> str:
+    return "noattn" if entry["family"].endswith(":noattn") else str(entry["family"])
+
+
+def _counts(entries: list[dict[str, Any]], key: str) -> str:
+    """One number, or one for each attention implementation of transformers where they differ."""
+    counts = {e["name"].rsplit("/", 1)[-1]: e[key] for e in entries}
+    if len(set(counts.values())) == 1:
+        return str(entries[0][key])
+    return ", ".join(f"{count} ({name})" for name, count in counts.items())
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__: f
+    for f in (
+        attention_cpu,
+        gpu_headline,
+        kept_smollm2,
+        expectations,
+        auto_c_bytes,
+        auto_c_bytes_8192,
+        auto_c_smollm2,
+        auto_c_landscapes,
+        found_by_family,
+        found_missing,
+        found_models,
+    )
+}

@@ -1,0 +1,184 @@
+#!/usr/bin/env python
+"""Draws the pictures of README.md and docs/ into docs/img/, from benchmarks/results/ alone.
+
+python benchmarks/pictures.py                     # all for which there are results
+python benchmarks/pictures.py time-against-n      # one of them
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import doc_tables
+import matplotlib
+from doc_tables import read
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+FOLDER = Path(__file__).parents[1] / "docs/img"
+GREY, BLUE, ORANGE, GREEN, PURPLE = "#666666", "#0072b2", "#d55e00", "#009e73", "#8f5aa8"
+SUS, LIBRARY = ORANGE, GREY
+SETTINGS = {"exact": GREY, "c30": ORANGE, "c100": BLUE, "auto": GREEN}
+STYLE = {
+    "axes.grid": True, "grid.color": "#e5e5e5", "axes.axisbelow": True, "font.size": 10, "axes.titlesize": 11,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.8,
+    "lines.markersize": 4.5, "figure.facecolor": "white", "savefig.facecolor": "white",
+}  # fmt: skip
+
+
+def lengths(axis: Any, n: list[int]) -> None:
+    axis.set_xticks(n, [f"{x // 1024}k" if x >= 1024 else str(x) for x in n])
+    axis.minorticks_off()
+    axis.set_xlabel("sequence length n")
+
+
+def time_against_n() -> Any:
+    result = read("attention-scaling")
+    dtypes = [d for d in ("float32", "bfloat16") if any(r["dtype"] == d for r in result["rows"])]
+    figure, axes = plt.subplots(1, len(dtypes), figsize=(4.6 * len(dtypes), 3.7), sharey=True, squeeze=False)
+    lines = {"library": (LIBRARY, "-", "SDPA"), "library under Inductor": (BLUE, ":", "SDPA under Inductor"),
+             "SUS": (SUS, "-", "SUS, c = 30")}  # fmt: skip
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        rows = [r for r in result["rows"] if r["dtype"] == dtype]
+        n = [r["n"] for r in rows]
+        for name, (colour, style, label) in lines.items():
+            seconds = [r["seconds"][name] for r in rows]
+            slope = result["slopes"].get(dtype, {}).get(name)
+            label += f" (slope {slope:.2f})" if slope else ""
+            axis.loglog(n, seconds, marker="o", linestyle=style, color=colour, label=label)
+        largest = rows[-1]
+        axis.annotate(
+            f"{largest['speed-up']['library']:.1f}x",
+            (largest["n"], (largest["seconds"]["library"] * largest["seconds"]["SUS"]) ** 0.5),
+            xytext=(5, 0), textcoords="offset points", color=SUS, fontweight="bold", va="center",
+        )  # fmt: skip
+        lengths(axis, n)
+        axis.set_title(dtype)
+        axis.legend(loc="upper left")
+    axes[0][0].set_ylabel("forward + backward, CPU seconds")
+    device = result["environment"]["device"].replace("(R)", "").replace("Processor", "").strip()
+    figure.suptitle(f"Causal attention, one head of 64, one thread ({device})", fontsize=11)
+    return figure
+
+
+def train_quality() -> Any | None:
+    results = [(name, read(f"train-quality-{name}")) for name in ("byte", "smollm2")]
+    results = [(name, r) for name, r in results if r is not None]
+    titles = {"byte": "byte model, 1.9M parameters, n = 4096", "smollm2": "SmolLM2-135M fine-tuned, n = 2048"}
+    figure, axes = plt.subplots(len(results), 2, figsize=(9.6, 3.6 * len(results)), sharey="row", squeeze=False)
+    for line, (name, result) in zip(axes, results, strict=True):
+        for r in result["runs"]:
+            curve = r["curve"]
+            style = {"color": SETTINGS[r["setting"]], "alpha": 1.0 if r["finished"] else 0.45}
+            style |= {"linestyle": "-" if r["finished"] else "--", "marker": "o", "markersize": 2.5, "linewidth": 1.4}
+            line[0].plot([step for step, _, _ in curve], [y for *_, y in curve], **style)
+            line[1].plot([seconds for _, seconds, _ in curve], [y for *_, y in curve], **style)
+        for setting, colour in SETTINGS.items():
+            mine = [r for r in result["runs"] if r["setting"] == setting]
+            full = sum(r["finished"] for r in mine)
+            if mine:
+                label = doc_tables.SETTINGS[setting] + f": {full} of 3 seeds"
+                line[0].plot([], [], color=colour, label=label + (", dashed: cut" if full < len(mine) else ""))
+        ends = [r["curve"][-1][2] for r in result["runs"] if r["finished"]]
+        starts = [y for r in result["runs"] for step, _, y in r["curve"] if step >= result["settings"]["steps"] / 8]
+        if ends and starts:
+            low, high = min(ends), max(starts)
+            line[0].set_ylim(low - 0.08 * (high - low), high + 0.05 * (high - low))
+        line[0].set(xlabel="step", ylabel="validation loss, nats", title=titles[name])
+        line[1].set(xlabel="CPU seconds of training", title=titles[name])
+        line[0].legend()
+    return figure
+
+
+def variance() -> Any | None:
+    panels = []
+    byte, smollm2 = doc_tables.variance_rows("byte"), doc_tables.variance_rows("smollm2")
+    for point in sorted({r["point"] for r in byte}, key=doc_tables.training_step):
+        title = f"byte model, step {doc_tables.training_step(point)}"
+        panels.append((title, [r for r in byte if r["point"] == point]))
+    panels.append(("SmolLM2-135M, pretrained", smollm2))
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels) + 0.8, 3.7), sharey=True, squeeze=False)
+    colours = dict(zip((512, 1024, 2048, 4096), (PURPLE, BLUE, ORANGE, GREEN), strict=True))
+    for axis, (title, rows) in zip(axes[0], panels, strict=True):
+        for sampler, style in (("systematic", "-"), ("independent", ":"), ("tile", "--")):
+            for n, colour in colours.items():
+                mine = sorted((r["c"], r["total"]) for r in rows if r["sampler"] == sampler and r["n"] == n)
+                mine = [(c, y) for c, y in mine if y > 1e-6]
+                if mine:
+                    axis.loglog(*zip(*mine, strict=True), linestyle=style, marker="o", color=colour)
+        axis.axhline(0.01, color="black", linewidth=0.8)
+        axis.set(title=title, xlabel="c")
+        axis.set_xticks([5, 10, 30, 100, 300], ["5", "10", "30", "100", "300"])
+        axis.minorticks_off()
+    for n, colour in colours.items():
+        axes[0][0].plot([], [], color=colour, label=f"n = {n}")
+    for sampler, style in (("systematic", "-"), ("independent", ":"), ("tile", "--")):
+        axes[0][-1].plot([], [], color="black", linestyle=style, label=sampler)
+    axes[0][0].legend(fontsize=8)
+    axes[0][-1].legend(fontsize=8)
+    axes[0][0].set_ylabel("variance added by SUS / the batch's own\n(line: 1%)")
+    return figure
+
+
+def whole_steps() -> Any | None:
+    names = {
+        "example": "example, 4 layers, width 128",
+        "gpt2": "GPT-2, 4 layers, dropout 0.1",
+        "smollm2": "SmolLM2-135M",
+    }
+    results = [(label, read(f"steps-{name}")) for name, label in names.items()]
+    results = [(label, r) for label, r in results if r is not None]
+    figure, axes = plt.subplots(1, len(results), figsize=(3.4 * len(results) + 0.6, 3.5), squeeze=False)
+    for axis, (label, result) in zip(axes[0], results, strict=True):
+        rows = result["rows"]
+        n = [r["n"] for r in rows]
+        ups = [r["speed-up over"]["exact"] for r in rows]
+        apart = [[abs(r["speed-up over"]["exact"] - r[end]["exact"]) for r in rows] for end in ("lowest", "highest")]
+        axis.errorbar(n, ups, apart, marker="o", color=SUS, capsize=3, label="SUS, c = 30, over exact")
+        if all("exact, compiled" in r["speed-up over"] for r in rows):
+            compiled = [r["speed-up over"]["exact, compiled"] for r in rows]
+            axis.plot(n, compiled, marker="o", linestyle=":", color=BLUE, label="over exact under Inductor")
+        free = [r["largest possible"] for r in rows]
+        axis.plot(n, free, marker="o", linestyle="--", color=GREY, label="a free attention backward")
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_ylim(bottom=0)
+        lengths(axis, n)
+        axis.set_title(label)
+    axes[0][0].set_ylabel("speed-up of a whole step")
+    axes[0][0].legend(fontsize=8, loc="lower right")
+    return figure
+
+
+PICTURES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "time-against-n": (time_against_n, ("attention-scaling",)),
+    "train-quality": (train_quality, ("train-quality-byte", "train-quality-smollm2")),
+    "variance": (variance, ("variance-byte", "variance-smollm2", "variance-smollm2-2048")),
+    "whole-steps": (whole_steps, ("steps-example", "steps-gpt2", "steps-smollm2")),
+}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}; default all")
+    a = p.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name in a.names or PICTURES:
+        draw, sources = PICTURES[name]
+        if all(read(source) is None for source in sources):
+            print(f"{name}: no results yet")
+            continue
+        with plt.rc_context(STYLE):
+            figure = draw()
+            figure.tight_layout()
+            figure.savefig(FOLDER / f"{name}.png", dpi=140, metadata={"Software": None})
+            plt.close(figure)
+        print(f"{name}: {FOLDER / name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Which submodules are compiled where the user names none: children, and of a stack of equal blocks its blocks."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import LM, WIDTH, Attention, Block, Plain, loader, loss_of, trainer
+from torch import Tensor, nn
+
+from sus_lightning import SUSBackprop
+from sus_lightning.targets import is_stack, targets
+
+
+class Masked(Block):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class Wider(Block):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, width), nn.GELU(), nn.Linear(width, WIDTH))
+
+
+def compiled() -> nn.Module:
+    block = Block()
+    block.compile(backend="eager")
+    return block
+
+
+def stack(*blocks: nn.Module) -> nn.Module:
+    model = LM(layers=0)
+    model.layers.extend(blocks)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (stack(*(Block() for _ in range(4))), True),
+        (nn.Sequential(*(Block() for _ in range(5)), nn.Linear(WIDTH, 2)), True),
+        (stack(*(Block() for _ in range(3))), False),
+        (stack(*(Masked() for _ in range(4))), False),
+        (stack(*(Wider(8 * i) for i in range(1, 5))), False),
+        (stack(*(Block() for _ in range(3)), compiled()), False),
+        (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 6), False),
+        (nn.Sequential(*(nn.Linear(2, 2) for _ in range(6))), False),
+    ],
+)
+def test_a_stack_has_equal_blocks_of_one_argument(model: nn.Module, expected: bool) -> None:
+    assert is_stack(model) is expected
+
+
+def paths(root: nn.Module, modules: Any = None, blocks: bool = True) -> list[str]:
+    return [target.path for target in targets(root, modules, blocks)]
+
+
+def test_names_win() -> None:
+    module = Plain(LM(layers=4))
+    assert paths(module) == [f"model.layers.{i}" for i in range(4)]
+    assert paths(module, blocks=False) == ["model"]
+    assert paths(module, ["model"]) == ["model"]
+    module.model, module.layers = nn.Linear(2, 2), module.model.layers
+    assert paths(module) == [f"layers.{i}" for i in range(4)]
+
+
+class NoLog(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return loss_of(self.model(batch), batch)
+
+
+def fit(module: Plain, steps: int = 2) -> SUSBackprop:
+    torch._dynamo.utils.counters.clear()
+    callback = SUSBackprop(4, compiler="eager", variance_every_n_steps=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="SUSBackprop")
+        trainer(callbacks=[callback], max_steps=steps, log_every_n_steps=100).fit(module, loader())
+    return callback
+
+
+def test_a_stack_is_compiled_once() -> None:
+    callback = fit(NoLog(LM(layers=4)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert [s.module for s in callback.backend.report.sites] == [f"model.layers.{i}.attention" for i in range(4)]
+    assert callback.backend.report.rewritten == 4
+
+
+class Pooled(LM):
+    """Attention in a method of the module that holds the stack."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(F.scaled_dot_product_attention(x, x, x))
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.utils._python_dispatch.TorchDispatchMode, "ignore_compile_internals"), reason="no watch"
+)
+def test_attention_beside_the_blocks_trains_too() -> None:
+    module = NoLog(Pooled(layers=4))
+    callback = fit(module, steps=3)
+    assert [s.module for s in callback.backend.report.sites] == [
+        *(f"model.layers.{i}.attention" for i in range(4)),
+        "model",
+    ]
+    assert callback.backend.report.rewritten == 5
+    assert callback.backend.state.counter > 0
+    assert callback.state_dict()["by_blocks"] is False
+    resumed = SUSBackprop(4, compiler="eager")
+    resumed.load_state_dict(callback.state_dict())
+    assert not resumed._by_blocks  # a resumed run compiles the whole child at once
+    assert not any("_compiled_call_impl" in vars(m) for m in module.modules())
+
+
+def test_module_that_is_a_stack_itself() -> None:
+    module = NoLog(nn.Sequential(nn.Embedding(32, WIDTH), *(Attention() for _ in range(4)), nn.Linear(WIDTH, 32)))
+    assert fit(module).backend.report.rewritten == 4

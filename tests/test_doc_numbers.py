@@ -1,0 +1,60 @@
+"""The numbers in README.md and docs/ are those of benchmarks/results/ (see benchmarks/doc_numbers.py)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="no benchmarks beside the tests")
+sys.path.insert(0, str(BENCHMARKS))
+
+import doc_numbers  # noqa: E402
+
+
+@pytest.mark.parametrize("file", doc_numbers.documents(), ids=lambda file: file.name)
+def test_text_says_what_the_results_say(file):
+    assert doc_numbers.differences(file) == []
+
+
+def test_a_number_that_differs_is_named_and_written(tmp_path):
+    right = doc_numbers.number("training-step > speed-up over > exact > .2f")
+    source = "training-step > speed-up over > exact > .2f"
+    file = tmp_path / "page.md"
+    file.write_text(f"It is <!-- number: {source} -->9.99<!-- /number -->x as fast.")
+    assert doc_numbers.differences(file) == [f"page.md: number {source}: '9.99', not '{right}'"]
+    file.write_text(doc_numbers.filled(file.read_text()))
+    assert doc_numbers.differences(file) == []
+    assert f"-->{right}<!--" in file.read_text()
+
+
+def test_items_of_lists_are_chosen_by_value():
+    by_value = doc_numbers.number("variance-smollm2-2048 > rows > sampler=tile > c=30 > total > .6f")
+    rows = doc_numbers.results("variance-smollm2-2048")["rows"]
+    assert by_value == f"{next(r['total'] for r in rows if r['sampler'] == 'tile' and r['c'] == 30):.6f}"
+
+
+@pytest.mark.parametrize("name", sorted(doc_numbers.tables.TABLES))
+def test_a_table_has_cells_in_every_line(name):
+    lines = doc_numbers.table(name).strip().splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- number: training-step > n > d -->1", "not closed"),
+        ("<!-- number: nowhere > n > d -->1<!-- /number -->", "no results 'nowhere'"),
+        ("<!-- number: training-step > m > d -->1<!-- /number -->", "no 'm'"),
+        ("<!-- number: variance-smollm2-2048 > rows > c=30 > total > .1% -->1<!-- /number -->", "2 items"),
+        ("<!-- number: training-step > seconds > d -->1<!-- /number -->", "is no number"),
+        ("<!-- table: nothing -->\n<!-- /table -->", "no table 'nothing'"),
+    ],
+)
+def test_what_a_marker_cannot_mean_is_said(tmp_path, text, message):
+    file = tmp_path / "page.md"
+    file.write_text(text)
+    (line,) = doc_numbers.differences(file)
+    assert message in line

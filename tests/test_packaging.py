@@ -1,0 +1,55 @@
+"""What is said in several places about the package is said once: version, Python, torch, Lightning."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fx_passes
+import sus_lightning
+
+ROOT = Path(__file__).parents[1]
+
+
+def project() -> dict[str, Any]:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def lower_bounds() -> dict[str, str]:
+    return dict(d.split(">=") for d in project()["project"]["dependencies"])
+
+
+def test_one_version() -> None:
+    version = fx_passes.__version__
+    assert sus_lightning.__version__ == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)[0] == version
+    assert "version" in project()["project"]["dynamic"]
+
+
+def test_the_oldest_versions_are_those_that_ci_tests() -> None:
+    wanted = [f"{name}=={bound}.0" for name, bound in lower_bounds().items()]
+    workflow = (ROOT / ".github/workflows/test.yml").read_text().replace("+cpu", "")
+    script = (ROOT / ".ci/versions").read_text()
+    assert all(pin in workflow for pin in wanted)
+    assert all(pin in script for pin in wanted if not pin.startswith("torch=="))
+    assert lower_bounds()["torch"] in (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_pythons_of_the_classifiers_are_those_of_the_matrix() -> None:
+    classifiers = project()["project"]["classifiers"]
+    pythons = [c.split(" :: ")[-1] for c in classifiers if re.search(r"Python :: 3\.\d+$", c)]
+    matrix = re.search(r"python: (\[.*\])", (ROOT / ".github/workflows/test.yml").read_text())
+    assert matrix is not None
+    assert re.findall(r"3\.\d+", matrix[1]) == pythons
+    assert project()["project"]["requires-python"] == f">={pythons[0]}"
+
+
+def test_links_of_the_root_pages_lead_to_files() -> None:
+    for page in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"):
+        links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())
+        assert not [link for link in links if "://" not in link and not (ROOT / link).exists()], page
