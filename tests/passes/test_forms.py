@@ -261,6 +261,13 @@ def sum_with_softmax_of_positions_normalised_again(q, k, v):
 
 
 @form()
+def sink_normalised_away(q, k, v):
+    e = (q @ k.mT / 9).exp()
+    p = e / (e.sum(-1, keepdim=True) + 1)
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+@form()
 def mixed_and_normalised_again(q, k, v):
     p = torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), MIX.exp())
     return (p / p.sum(-1, keepdim=True)) @ v
