@@ -113,7 +113,7 @@ def _of(trace: Trace, constants: Constants, soft: Value, before: list[Found]) ->
         return [f for f in found if not any(s is t for s in known for t in f.softs)]
     others = [why for why in reasons if why != _PARAMETER]
     if (others or not reasons) and is_attention_softmax(Walk(trace, constants), soft):
-        through = f" but go through {', '.join(ends)}" if ends else ""
+        through = f" (they go through {', '.join(ends)})" if ends else ""
         return [
             Found([soft], reason=others[0] if others else f"its probabilities enter no product with value{through}")
         ]

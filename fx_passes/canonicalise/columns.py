@@ -36,7 +36,7 @@ def scores(walk: Walk, term: Term) -> Scores:
             return wide(term, str(reason))
         keys = term.extension[0]
     whole = Operand(value, layout)
-    found = ScoresReader(walk, keys, layout, shifts=sink is None).read(value, layout)
+    found = ScoresReader.of(walk, keys, layout, shifts=sink is None).read(value, layout)
     if found is None and term.extension is None:
         raise FailedMatch(_NO_PRODUCT)
     try:

@@ -77,7 +77,7 @@ def match_attention(trace: Trace, constants: Constants, product: Value) -> tuple
                 return _attention(walk, product, c.layout, terms, side, value, c.summed), walk
         except FailedMatch as why:
             reason = reason or why
-        unclear = unclear or reader.unclear
+        unclear = unclear or reader.shared.unclear
     raise reason or FailedMatch(unclear or "no softmax is in the product")
 
 

@@ -39,6 +39,8 @@ def normalise(walk: Walk, terms: list[Term], keys: Dim, total: RowSum) -> list[T
     term = terms[0]
     if term.dropout:
         raise FailedMatch("the probabilities are normalised after dropout")
+    if term.extension is not None:
+        raise FailedMatch("a part of the probabilities is cut out, and the rest normalised again")
     masks = list(term.masks)
     for factor in term.factors:
         if not set(leaves(keys)) & set(factor.axes):
@@ -50,7 +52,7 @@ def normalise(walk: Walk, terms: list[Term], keys: Dim, total: RowSum) -> list[T
         raise FailedMatch("the probabilities are scaled by a number that is not positive, and normalised again")
     kept = [replace(m, fill=-math.inf) for m in masks]
     if not total.extra and total.other is None:
-        return [replace(term, factors=[], masks=kept, scale=1.0, normalised=True)]
+        return [replace(term, factors=[], masks=kept, scale=1.0, normalised=True, sink=None)]
     if term.normalised or term.factors or term.scale != 1:
         raise FailedMatch("the probabilities are divided by their sum and a number")
     if total.other is None:

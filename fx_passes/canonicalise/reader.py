@@ -21,27 +21,49 @@ from fx_passes.canonicalise.views import before, is_cast, is_view
 from fx_passes.find.trace import Value
 
 Meaning = TypeVar("Meaning")
-_DEEPEST = 60  # operations between the product with V and a softmax
+_DEEPEST = 80  # operations between a product with V and its softmax, or between softmax and the product of its scores
 _MOST = 200  # operations behind a softmax in which a product of query and key is looked for
+
+
+@dataclass
+class _Shared:
+    """What the readers of one region share.
+
+    Attributes:
+        rows: axes that the rows of a product of query and key may be.
+        count, depth: operations that were read, and that are being read.
+        unclear: why a view could not be followed.
+    """
+
+    rows: list[Axis] = field(default_factory=list)
+    count: int = 0
+    depth: int = 0
+    unclear: str = ""
 
 
 class Reader(Generic[Meaning]):
     """One domain, for one attention. `keys` are the axes that softmax, or the product with V, runs over."""
 
-    def __init__(self, walk: Walk, keys: Dim) -> None:
-        self.walk, self.keys = walk, keys
+    def __init__(self, walk: Walk, keys: Dim, shared: _Shared | None = None) -> None:
+        self.walk, self.keys, self.shared = walk, keys, shared or _Shared()
         self._known: dict[tuple[Value, Layout], Meaning | None] = {}
 
     def read(self, value: Value, layout: Layout) -> Meaning | None:
         """What a value with a layout means; None where it is plain."""
         key = (value, resolve(layout))
-        if key not in self._known:
-            self._known[key] = None
-            if value.op is operator.getitem and value.args[1] == 0:  # of max, topk and the like
-                value = Value(value.args[0].op, value.args[0].args, value.args[0].kwargs, value.fake)
-            if value.op is not None and isinstance(value.fake, Tensor) and self._may_be(layout):
-                self._known[key] = self._read(value, layout)
-        return self._known[key]
+        if key in self._known:
+            return self._known[key]
+        if value.op is operator.getitem and value.args[1] == 0:  # of max, topk and the like
+            value = Value(value.args[0].op, value.args[0].args, value.args[0].kwargs, value.fake)
+        if value.op is None or self.shared.depth >= _DEEPEST or not self._may_be(layout):
+            return None
+        self.shared.depth += 1
+        self.shared.count += 1
+        try:
+            found = self._known[key] = self._read(value, layout)
+        finally:
+            self.shared.depth -= 1
+        return found
 
     def operand(self, value: Any, layout: Layout) -> Meaning | None:
         """What an operand of an elementwise operation means, whose result has this layout."""
@@ -52,8 +74,17 @@ class Reader(Generic[Meaning]):
     def over_keys(self, layout: Layout) -> bool:
         return bool(set(leaves(self.keys)) & set(all_axes(layout)))
 
+    def _above(self, value: Value, layout: Layout) -> Meaning | None:
+        """What a view or a cast is one of; plain where the view cannot be followed."""
+        try:
+            inner = before(value, layout) if is_view(value) else layout
+        except FailedMatch as why:
+            self.shared.unclear = self.shared.unclear or str(why)
+            return None
+        return self.read(value.args[0], inner)
+
     def _may_be(self, layout: Layout) -> bool:
-        raise NotImplementedError
+        return True
 
     def _read(self, value: Value, layout: Layout) -> Meaning | None:
         raise NotImplementedError
@@ -62,41 +93,18 @@ class Reader(Generic[Meaning]):
 class ProbsReader(Reader[list[Term]]):
     """The probabilities in a product with V that sums over `keys`. FailedMatch: they are used in an unknown way."""
 
-    def __init__(self, walk: Walk, keys: Dim, depth: int = 0) -> None:
-        super().__init__(walk, keys)
-        self.depth = depth
-        self.unclear = ""  # why a view could not be followed
-
     def with_keys(self, keys: Dim) -> ProbsReader:
-        return ProbsReader(self.walk, keys, self.depth)
-
-    def _may_be(self, layout: Layout) -> bool:
-        return self.depth <= _DEEPEST
+        return ProbsReader(self.walk, keys, self.shared)
 
     def _read(self, value: Value, layout: Layout) -> list[Term] | None:
-        self.depth += 1
+        rule = rules.PROBS.get(value.op)
         if is_view(value) or is_cast(value):
-            try:
-                inner = before(value, layout) if is_view(value) else layout
-            except FailedMatch as why:
-                self.unclear, found = self.unclear or str(why), None
-            else:
-                found = self.read(value.args[0], inner)
+            found = self._above(value, layout)
         else:
-            rule = rules.PROBS.get(value.op)
             found = None if rule is None else rule(self, value, layout)
-        self.depth -= 1
         if found is not None:
             self.walk.visit(value)
         return found
-
-
-@dataclass
-class _Shared:
-    """What the readers of one softmax's scores share: axes that the product's rows may be, and a count of values."""
-
-    rows: list[Axis] = field(default_factory=list)
-    count: int = 0
 
 
 class ScoresReader(Reader[Scores]):
@@ -105,48 +113,43 @@ class ScoresReader(Reader[Scores]):
     `shifts`: a term that is the same for all keys changes nothing.
     """
 
-    def __init__(self, walk: Walk, keys: Dim, layout: Layout, shifts: bool = True) -> None:
-        super().__init__(walk, keys)
+    def __init__(self, walk: Walk, keys: Dim, shared: _Shared, shifts: bool) -> None:
+        super().__init__(walk, keys, shared)
         self.shifts = shifts
-        self.shared = _Shared([axis for axis in all_axes(layout) if axis not in leaves(keys)])
         self._exact: ScoresReader | None = None
+
+    @staticmethod
+    def of(walk: Walk, keys: Dim, layout: Layout, shifts: bool = True) -> ScoresReader:
+        """A reader of what softmax is taken of, which has this layout."""
+        return ScoresReader(
+            walk, keys, _Shared([axis for axis in all_axes(layout) if axis not in leaves(keys)]), shifts
+        )
 
     def exact(self) -> ScoresReader:
         """A reader for which a term that is the same for all keys is a bias like any other."""
-        if self._exact is None:
-            self._exact = self if not self.shifts else self.with_keys(self.keys)
-            self._exact.shifts = False
-        return self._exact
+        if self.shifts and self._exact is None:
+            self._exact = ScoresReader(self.walk, self.keys, self.shared, False)
+        return self._exact or self
 
     def with_keys(self, keys: Dim) -> ScoresReader:
         """A reader of the same scores, above an operation that takes the keys from another axis."""
-        found = ScoresReader(self.walk, keys, (), self.shifts)
-        found.shared = self.shared
-        return found
+        return ScoresReader(self.walk, keys, self.shared, self.shifts)
 
     def contains_qk_product(self, operand: Operand) -> bool:
         return contains_qk_product(self.walk, operand.value, operand.layout, self.keys)
 
     def _may_be(self, layout: Layout) -> bool:
-        self.shared.count += 1
-        return self.shared.count <= _MOST and self.over_keys(layout)
+        return self.shared.count < _MOST and self.over_keys(layout)
 
     def _read(self, value: Value, layout: Layout) -> Scores | None:
-        if is_view(value) or is_cast(value):
-            try:
-                inner = before(value, layout) if is_view(value) else layout
-            except FailedMatch:
-                return None
-            found = self.read(value.args[0], inner)
-        else:
-            rule = rules.SCORES.get(value.op, any_operation)
-            try:
-                found = rule(self, value, layout)
-            except FailedMatch as why:
-                found = Scores(Operand(value, layout), why=str(why))
-        if found is None or found.why:
-            return found
-        return replace(found, visited=(*found.visited, value))
+        try:
+            if is_view(value) or is_cast(value):
+                found = self._above(value, layout)
+            else:
+                found = rules.SCORES.get(value.op, any_operation)(self, value, layout)
+        except FailedMatch as why:
+            return Scores(Operand(value, layout), why=str(why))
+        return found if found is None or found.why else replace(found, visited=(*found.visited, value))
 
 
 def any_operation(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
@@ -162,4 +165,4 @@ def contains_qk_product(walk: Walk, value: Value, layout: Layout, keys: Dim) -> 
     The product's rows, if it has such, must be an axis of the value too. Else what a linear layer makes of an
     attention's result, over whose features the layer sums, would be scores of its rows.
     """
-    return ScoresReader(Walk(walk.trace, walk.constants), keys, layout).read(value, layout) is not None
+    return ScoresReader.of(Walk(walk.trace, walk.constants), keys, layout).read(value, layout) is not None

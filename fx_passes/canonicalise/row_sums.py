@@ -23,7 +23,8 @@ aten = torch.ops.aten
 def over_row_sums(terms: list[Term], keys: Dim) -> list[Term]:
     """The terms over the sum of their factors, which is that of their rows."""
     for term in terms:
-        if term.plain or term.dropout or term.masks or not term.normalised or term.extension is not None:
+        has_sink = term.sink is not None or term.extension is not None
+        if term.plain or term.dropout or term.masks or not term.normalised or has_sink:
             raise FailedMatch("a sum of probabilities whose rows do not sum to one is normalised")
         if any(set(leaves(keys)) & set(f.axes) for f in term.factors):
             raise FailedMatch("the probabilities are multiplied by a tensor over query and key, and normalised again")

@@ -255,9 +255,16 @@ def sum_normalised_again(q, k, v):
 def sum_with_softmax_of_positions_normalised_again(q, k, v):
     gate, i = torch.sigmoid(q.mean((0, 2, 3))).view(1, H, 1, 1), torch.arange(N)
     positions = (-((i[:, None] - i) ** 2) * (1 + gate)).expand(B, -1, -1, -1).softmax(-1)
-    p = (1 - gate) * (q @ k.mT).softmax(-1) + gate * positions
+    p = (1 - gate) * (q @ k.mT).softmax(-1) + 0.5 * gate * positions
     p /= p.sum(-1).unsqueeze(-1)
     return p @ v
+
+
+@form()
+def sink_normalised_away(q, k, v):
+    e = (q @ k.mT / 9).exp()
+    p = e / (e.sum(-1, keepdim=True) + 1)
+    return (p / p.sum(-1, keepdim=True)) @ v
 
 
 @form()

@@ -129,6 +129,22 @@ def sum_with_a_sink_normalised(q, k, v):
     return (p / p.sum(-1, keepdim=True)) @ v
 
 
+def cut_and_normalised(q, k, v):
+    p = F.pad(q @ k.mT, (0, 1)).softmax(-1)[..., :-1]
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+def exp_cut_and_normalised(q, k, v):
+    e = F.pad(q @ k.mT / 9, (0, 1)).exp()[..., :-1]
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def mixed_beside_a_sink_and_normalised(q, k, v):
+    e = (q @ k.mT / 9).exp()
+    p = torch.einsum("bhij,hg->bgij", e / (e.sum(-1, keepdim=True) + 1), MIX[:H, :H].exp())
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
 def sum_normalised_with_epsilon(q, k, v):
     p = (q @ k.mT).softmax(-1) + (k @ q.mT).softmax(-1)
     return (p / (p.sum(-1, keepdim=True) + 1e-2)) @ v
@@ -225,6 +241,9 @@ def without_gradient(q, k, v):
         sum_of_gated_normalised,
         sum_with_a_sink_normalised,
         sum_normalised_with_epsilon,
+        cut_and_normalised,
+        exp_cut_and_normalised,
+        mixed_beside_a_sink_and_normalised,
         mixed_and_through_a_norm,
         detached,
         without_gradient,
