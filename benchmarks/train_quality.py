@@ -8,9 +8,9 @@
 "byte" is the language model of examples/train_lm.py with 1.9 million parameters at n = 4096, float32, Inductor;
 "smollm2" fine-tunes the pretrained SmolLM2-135M at n = 2048 in bfloat16 mixed precision, without Inductor. The runs of
 a seed have the same first weights and the same windows in the same order. Each run writes a line for every step and
-every validation, and a checkpoint from which it goes on, to the folder of --state. `--setting again` is a control: an exact run whose first weights differ in
-the last digits, which shows how far apart two runs come that are equally good. Validation takes the same windows
-of held-out files in every run, each window's loss is kept, and the time it takes is not counted.
+every validation, and a checkpoint from which it goes on, to the folder of --state. Validation takes the same windows
+of held-out files in every run, each window's loss is kept, and the time it takes is not counted. `--setting again` is
+a control: an exact run whose first weights differ in the last digits, which shows how far apart equals come.
 
 Seconds are those of the process's CPU time on one thread, since other programs use the machine; c="auto" chooses by
 the same clock. A step in which something is compiled counts as the run's median step; probes count in full.
