@@ -9,7 +9,13 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 MISSING = "not measured"
-SETTINGS = {"exact": "exact", "c30": "c = 30", "c100": "c = 100", "auto": 'c = "auto"'}
+SETTINGS = {
+    "exact": "exact",
+    "c30": "c = 30",
+    "c100": "c = 100",
+    "auto": 'c = "auto"',
+    "again": "exact, first weights changed by 1e-6",
+}
 SAMPLERS = ("systematic", "independent", "tile")
 
 

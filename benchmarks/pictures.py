@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 FOLDER = Path(__file__).parents[1] / "docs/img"
 GREY, BLUE, ORANGE, GREEN, PURPLE = "#666666", "#0072b2", "#d55e00", "#009e73", "#8f5aa8"
 SUS, LIBRARY = ORANGE, GREY
-SETTINGS = {"exact": GREY, "c30": ORANGE, "c100": BLUE, "auto": GREEN}
+SETTINGS = {"exact": GREY, "c30": ORANGE, "c100": BLUE, "auto": GREEN, "again": "#b0b0b0"}
 STYLE = {
     "axes.grid": True, "grid.color": "#e5e5e5", "axes.axisbelow": True, "font.size": 10, "axes.titlesize": 11,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.8,

@@ -9,7 +9,8 @@
 "smollm2" fine-tunes the pretrained SmolLM2-135M at n = 2048 in bfloat16 mixed precision, without Inductor. The runs of
 a seed have the same first weights and the same windows in the same order. Each run writes a line for every step and
 every validation, and a checkpoint from which it goes on, to the folder of --state. Validation takes the same windows
-of held-out files in every run, each window's loss is kept, and the time it takes is not counted.
+of held-out files in every run, each window's loss is kept, and the time it takes is not counted. `--setting again` is
+a control: an exact run whose first weights differ in the last digits, which shows how far apart equals come.
 
 Seconds are those of the process's CPU time on one thread, since other programs use the machine; c="auto" chooses by
 the same clock. A step in which something is compiled counts as the run's median step; probes count in full.
@@ -47,6 +48,7 @@ CLOCK = (
     "hours than at others. results/steps-quality.json has the ratio of steps that took turns in one process."
 )
 SETTINGS = ("exact", "c30", "c100", "auto")
+CONTROL = "again"  # exact, from first weights that differ by 1e-6 of themselves: how far equals come apart
 SIZES = {
     "byte": {"n": 4096, "steps": 400, "lr": 2e-3, "warmup": 20, "every": 50, "save": 25, "probe": 40,
              "curve": 8, "final": 32, "precision": "32-true", "compiler": "inductor"},
@@ -178,7 +180,11 @@ def run(name: str, setting: str, seed: int, state: Path) -> None:
     file.write_text("".join(x + "\n" for x in lines if json.loads(x).get("step", 0) <= start))
     module, data, validation = problem(name, size, seed)
     callbacks: list[L.Callback] = [Schedule(size["lr"], size["warmup"], size["steps"])]
-    if setting != "exact":
+    if setting == CONTROL:
+        with torch.no_grad():
+            for p in module.parameters():
+                p.mul_(1 + 1e-6 * torch.randn_like(p))
+    if setting not in ("exact", CONTROL):
         c = "auto" if setting == "auto" else float(setting[1:])
         every = size["probe"] if setting == "auto" else 0
         callbacks.append(SUSBackprop(c=c, variance_every_n_steps=every, compiler=size["compiler"]))
@@ -250,7 +256,7 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     finals = {(r["setting"], r["seed"]): r for r in runs if r["finished"]}
     rows = []
-    for setting in SETTINGS:
+    for setting in (*SETTINGS, CONTROL):
         mine = [finals[setting, seed] for seed in range(3) if (setting, seed) in finals]
         losses = [fmean(r["final"]) for r in mine]
         row: dict[str, Any] = {"setting": setting, "seeds": [r["seed"] for r in mine], "minus exact": []}
@@ -279,7 +285,7 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def gather(name: str, state: Path) -> None:
-    files = {(s, seed): state / f"{name}-{s}-seed{seed}.jsonl" for seed in range(3) for s in SETTINGS}
+    files = {(s, seed): state / f"{name}-{s}-seed{seed}.jsonl" for seed in range(3) for s in (*SETTINGS, CONTROL)}
     runs = [{"setting": s, "seed": seed, **gathered(f)} for (s, seed), f in files.items() if f.exists()]
     shared = {key: runs[0][key] for key in ("environment", "settings")}
     for r in runs:
@@ -296,7 +302,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=SIZES, required=True)
     p.add_argument("--state", type=Path, required=True, help="folder for lines and checkpoints")
-    p.add_argument("--setting", choices=SETTINGS, help="this run alone; default: all that are not finished")
+    p.add_argument("--setting", choices=(*SETTINGS, CONTROL), help="this run alone; default: all that are not finished")
     p.add_argument("--seed", type=int, default=0, help="of --setting")
     p.add_argument("--gather", action="store_true", help="write benchmarks/results/train-quality-MODEL.json")
     a = p.parse_args()

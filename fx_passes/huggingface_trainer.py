@@ -61,7 +61,7 @@ class SUSTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     def __init__(
         self,
         c: float | Mapping[int, float] | Callable[[int], float] = 30.0,
-        sampler: Sampler = "systematic",
+        sampler: Sampler = "auto",
         compiler: Compiler = "inductor",
         seed: int | None = None,
         forward: Forward = "auto",
