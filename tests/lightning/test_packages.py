@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,8 @@ def test_what_torch_compile_made_of_a_lightning_module(package: Any) -> None:
     module = module_of(package)
     forward, training_step = module.forward, module.training_step
     assert _lightning_compat.compiled_as(module) == (None, {})
-    compiled, originals = _lightning_compat.compiled_as(torch.compile(module, backend="eager"))
+    from_compiled = import_module(f"{package.__name__}.utilities.compile").from_compiled  # as Trainer.fit calls it
+    compiled, originals = _lightning_compat.compiled_as(from_compiled(torch.compile(module, backend="eager")))
     assert callable(compiled)
     assert originals == {"forward": forward, "training_step": training_step}
     assert module.training_step != training_step
