@@ -256,7 +256,7 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     finals = {(r["setting"], r["seed"]): r for r in runs if r["finished"]}
     rows = []
-    for setting in (*SETTINGS, CONTROL):
+    for setting in (*SETTINGS, *([CONTROL] if any(r["setting"] == CONTROL for r in runs) else [])):
         mine = [finals[setting, seed] for seed in range(3) if (setting, seed) in finals]
         losses = [fmean(r["final"]) for r in mine]
         row: dict[str, Any] = {"setting": setting, "seeds": [r["seed"] for r in mine], "minus exact": []}
