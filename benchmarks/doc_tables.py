@@ -14,7 +14,7 @@ SETTINGS = {
     "c30": "c = 30",
     "c100": "c = 100",
     "auto": 'c = "auto"',
-    "again": "exact, first weights changed by 1e-6",
+    "again": "exact, a control",
 }
 SAMPLERS = ("systematic", "independent", "tile")
 

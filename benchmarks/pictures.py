@@ -90,7 +90,8 @@ def train_quality() -> Any | None:
             line[0].set_ylim(low - 0.08 * (high - low), high + 0.05 * (high - low))
         line[0].set(xlabel="step", ylabel="validation loss, nats", title=titles[name])
         line[1].set(xlabel="CPU seconds of training", title=titles[name])
-        line[0].legend()
+        line[0].legend(fontsize=8, loc="upper right")
+        line[0].xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 

@@ -13,7 +13,8 @@ of held-out files in every run, each window's loss is kept, and the time it take
 a control: an exact run whose first weights differ in the last digits, which shows how far apart equals come.
 
 Seconds are those of the process's CPU time on one thread, since other programs use the machine; c="auto" chooses by
-the same clock. A step in which something is compiled counts as the run's median step; probes count in full.
+the same clock. A step in which something is compiled, or that takes over 5 times the run's median (it happened when
+the machine had no memory left), counts as the median step; "left out" says how many and their seconds. Probes count.
 """
 
 from __future__ import annotations
@@ -219,10 +220,11 @@ def gathered(file: Path) -> dict[str, Any]:
     steps = [x for x in lines if "cpu" in x]
     usual = median(x["cpu"] for x in steps if not x["compiled"]) if steps else 0.0
     seconds, curve, count = {0: 0.0}, [], next(x["settings"]["curve"] for x in lines if "settings" in x)
-    for x in steps:
+    odd = [x["compiled"] or x["cpu"] > 5 * usual for x in steps]
+    for x, out in zip(steps, odd, strict=True):
         # Behind a restart, and where something was compiled, the time is no step's.
         probing = x["before"] if x["before"] < 20 * usual else 0.0
-        seconds[x["step"]] = seconds[x["step"] - 1] + (usual if x["compiled"] else x["cpu"]) + probing
+        seconds[x["step"]] = seconds[x["step"] - 1] + (usual if out else x["cpu"]) + probing
     for x in lines:
         if "validation" in x:
             first = x["validation"][:count]
@@ -231,6 +233,7 @@ def gathered(file: Path) -> dict[str, Any]:
         "finished": finished(file),
         "steps": len(steps),
         "median step": usual,
+        "left out": [sum(odd), round(sum(x["cpu"] for x, out in zip(steps, odd, strict=True) if out), 1)],
         "probes": sum(x["before"] for x in steps if 0.5 * usual < x["before"] < 20 * usual),
         "seconds": seconds[len(steps)],
         "curve": curve,
