@@ -104,9 +104,13 @@ def sus(shape: Shape, device: str, sampler: str, c: float, state: State, seed: i
     c_tensor = torch.tensor(c, dtype=torch.float64, device=device)
     seed_tensor = torch.tensor(seed, device=device)
     state.c = c
-    options: dict[str, Any] = {"c": c_tensor, "seed": seed_tensor, "sampler": sampler, "state": state.id}
+    options: dict[str, Any] = {"c": c_tensor, "seed": seed_tensor, "sampler": sampler}
     gqa = shape.heads != shape.kv_heads
-    return lambda q, k, v: sus_attention(q, k, v, is_causal=shape.causal, enable_gqa=gqa, **options)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sus_attention(q, k, v, is_causal=shape.causal, enable_gqa=gqa, state=state.id, **options)
+
+    return call
 
 
 def sdpa(shape: Shape, backend: SDPBackend) -> Attention:

@@ -117,7 +117,7 @@ def test_the_number_of_keys_does_not_grow_with_the_model(tmp_path: Path) -> None
     few, many = keys(1), keys(5)
     assert few == many
     assert len({name for name in many if "summary" not in name}) == 16
-    assert len(many) == 31
+    assert len(many) == 33
     assert keys(5, variance_per="layer") - many == {f"sus/relative_variance_of/model.layers.{i}" for i in range(5)}
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from models import LM, Nasty, Plain, Tokens, equal, loader, loss_of, trainer, weights
 from torch.utils.data import DataLoader
 
+import sus_lightning.callback
 from fx_passes.state import State
 from sus_lightning import SUSBackprop
 from sus_lightning.snapshot import Snapshot
@@ -258,15 +259,16 @@ def test_probe_compiles_nothing() -> None:
     assert len(set(frames)) == 1
 
 
-def test_probe_at_the_default_interval_is_at_step_1_and_then_every_n() -> None:
+def test_probe_at_the_default_interval_is_at_step_1_and_then_every_n(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
 
-    class Steps(SUSBackprop):
-        def _publish(self, fit: Any, module: Any, values: Any, shown: Any = ()) -> None:
-            if "relative_variance" in values:
-                steps.append(fit.global_step)
+    def publish(fit: Any, module: Any, values: Any, shown: Any = ()) -> None:
+        if "relative_variance" in values:
+            steps.append(fit.global_step)
 
-    trainer(callbacks=[Steps(c=4, compiler="eager", variance_every_n_steps=5)], max_steps=14).fit(Plain(), loader(20))
+    monkeypatch.setattr(sus_lightning.callback, "publish", publish)
+    sus = SUSBackprop(c=4, compiler="eager", variance_every_n_steps=5)
+    trainer(callbacks=[sus], max_steps=14).fit(Plain(), loader(20))
     # 20 / 4 = 5 batches per epoch: step 1 is the second batch; step 6 is the second of the next epoch.
     assert steps == [1, 6, 11]
 
