@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from fx_passes.ops.arguments import check_choice
 from sus_lightning.layer_shares import LayerShares
 from sus_lightning.saved import Saved
 from sus_lightning.schedules import Schedule, check_count, check_number, check_range
@@ -36,9 +37,8 @@ class Adaptive(Schedule):
     def __init__(
         self, on: str, per: str, start: float, minimum: float, maximum: float, largest_step: float, smoothing: float
     ) -> None:
-        for name, value, allowed in (("on", on, ON), ("per", per, PER)):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but it is {value!r}")
+        check_choice("on", on, ON)
+        check_choice("per", per, PER)
         self.on, self.per = on, per
         self.start, self.minimum, self.maximum = check_range(start, minimum, maximum)
         self.largest_step = check_number("largest_step", largest_step, finite=True)

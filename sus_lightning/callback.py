@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from fx_passes import SUSBackend
 from fx_passes.backend import Compiler
-from fx_passes.ops.functional import check_choice
+from fx_passes.ops.arguments import check_choice
 from fx_passes.ops.problem import Forward, Sampler
 from sus_lightning._lightning_compat import AnyCallback, accumulates, logs_now
 from sus_lightning.account import Account, Summary, plot

@@ -179,6 +179,7 @@ class _Shape:
         return 0.0 if c >= self.end else self.level + math.log1p(self.sparse * kept)
 
 
+@dataclass(frozen=True)
 class _Points:
     """Times of passes, as logarithms over the exact backward's of their probe.
 
@@ -190,26 +191,14 @@ class _Points:
         exact_counts, exact_samples: the same of the exact passes, [probes].
     """
 
-    def __init__(
-        self,
-        probe: Tensor,
-        counts: Tensor,
-        samples: Tensor,
-        c: Tensor,
-        kept: Tensor,
-        times: Tensor,
-        exact_counts: Tensor,
-        exact_samples: Tensor,
-    ) -> None:
-        self.probe, self.counts, self.samples, self.c, self.kept, self.times = (
-            probe.long(),
-            counts,
-            samples,
-            c,
-            kept,
-            times,
-        )
-        self.exact_counts, self.exact_samples = exact_counts, exact_samples
+    probe: Tensor
+    counts: Tensor
+    samples: Tensor
+    c: Tensor
+    kept: Tensor
+    times: Tensor
+    exact_counts: Tensor
+    exact_samples: Tensor
 
     def fit(self, lines: Tensor, below: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of each shape: its level, log likelihood, sum of squares and precision of the level.
@@ -224,7 +213,7 @@ class _Points:
         """
         rest = self.times - lines
         shapes, probes = len(lines), len(self.exact_counts)
-        index = self.probe.expand(shapes, -1)
+        index = self.probe.long().expand(shapes, -1)
         level = rest.new_zeros(shapes, 1)
         if bool(below.any()):
             level = rest[:, below].median(1, keepdim=True).values

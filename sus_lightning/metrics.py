@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from fx_passes.ops.functional import check_choice
+from fx_passes.ops.arguments import check_choice
 from sus_lightning.parameter_kinds import ATTENTION_KINDS, KINDS, Piece, classify
 
 Gradients = Sequence["Tensor | None"]
