@@ -42,6 +42,7 @@ from torch import Tensor
 
 from fx_passes import runs
 from fx_passes.device_state import DeviceState, mix
+from fx_passes.recompute import remembered
 from fx_passes.runs import Run
 
 # Devices whose draws a graph may replay without Python.
@@ -291,7 +292,10 @@ class State:
         return self._on_devices[device]
 
     def draw(self, device: torch.device, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """c of the sites (float64) and a fresh seed (0-dim int64), new tensors on the device."""
+        """c of the sites (float64) and a fresh seed (0-dim int64) on the device, the same ones in a recomputation."""
+        return remembered((self.id, device, *sites), lambda: self._draw(device, sites))
+
+    def _draw(self, device: torch.device, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
         if device.type not in _MIRRORED:
             c = torch.tensor([self.c_of(site) for site in sites], dtype=torch.float64, device=device)
             return c, torch.tensor(self.next_seed(), dtype=torch.int64, device=device)
@@ -326,22 +330,29 @@ class State:
 
     def note_slow(self, site: int, reason: str) -> None:
         """Counts a call of a site that took the PyTorch path."""
+        remembered((self.id, site, reason), lambda: self._note_slow(site, reason))
+
+    def _note_slow(self, site: int, reason: str) -> None:
         with self._lock:
             self.slow.setdefault(site, Counter())[reason] += 1
 
     def note_left(self, reason: str, form: str = "sdpa") -> None:
         """Counts a call that the library's exact function computes. (What Dynamo traces is not counted: see below.)"""
         if not torch.compiler.is_dynamo_compiling():
-            with self._lock:
-                self.left[reason] += 1
-                self.by_form[form, reason] += 1
+            remembered((self.id, form, reason), lambda: self._note(form, reason))
 
     def note_call(self, form: str = "sdpa") -> None:
         """Counts a call that gets a SUS backward. Dynamo would guard on the number, and compile for each anew."""
         if not torch.compiler.is_dynamo_compiling():
-            with self._lock:
+            remembered((self.id, form), lambda: self._note(form))
+
+    def _note(self, form: str, reason: str = "") -> None:
+        with self._lock:
+            self.by_form[form, reason] += 1
+            if reason:
+                self.left[reason] += 1
+            else:
                 self.calls += 1
-                self.by_form[form, ""] += 1
 
     def pop_kept(self) -> Kept:
         """The counts since the last call, which starts them anew."""
