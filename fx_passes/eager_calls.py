@@ -145,7 +145,7 @@ def handle(key: str, given: dict[str, Any], attention: Callable[[calls.Call, str
     """The result of a call of the table, whose attention is computed by `attention`, which is told the form too."""
     try:
         call, result = calls.read(key, given)
-    except calls.NotTaken:
+    except (calls.NotTaken, recompute.Stop):
         raise
     except Exception as error:  # which the function itself says better
         raise calls.NotTaken("wrong arguments") from error
@@ -171,6 +171,8 @@ def compiled_flex(backend: Any) -> Callable[..., Any]:
                 without_modes.enter_context(overrides._pop_mode_temporarily())
             try:
                 return compiled(**given)
+            except recompute.Stop:
+                raise
             except Exception as error:  # what Dynamo cannot trace
                 raise calls.NotTaken(f"it cannot be traced ({type(error).__name__})") from error
 

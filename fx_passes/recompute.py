@@ -22,6 +22,9 @@ from torch.utils import checkpoint
 
 T = TypeVar("T")
 
+# Raised, where all is computed that a backward needs, through whatever runs below a recomputation.
+Stop: type[Exception] = checkpoint._StopRecomputationError
+
 
 class Block(Protocol):
     """A `sus_backward`."""
