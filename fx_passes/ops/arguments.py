@@ -61,7 +61,7 @@ def as_c(c: float | Tensor, query: Tensor) -> Tensor:
     _check_scalar_device("c", c, query)
     if c.device.type == "cpu" and not torch.compiler.is_compiling():
         check_c(c)
-    return c.detach().to(query.device, torch.float64)
+    return c.detach().to(query.device, torch.float64, copy=True)  # whoever has it may write to it
 
 
 def as_seed(seed: int | Tensor, query: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def as_seed(seed: int | Tensor, query: Tensor) -> Tensor:
     if seed.dim() != 0:
         raise ValueError(f"seed must be an int or a 0-dim tensor, but it is a tensor of shape {tuple(seed.shape)}")
     _check_scalar_device("seed", seed, query)
-    return seed.to(query.device)
+    return seed.to(query.device, copy=True)
 
 
 def _check_scalar_device(name: str, x: Tensor, query: Tensor) -> None:
