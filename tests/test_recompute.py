@@ -280,4 +280,5 @@ def test_hooks_of_torch_stay_as_they_are() -> None:
             checkpoint(f, inputs(), use_reentrant=reentrant)
     from fx_passes import recompute
 
-    assert recompute._thread.runs == [] and recompute._thread.blocks == []
+    assert recompute._thread.runs == []
+    assert recompute._thread.blocks == []

@@ -298,7 +298,7 @@ def sus_attention(
     """
     check_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, sampler, forward)
     query_ids, key_ids = as_ids(query, key, query_ids, key_ids)
-    check_state(state)
+    state = check_state(state)
     c_tensor = as_c(c, query)
     here = query.to_local() if is_dtensor(query) else query  # type: ignore[attr-defined]
     seed_tensor = draw(here, _default_state.id, [])[1] if seed is None else as_seed(seed, query)
