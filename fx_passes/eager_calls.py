@@ -24,6 +24,7 @@ from fx_passes import recompute
 from fx_passes.find import calls
 from fx_passes.find.calls import FLEX
 from fx_passes.find.dynamo_patches import mend_graph_breaks
+from fx_passes.ops.documents import WrongEnds
 from fx_passes.ops.functional import attend
 from fx_passes.ops.transforms import transform
 
@@ -145,7 +146,7 @@ def handle(key: str, given: dict[str, Any], attention: Callable[[calls.Call, str
     """The result of a call of the table, whose attention is computed by `attention`, which is told the form too."""
     try:
         call, result = calls.read(key, given)
-    except (calls.NotTaken, recompute.Stop):
+    except (calls.NotTaken, recompute.Stop, WrongEnds):
         raise
     except Exception as error:  # which the function itself says better
         raise calls.NotTaken("wrong arguments") from error
