@@ -72,9 +72,9 @@ class WrongEnds(ValueError):
 
 
 def check_ends(name: str, ends: Any, total: int, dtypes: tuple[torch.dtype, ...] = (torch.int32,)) -> Tensor:
-    """The documents' ends and a 0 before, [documents + 1], of `total` places: as they are, or checked when a graph runs.
+    """The documents' ends and a 0 before, [documents + 1], of `total` places.
 
-    Values are looked at on a CPU alone: elsewhere that would wait for the device.
+    Values are looked at on a CPU alone, of a graph when it runs: on a GPU that would wait for the device.
 
     Raises:
         WrongEnds: the argument, what was given and what is allowed.
