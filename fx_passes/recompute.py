@@ -120,7 +120,8 @@ _ATTRIBUTE = "_sus_region"  # of torch's frame of a checkpointed region
 
 
 def _listen() -> None:
-    hook, function = checkpoint._checkpoint_hook, checkpoint.CheckpointFunction
+    hook: Any = checkpoint._checkpoint_hook
+    function: Any = checkpoint.CheckpointFunction
     init, enters, exits, forward = hook.__init__, hook.__enter__, hook.__exit__, function.forward
 
     def __init__(self: Any, frame: Any) -> None:

@@ -86,7 +86,8 @@ def check_ends(name: str, ends: Any, total: int, dtypes: tuple[torch.dtype, ...]
     if ends.dim() != 1 or ends.shape[0] < 2:
         raise WrongEnds(f"{name} must be of shape [documents + 1], but it is {tuple(ends.shape)}")
     if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() or type(ends) is not Tensor:
-        return _checked_ends(ends, total, name)
+        checked: Tensor = _checked_ends(ends, total, name)
+        return checked
     _check_values(name, ends, total)
     return ends
 

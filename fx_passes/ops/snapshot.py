@@ -33,7 +33,8 @@ def snapshot(x: Tensor) -> Tensor:
     if x.requires_grad:
         return x
     if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is not Tensor:
-        return _snapshot(x).expand(x.shape)  # an operator, so that no partitioner computes it again in the backward
+        copy: Tensor = _snapshot(x)  # an operator, so that no partitioner computes it again in the backward
+        return copy.expand(x.shape)
     return _shared(x)
 
 
