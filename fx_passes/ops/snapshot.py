@@ -59,7 +59,13 @@ def as_library_keeps(
         return query, key, attn_mask, False
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
     mask = query.new_zeros(()).expand(attn_mask.shape) if is_bool and attn_mask is not None else attn_mask
-    if torch._fused_sdp_choice(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa):
+    try:
+        kernel = torch._fused_sdp_choice(
+            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    except RuntimeError:  # the caller allows none that would take it
+        kernel = 1
+    if kernel:
         return query, key, attn_mask, attn_mask is not None and not is_bool
     if attn_mask is not None and attn_mask.requires_grad:
         attn_mask = attn_mask.clone()
