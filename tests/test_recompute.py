@@ -288,3 +288,26 @@ def test_hooks_of_torch_stay_as_they_are() -> None:
 
     assert recompute._thread.runs == []
     assert recompute._thread.blocks == []
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_of_transformers(reentrant: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    from fx_passes.huggingface import register_sus_attention
+
+    found = []
+    for checkpointed in (False, True):
+        sus = register_sus_attention(c=2)
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            use_cache=False, attn_implementation="sus",
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(config).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        ids = torch.randint(0, 20, (2, 24))
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert (sus.calls, sus.state.counter) == (2, 2)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(*found)

@@ -107,7 +107,6 @@ def test_only_masks_of_others_are_copied() -> None:
         mask.fill_(True)
         return out + F.scaled_dot_product_attention(q, q, q, mask)
 
-    # Lower triangle without the first row's key: rows that see none are part of it.
     causal, graphs = torch.rand(20, 20) > 0.5, []
     for f in (own, written):
         x = operands("bool")["query"].detach().requires_grad_()
