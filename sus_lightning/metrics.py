@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from fx_passes.ops.arguments import check_choice
 from sus_lightning.parameter_kinds import ATTENTION_KINDS, KINDS, Piece, classify
+from sus_lightning.schedules import check_count
 
 Gradients = Sequence["Tensor | None"]
 PER = ("kind", "layer")
@@ -87,10 +88,8 @@ class GradientVariance(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not isinstance(batches_per_step, int) or batches_per_step < 1:
-            raise ValueError(f"batches_per_step must be an int of at least 1, but it is {batches_per_step!r}")
         check_choice("per", per, PER)
-        self.batches_per_step, self.per = batches_per_step, per
+        self.batches_per_step, self.per = check_count("batches_per_step", batches_per_step, at_least=1), per
         named = list(parameters)
         self.pieces: list[Piece] = classify(named)
         self.parameters_given = len(named)
