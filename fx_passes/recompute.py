@@ -22,8 +22,13 @@ from torch.utils import checkpoint
 
 T = TypeVar("T")
 
+
+class _NeverRaised(Exception):
+    pass
+
+
 # Raised, where all is computed that a backward needs, through whatever runs below a recomputation.
-Stop: type[Exception] = checkpoint._StopRecomputationError
+Stop: type[Exception] = getattr(checkpoint, "_StopRecomputationError", _NeverRaised)
 
 
 class Block(Protocol):
@@ -120,8 +125,10 @@ _ATTRIBUTE = "_sus_region"  # of torch's frame of a checkpointed region
 
 
 def _listen() -> None:
-    hook: Any = checkpoint._checkpoint_hook
-    function: Any = checkpoint.CheckpointFunction
+    hook: Any = getattr(checkpoint, "_checkpoint_hook", None)
+    function: Any = getattr(checkpoint, "CheckpointFunction", None)
+    if hook is None or function is None:  # a torch that is not known yet: recomputations draw anew
+        return
     init, enters, exits, forward = hook.__init__, hook.__enter__, hook.__exit__, function.forward
 
     def __init__(self: Any, frame: Any) -> None:

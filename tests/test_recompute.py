@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint as module
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fx_passes import SUSBackend, sus_attention, sus_backward
+from fx_passes import SUSBackend, recompute, sus_attention, sus_backward
 from fx_passes.ops.functional import _default_state
 from tests.passes import attention_packages
 
@@ -311,3 +311,10 @@ def test_gradient_checkpointing_of_transformers(reentrant: bool) -> None:
         assert (sus.calls, sus.state.counter) == (2, 2)
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.equal(*found)
+
+
+def test_torch_has_what_is_listened_to() -> None:
+    """Without these names recomputations would draw anew, and no error would say so."""
+    assert recompute.Stop is module._StopRecomputationError
+    assert hasattr(module._checkpoint_hook, "__enter__")
+    assert hasattr(module.CheckpointFunction, "forward")
