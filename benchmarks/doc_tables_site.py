@@ -269,6 +269,16 @@ def _counts(entries: list[dict[str, Any]], key: str) -> str:
     return ", ".join(f"{count} ({name})" for name, count in counts.items())
 
 
+def coverage() -> str:
+    """Lines and branches that the default tests run, per folder of the packages."""
+    result = read("coverage") or {"folders": {}}
+    rows = [
+        [folder if folder == "all" else f"`{folder}`", f"{r['lines']:,}", f"{r['branches']:,}", f"{r['covered']:.1%}"]
+        for folder, r in result["folders"].items()
+    ]
+    return markdown(["folder", "lines", "branches", "covered"], rows or [[ABSENT] * 4])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
@@ -283,5 +293,6 @@ TABLES: dict[str, Callable[[], str]] = {
         found_by_family,
         found_missing,
         found_models,
+        coverage,
     )
 }
