@@ -1,4 +1,4 @@
-"""Keeps what `coverage json` measured, per folder of the packages, for the table of docs/tests.md; .ci/coverage runs it.
+"""Keeps what `coverage json` measured, per folder, for the table of docs/tests.md; .ci/coverage runs it.
 
 python benchmarks/doc_coverage.py COVERAGE.JSON
 """

@@ -178,8 +178,6 @@ def auto_c_landscapes() -> str:
             f"{row['95% below']:.1%}",
             f"{row['largest loss']:.1%}",
             f"{row['probes until first within 5%, nine of ten']} probes",
-            f"{row['moves in the last ten probes, mean']:.2f}",
-            f"{row['turns in the last ten probes, most']}",
         ]
         for row in found["rows"]
     ]
@@ -189,9 +187,7 @@ def auto_c_landscapes() -> str:
         "median loss",
         "95% of the losses below",
         "largest",
-        "nine of ten first within 5% after",
-        "moves of c in the last ten probes, mean",
-        "turns there, most",
+        "nine of ten within 5% after",
     ]
     return markdown(header, table)
 
