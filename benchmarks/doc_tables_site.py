@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
-from doc_tables import RESULTS, markdown, read
+from doc_tables import RESULTS, markdown, percent, read, training_step, variance_rows
 
 ABSENT = "not measured"
 
@@ -100,6 +100,19 @@ def gpu_headline() -> str:
 
 def _ms(x: float) -> str:
     return f"{x:.3g}"
+
+
+def variance_kinds() -> str:
+    """Relative variance at c = 30 of the parameters of each kind."""
+    models = {"byte": ("byte model after step {}, n = 512", 512), "smollm2": ("SmolLM2-135M, n = 2048", 2048)}
+    kinds = ("total", "q_proj", "k_proj", "v_proj", "o_proj", "mlp")
+    table = [
+        [label.format(training_step(r["point"])), r["sampler"], *(percent(r[kind]) for kind in kinds)]
+        for name, (label, n) in models.items()
+        for r in variance_rows(name)
+        if r["n"] == n and r["c"] == 30 and r["sampler"] != "tile" and all(kind in r for kind in kinds)
+    ]
+    return markdown(["model", "sampler", *kinds], table)
 
 
 def kept_smollm2() -> str:
@@ -281,6 +294,7 @@ TABLES: dict[str, Callable[[], str]] = {
         attention_cpu,
         gpu_headline,
         kept_smollm2,
+        variance_kinds,
         expectations,
         auto_c_bytes,
         auto_c_bytes_8192,
