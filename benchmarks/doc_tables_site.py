@@ -167,8 +167,8 @@ def _auto_c(name: str) -> str:
         [
             f"{row['c']:.3g}" + (" (auto)" if row["c"] == found["chosen"] else ""),
             f"{row['step_speedup']:.2f}x",
-            f"{row['relative_variance']:.2%}",
-            f"{row['worst_relative_variance']:.1%}",
+            percent(row["relative_variance"]),
+            percent(row["worst_relative_variance"]),
             f"{row['net_speedup']:.2f}x",
             f"{row['kept_per_row']:.1f}",
         ]
