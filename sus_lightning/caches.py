@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from fx_passes.torch_compat import backend_of_entry
+
 _MOST_DEAD = 32  # invalid entries that stay at one code
 
 
@@ -33,7 +35,7 @@ def _methods(cls: type) -> Iterator[CodeType]:
 
 
 def clear_caches(backend: Callable[..., Any]) -> None:
-    """Frees what Dynamo has compiled with a backend, and nothing of others."""
+    """Frees what Dynamo has compiled with a backend, and nothing of others. Before torch 2.10 its entries stay."""
     from torch._dynamo import convert_frame, eval_frame
 
     managers: list[Any] = []
@@ -54,7 +56,7 @@ def _clear(code: CodeType, backend: Callable[..., Any]) -> list[Any]:
 
     entries = _debug_get_cache_entry_list(code)
     dead = [e for e in entries if isinstance(e.guard_manager, DeletedGuardManagerWrapper)]
-    ours = [e for e in entries if e not in dead and _is(e.backend, backend)]
+    ours = [e for e in entries if e not in dead and _is(backend_of_entry(e), backend)]
     managers, compiled = [e.guard_manager for e in ours], [e.code for e in ours]
     if not ours:
         return []

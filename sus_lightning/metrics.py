@@ -33,6 +33,7 @@ class GradientVariance(Metric):
     Each mean is unbiased: E|g_1 - g_2|^2 = 2 tr(Sigma) for independent batches of the size that is trained with (halves
     have twice its variance, hence 4), and E[g_1 . g_2] = |G|^2 for the true gradient G. The states are those sums and
     their counts, so that the value over steps and ranks is the ratio of averages and not the average of ratios.
+    The noise scale is that of arXiv 1812.06162.
 
     Shapes: each argument of ``update`` is a sequence of gradients in the order of ``parameters``, None for a parameter
     without gradient. Values are 0-dim float64 tensors; relative_variance is in [0, inf), NaN before both kinds of

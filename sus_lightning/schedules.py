@@ -76,6 +76,9 @@ class ConstantSchedule(Schedule):
     Args:
         c: above 0; ``float("inf")`` is the exact backward.
 
+    Raises:
+        TypeError, ValueError: an argument is not allowed; the message names it.
+
     Examples:
         >>> ConstantSchedule(30)(1000)
         30.0
@@ -111,6 +114,9 @@ class LinearSchedule(_Interpolation):
         end: c from step ``steps`` on, finite and above 0.
         steps: optimizer steps between the two, at least 1.
 
+    Raises:
+        TypeError, ValueError: an argument is not allowed; the message names it.
+
     Examples:
         >>> [LinearSchedule(100, 20, steps=4)(step) for step in range(6)]
         [100.0, 80.0, 60.0, 40.0, 20.0, 20.0]
@@ -127,6 +133,9 @@ class CosineSchedule(LinearSchedule):
         start: c at step 0, finite and above 0.
         end: c from step ``steps`` on, finite and above 0.
         steps: optimizer steps between the two, at least 1.
+
+    Raises:
+        TypeError, ValueError: an argument is not allowed; the message names it.
 
     Examples:
         >>> [round(CosineSchedule(100, 20, steps=4)(step), 2) for step in range(5)]
@@ -145,6 +154,9 @@ class ExponentialSchedule(_Interpolation):
         end: c from step ``steps`` on, finite and above 0.
         steps: optimizer steps between the two, at least 1.
 
+    Raises:
+        TypeError, ValueError: an argument is not allowed; the message names it.
+
     Examples:
         >>> [round(ExponentialSchedule(160, 10, steps=4)(step), 6) for step in range(5)]
         [160.0, 80.0, 40.0, 20.0, 10.0]
@@ -159,6 +171,9 @@ class StepSchedule(Schedule):
 
     Args:
         milestones: step -> c. Steps are from 0, and 0 is among them; c is above 0, infinity allowed.
+
+    Raises:
+        TypeError, ValueError: an argument is not allowed; the message names it.
 
     Examples:
         >>> schedule = StepSchedule({0: float("inf"), 100: 256, 1000: 30})

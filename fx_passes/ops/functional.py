@@ -287,7 +287,7 @@ def sus_attention(
         [..., H, M, E] in the query's dtype. A row that sees no key is zero and gets zero gradients.
 
     Raises:
-        TypeError, ValueError: the argument, what was given and what is allowed.
+        TypeError, ValueError: an argument is not allowed; the message names it, what was given and what is allowed.
 
     Examples:
         >>> import torch
