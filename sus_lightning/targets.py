@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +85,7 @@ def is_stack(module: nn.Module) -> bool:
     outermost = [
         r for r in repeated if r and not any(r[0] is not o and r[0] in set(o.modules()) for q in repeated for o in q)
     ]
-    equal = all(len({(type(b), _shapes(b)) for b in blocks}) == 1 for blocks in outermost)
+    equal = all(len({kind_of(block) for block in blocks}) == 1 for blocks in outermost)
     enough = max(map(len, outermost), default=0) >= LEAST_BLOCKS
     return (
         enough
@@ -95,8 +95,9 @@ def is_stack(module: nn.Module) -> bool:
     )
 
 
-def _shapes(module: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
-    return tuple((name, p.shape) for name, p in module.named_parameters())
+def kind_of(module: nn.Module) -> Hashable:
+    """Equal for modules of one class whose parameters have the same names and shapes."""
+    return type(module), tuple((name, p.shape) for name, p in module.named_parameters())
 
 
 def _takes_one_argument(module: nn.Module) -> bool:
