@@ -121,6 +121,8 @@ def plan(
     chosen = list(targets(root, modules, blocks and not attributes and not options and not apart))
     for target in chosen:
         module = target.module
+        if module not in paths:
+            paths.update((m, f"{target.path}.{name}".rstrip(".")) for name, m in module.named_modules())
         inside = [m for m in module.modules() if m is not module and is_compiled(m)]
         if modules is None and inside and not is_compiled(module):
             # The user chose regions within this child: keep them.

@@ -21,6 +21,7 @@ _MAY_ATTEND: tuple[type[nn.Module], ...] = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
+_OWN = vars(nn.Module()).keys()  # what nn.Module keeps for itself
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 
 
@@ -56,6 +57,7 @@ def targets(root: nn.Module, modules: Sequence[str] | str | None, blocks: bool) 
                 ) from None
     else:
         yield from _children(root, "", blocks)
+        yield from _unregistered(root)
 
 
 def _children(parent: nn.Module, prefix: str, blocks: bool) -> Iterator[Target]:
@@ -69,6 +71,17 @@ def _children(parent: nn.Module, prefix: str, blocks: bool) -> Iterator[Target]:
             yield from _blocks(child, f"{prefix}{name}.")
         elif may_attend(child):
             yield Target(prefix + name, child)
+
+
+def _unregistered(root: nn.Module) -> Iterator[Target]:
+    """Modules in plain lists, tuples and dicts of `root`, which are no submodules and are called all the same."""
+    registered = set(root.modules())
+    for name, value in vars(root).items():
+        if name in _OWN or not isinstance(value, (list, tuple, dict)):
+            continue
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(item, nn.Module) and item not in registered and may_attend(item):
+                yield Target(f"{name}.{key}", item)
 
 
 def is_stack(module: nn.Module) -> bool:

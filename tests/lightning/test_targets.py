@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from models import LM, WIDTH, Attention, Block, Plain, loader, loss_of, trainer
+from models import LM, WIDTH, Attention, Block, Plain, equal, loader, loss_of, trainer, weights
 from torch import Tensor, nn
 
 from sus_lightning import SUSBackprop, VarianceTarget
@@ -172,3 +172,34 @@ class Seen(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
         self.losses.append(float(outputs["loss"]))
+
+
+class Listed(Plain):
+    """A model in a plain list, which the optimizer knows and the module does not; optimized by hand."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(2, 2))
+        self.hidden, self.automatic_optimization = [LM()], False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        loss = loss_of(self.hidden[0](batch), batch)
+        self.manual_backward(loss / 2)
+        if batch_idx % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.hidden[0].parameters(), lr=1e-2)
+
+
+def test_modules_in_plain_lists_train_and_probes_leave_their_gradients() -> None:
+    def trained(every: int) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        module, callback = Listed(), SUSBackprop(4, compiler="eager", variance_every_n_steps=every, seed=0)
+        trainer(callbacks=[callback], max_steps=4).fit(module, loader())
+        assert [s.module for s in callback.backend.report.sites] == [f"hidden.0.layers.{i}.attention" for i in range(2)]
+        assert "_compiled_call_impl" not in vars(module.hidden[0])
+        return weights(module.hidden[0])
+
+    assert equal(trained(0), trained(2))
