@@ -302,7 +302,10 @@ class SUSBackprop(AnyCallback):
         """Without what belongs to a fit: references to the module, compiled code and batches."""
         free: dict[str, Any] = dict.fromkeys(("_module", "_compilation", "_probe", "_times", "_share"))
         new = {"_first": FirstStep(), "_earlier": EarlierBatches(), "_warned": False, "_told": False}
-        return {**vars(self), **free, **new}
+        state = {**vars(self), **free, **new}
+        for name in ("log", "log_dict"):  # Lightning has put the module's there
+            state.pop(name, None)
+        return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SUSBackprop:
         copy = type(self).__new__(type(self))

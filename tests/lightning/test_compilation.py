@@ -362,6 +362,7 @@ def test_no_graph_is_left_behind_graph_breaks() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
 def test_sixty_fits_in_one_process() -> None:
     left = fits(60)
