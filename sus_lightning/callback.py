@@ -22,6 +22,7 @@ from sus_lightning.arguments import check_interval, check_mode, check_modules, c
 from sus_lightning.auto_c import AutoC
 from sus_lightning.checkpoint import load_saved_state, saved_state
 from sus_lightning.compilation import Compilation, plan
+from sus_lightning.detached import detached_state
 from sus_lightning.earlier_batches import EarlierBatches, may_probe
 from sus_lightning.logs import log_now, pop_kept, publish
 from sus_lightning.metrics import PER
@@ -299,13 +300,7 @@ class SUSBackprop(AnyCallback):
         load_saved_state(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to a fit: references to the module, compiled code and batches."""
-        free: dict[str, Any] = dict.fromkeys(("_module", "_compilation", "_probe", "_times", "_share"))
-        new = {"_first": FirstStep(), "_earlier": EarlierBatches(), "_warned": False, "_told": False}
-        state = {**vars(self), **free, **new}
-        for name in ("log", "log_dict"):  # Lightning has put the module's there
-            state.pop(name, None)
-        return state
+        return detached_state(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SUSBackprop:
         copy = type(self).__new__(type(self))
