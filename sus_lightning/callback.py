@@ -80,10 +80,6 @@ class SUSBackprop(AnyCallback):
         interruption would have drawn. So is the state of a schedule that has one (`AutoC`, `VarianceTarget`); a run may
         go on with another schedule, which starts anew.
 
-    Note:
-        If no attention was rewritten after the first training step, ``fit`` stops with an error that shows what was
-        found and why it was left.
-
     Args:
         c: expected number of kept entries per query row and head, above 0; ``float("inf")`` is the exact backward.
             "auto" is `AutoC`, which chooses it for the most progress per second. A schedule, a dict ``{step: c}`` or
@@ -107,7 +103,8 @@ class SUSBackprop(AnyCallback):
 
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
-        MisconfigurationException: no attention was rewritten, or the strategy is DeepSpeed.
+        MisconfigurationException: no attention was rewritten after the first training step, and the report says why;
+            or the strategy is DeepSpeed.
 
     Examples:
         >>> from lightning.pytorch import Trainer
