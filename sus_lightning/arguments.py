@@ -25,13 +25,13 @@ def check_mode(mode: Any, compiler: str) -> str | None:
 
 def check_interval(every: Any, schedule: Callable[[int], float]) -> int:
     """Steps between probes; a schedule that adapts c needs some."""
-    every = check_count("variance_every_n_steps", every)
-    if observes(schedule) and not every:
+    count = check_count("variance_every_n_steps", every)
+    if observes(schedule) and not count:
         raise ValueError(
             f"variance_every_n_steps must be above 0 for c={schedule_name(schedule)}, which adapts c from the "
             f"probes, but it is 0; give c a number to train without probes"
         )
-    return every
+    return count
 
 
 def check_modules(modules: Any) -> list[str] | str | None:
