@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _POINTS = 1000  # of a series; a longer one is thinned
 _MEASURED = ("relative_variance", "worst_relative_variance", "batch_variance", "squared_gradient")
+_LOGGED = ("relative_variance", "step_speedup", "step_speedup_low", "step_speedup_high", "net_speedup")
+_LOGGED += ("seconds", "probe_seconds", "compile_seconds")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class Summary:
         """What is a number, for loggers; c is the last one."""
         values = {name: value for name, value in asdict(self).items() if name != "c"}
         return {name: float(v) for name, v in {**values, "c": self.c[-1][1] if self.c else math.nan}.items()}
+
+    def logged(self) -> dict[str, float]:
+        """What loggers get when fit ends: what runs are compared by, and no key has said; without what is unknown."""
+        numbers = self.numbers()
+        return {f"summary_{name}": numbers[name] for name in _LOGGED if math.isfinite(numbers[name])}
 
     def _speedup(self) -> str:
         if math.isnan(self.step_speedup):
