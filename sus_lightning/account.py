@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 _POINTS = 1000  # of a series; a longer one is thinned
 _MEASURED = ("relative_variance", "worst_relative_variance", "batch_variance", "squared_gradient")
-_LOGGED = ("relative_variance", "step_speedup", "step_speedup_low", "step_speedup_high", "net_speedup")
-_LOGGED += ("seconds", "probe_seconds", "compile_seconds")
+_LOGGED = (
+    "relative_variance", "step_speedup", "step_speedup_low", "step_speedup_high", "net_speedup", "seconds",
+    "probe_seconds", "compile_seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
