@@ -158,8 +158,10 @@ def main() -> None:
                 more = ["--probes"] if args.probes else []
                 command = [sys.executable, __file__, "--child", way, compiler, shape, "--fits", str(args.fits), *more]
                 done = subprocess.run(
-                    command, stdout=subprocess.PIPE, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                    command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
                 )
+                if done.returncode:
+                    raise SystemExit(done.stderr)
                 found = json.loads(done.stdout.splitlines()[-1])
                 rows.append({"compiler": compiler, "model": shape, "way": way, **found})
                 print(json.dumps(rows[-1]), flush=True)
