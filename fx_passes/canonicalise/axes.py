@@ -13,6 +13,8 @@ from typing import Any
 
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fx_passes.find.trace import Value
+
 Size = Any  # int or torch.SymInt
 
 
@@ -41,6 +43,10 @@ def known(condition: Any) -> bool:
     return condition if isinstance(condition, bool) else statically_known_true(condition)
 
 
+def same_shape(a: Value, b: Value) -> bool:
+    return len(a.shape) == len(b.shape) and all(known(m == n) for m, n in zip(a.shape, b.shape, strict=True))
+
+
 def leaves(axes: Iterable[Axis]) -> Dim:
     """Axes with every split one replaced by its parts."""
     found: list[Axis] = []
@@ -60,6 +66,26 @@ def all_axes(layout: Layout) -> Dim:
 def free_axes(layout: Layout) -> Dim:
     """The axes of a layout without those of which one place is selected."""
     return tuple(axis for axis in all_axes(layout) if axis.at is None)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor, and the axes that its dimensions run over."""
+
+    value: Value
+    layout: Layout
+
+    @property
+    def axes(self) -> Dim:
+        return all_axes(self.layout)
+
+    def over(self, dim: Dim) -> bool:
+        """Whether it runs over one of some axes."""
+        return not set(leaves(dim)).isdisjoint(self.axes)
+
+    def side(self, value: Value) -> Operand:
+        """An operand of the elementwise operation whose result this is."""
+        return Operand(value, broadcast(self.layout, value.shape))
 
 
 def fresh(shape: Sequence[Size]) -> Layout:
@@ -149,11 +175,13 @@ def broadcast(layout: Layout, shape: Sequence[Size]) -> Layout:
     )
 
 
-def before_reduction(shape: Sequence[Size], dims: set[int], keepdim: bool, layout: Layout) -> Layout:
-    """The layout of what an operation reduces along `dims`, from that of its result; reduced dimensions are new."""
-    rest = iter(layout)
+def before_reduction(value: Value, layout: Layout) -> tuple[Layout, list[int]]:
+    """The layout of what a value with a layout reduces, whose reduced dimensions are new axes; and these dimensions."""
+    source, given = value.args[0], value.args[1]
+    dims = {d % len(source.shape) for d in (given if isinstance(given, (list, tuple)) else [given])}
+    keepdim, rest = len(value.args) > 2 and bool(value.args[2]), iter(layout)
     full: list[Dim] = []
-    for i, size in enumerate(shape):
-        kept = next(rest) if keepdim or i not in dims else ()
+    for i, size in enumerate(source.shape):
+        kept = next(rest, ()) if keepdim or i not in dims else ()
         full.append((Axis(size),) if i in dims else kept)
-    return tuple(full)
+    return tuple(full), sorted(dims)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fx_passes.canonicalise.axes import Axis, Dim, Layout, all_axes, before_reduction, known, leaves
+from fx_passes.canonicalise.axes import Axis, Dim, Operand, before_reduction, known, leaves
 from fx_passes.canonicalise.contraction import Contraction
 from fx_passes.canonicalise.forms import arguments, level
 from fx_passes.canonicalise.operators import LARGEST
@@ -22,20 +22,18 @@ aten = torch.ops.aten
 
 def is_activations_product(context: Context, c: Contraction, keys: Dim) -> bool:
     """Whether a product is that of two activations and the keys are an axis of its result."""
-    mine = set(leaves(keys))
-    left, right = set(all_axes(c.left.layout)) & mine, set(all_axes(c.right.layout)) & mine
-    if not (left or right) or mine & set(leaves(c.summed)):
+    if not (c.left.over(keys) or c.right.over(keys)) or set(leaves(keys)) & set(leaves(c.summed)):
         return False
     return min(level(context, c.left.value), level(context, c.right.value)) >= Level.COMPUTED
 
 
 def has_rows(c: Contraction, keys: Dim, kept: list[Axis]) -> bool:
     """Whether the rows of a product, if it has such, are among the axes that are kept."""
-    mine, left, right = set(leaves(keys)), set(all_axes(c.left.layout)), set(all_axes(c.right.layout))
-    if left & mine and right & mine:
+    left, right = set(c.left.axes), set(c.right.axes)
+    if c.left.over(keys) and c.right.over(keys):
         rows = left ^ right
     else:
-        rows = right - left if left & mine else left - right
+        rows = right - left if c.left.over(keys) else left - right
     return not rows or bool(rows & set(leaves(kept)))
 
 
@@ -46,20 +44,23 @@ def is_softmax(value: Value) -> bool:
     return value.op is aten.softmax.int
 
 
-def along_dimensions(reader: ScoresReader, value: Value, layout: Layout) -> bool:
+def along_dimensions(reader: ScoresReader, x: Operand) -> bool:
     """Whether an operation along some dimensions has scores for an operand.
 
     What it takes from a dimension is another axis, which may be the keys'. The largest of scores along other axes are
     scores, too, as BiDAF's context looks at the query.
     """
+    value, rows = x.value, reader.shared.rows
     if value.op in LARGEST:
-        return reader.read(value.args[0], _with_reduced(reader, value, layout)) is not None
+        layout, dims = before_reduction(value, x.layout)
+        rows.extend(axis for i in dims for axis in layout[i])
+        return reader.holds(Operand(value.args[0], layout))
     mine = set(leaves(reader.keys))
     for source in arguments(value):
-        if source.fake is None or len(source.shape) != len(layout) or not source.dtype.is_floating_point:
+        if source.fake is None or len(source.shape) != len(x.layout) or not source.dtype.is_floating_point:
             continue
         new, over = [], reader.keys
-        for i, (dim, a, b) in enumerate(zip(layout, source.shape, value.shape, strict=True)):
+        for i, (dim, a, b) in enumerate(zip(x.layout, source.shape, value.shape, strict=True)):
             channels = i == 1 and value.op is aten.convolution.default
             if known(a == b) and not channels:
                 new.append(dim)
@@ -68,20 +69,10 @@ def along_dimensions(reader: ScoresReader, value: Value, layout: Layout) -> bool
                 return False
             axis = () if known(a == 1) else (Axis(a),)
             over = axis if set(leaves(dim)) & mine else over
-            if not channels and set(leaves(dim)) & set(leaves(reader.shared.rows)):
-                reader.shared.rows.extend(axis)
+            if not channels and set(leaves(dim)) & set(leaves(rows)):
+                rows.extend(axis)
             new.append(axis)
         inner = reader if over is reader.keys else reader.with_keys(over)
-        if inner.read(source, tuple(new)) is not None:
+        if inner.holds(Operand(source, tuple(new))):
             return True
     return False
-
-
-def _with_reduced(reader: ScoresReader, value: Value, layout: Layout) -> Layout:
-    """The layout of what is reduced; the axes over which it is are new, and may be rows."""
-    source = value.args[0]
-    given = value.args[1] if isinstance(value.args[1], (list, tuple)) else [value.args[1]]
-    dims, keepdim = {d % len(source.shape) for d in given}, len(value.args) > 2 and bool(value.args[2])
-    found = before_reduction(source.shape, dims, keepdim, layout)
-    reader.shared.rows.extend(axis for i in dims for axis in found[i])
-    return found
