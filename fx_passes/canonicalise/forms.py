@@ -126,8 +126,9 @@ class Softmax:
     columns: Columns | None = None
 
     @property
-    def rows_sum_to_one(self) -> bool:
-        return self.normalised and self.sink is None and self.columns is None
+    def keys_only(self) -> bool:
+        """Whether all the weight of a row goes to the keys."""
+        return self.sink is None and self.columns is None
 
     @property
     def unknown_columns(self) -> Columns | None:

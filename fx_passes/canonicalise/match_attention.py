@@ -146,7 +146,7 @@ def _with_scores(walk: Walk, term: Term, alone: bool) -> Plain:
     if softmax.unknown_columns is not None:
         return term
     try:
-        scores = ScoresReader.of(walk, term.keys, softmax.source.layout, softmax.sink is None).read(softmax.source)
+        scores = ScoresReader.of(walk, term.keys, softmax.source.layout, softmax.keys_only).read(softmax.source)
     except FailedMatch:
         return term
     if scores is None and columns is None:

@@ -192,7 +192,8 @@ def filled(reader: ProbsReader, x: Operand) -> Terms | None:
 
 def cut(reader: ProbsReader, x: Operand) -> Terms | None:
     """``softmax(columns)[..., :n]``: what stays are the keys, what is cut off is a sink, or unknown."""
-    source, (dim, start, _, step) = x.value.args[0], (*x.value.args[1:], *(0, 0, None, 1)[len(x.value.args) - 1 :])
+    given: tuple[Any, ...] = (*x.value.args, *(0, 0, None, 1)[len(x.value.args) - 1 :])
+    source, dim, start, _, step = given
     dim, start = dim % len(x.layout), start or 0
     keys = x.layout[dim]
     part = None if set(leaves(reader.keys)) & set(leaves(keys)) else chunk_of(x.value, x.layout)

@@ -73,7 +73,7 @@ class Reader(Generic[Meaning]):
                 self.shared.depth -= 1
         found = self._known[key]
         if isinstance(found, FailedMatch):
-            raise found.with_traceback(None)
+            raise found
         return found
 
     def holds(self, x: Operand) -> bool:
@@ -102,7 +102,8 @@ class Reader(Generic[Meaning]):
         except FailedMatch as why:
             self.shared.unclear = self.shared.unclear or str(why)
             return None
-        found = self.rules.get(x.value.op, _any_operation)(self, x) if source is None else self.read(source)
+        rule: Callable[..., Any] = self.rules.get(x.value.op, _any_operation)
+        found = rule(self, x) if source is None else self.read(source)
         return found if found is None else self._passed(x.value, found)
 
     def _passed(self, value: Value, found: Meaning) -> Meaning:

@@ -139,7 +139,12 @@ def _mask_of(factor: Factor) -> Mask:
 def _over_row_sums(terms: Sequence[Plain], keys: Dim) -> Sequence[Plain]:
     """The terms over the sum of their factors, which is that of their rows: each softmax's rows sum to one."""
     for term in terms:
-        if not isinstance(term, Term) or not term.softmax.rows_sum_to_one or term.dropout is not None or term.masks:
+        if (
+            not isinstance(term, Term)
+            or not (term.normalised and term.softmax.keys_only)
+            or term.dropout is not None
+            or term.masks
+        ):
             raise FailedMatch("a sum of probabilities whose rows do not sum to one is normalised")
         if any(f.over(keys) for f in term.factors):
             raise FailedMatch(_AGAIN)

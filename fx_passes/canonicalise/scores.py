@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fx_passes.canonicalise.axes import FailedMatch, Operand, leaves, resolve
-from fx_passes.canonicalise.contraction import contraction, is_contraction
-from fx_passes.canonicalise.forms import BIG, Bias, Factor, Mask, Product, Scores, Walk
-from fx_passes.canonicalise.operators import DIVISIONS, name
-from fx_passes.canonicalise.qk_product import along_dimensions, has_rows, is_activations_product, is_softmax
+from fx_passes.canonicalise.axes import Axis, FailedMatch, Operand, before_reduction, known, leaves, resolve
+from fx_passes.canonicalise.contraction import Contraction, contraction, is_contraction
+from fx_passes.canonicalise.forms import BIG, Bias, Factor, Mask, Product, Scores, Walk, arguments, level
+from fx_passes.canonicalise.operators import DIVISIONS, LARGEST, name
 from fx_passes.canonicalise.readings import choices, number_of
-from fx_passes.canonicalise.views import chunk_of
+from fx_passes.canonicalise.views import chunk_of, is_cast, is_view
+from fx_passes.find.context import Level
 from fx_passes.find.trace import Value
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ def product(reader: ScoresReader, x: Operand) -> Scores | None:
     if not is_contraction(x.value):
         return None
     c = contraction(x)
-    if not is_activations_product(reader.walk.context, c, reader.keys):
+    if not _is_activations_product(reader, c):
         if any(side.over(reader.keys) and reader.holds(side) for side in (c.left, c.right)):
             raise FailedMatch("the scores are mixed across heads")
         return None
-    if not has_rows(c, reader.keys, reader.shared.rows) or is_softmax(c.left.value) or is_softmax(c.right.value):
+    if not _has_rows(reader, c) or _is_softmax(c.left.value) or _is_softmax(c.right.value):
         return None
     if c.left.over(reader.keys) and c.right.over(reader.keys):
         raise FailedMatch("both operands of the scores' product run over the keys")
@@ -48,6 +48,31 @@ def product(reader: ScoresReader, x: Operand) -> Scores | None:
     if set(key.axes) - set(query.axes) - set(leaves(reader.keys)) and reader.contains_qk_product(key):
         raise FailedMatch("the scores are mixed across heads")
     return Scores(Product(query, key))
+
+
+def _is_activations_product(reader: ScoresReader, c: Contraction) -> bool:
+    """Whether a product is that of two activations and the keys are an axis of its result."""
+    keys, context = reader.keys, reader.walk.context
+    if not (c.left.over(keys) or c.right.over(keys)) or set(leaves(keys)) & set(leaves(c.summed)):
+        return False
+    return min(level(context, c.left.value), level(context, c.right.value)) >= Level.COMPUTED
+
+
+def _has_rows(reader: ScoresReader, c: Contraction) -> bool:
+    """Whether the rows of a product, if it has such, are among the axes that may be rows."""
+    left, right = set(c.left.axes), set(c.right.axes)
+    if c.left.over(reader.keys) and c.right.over(reader.keys):
+        rows = left ^ right
+    else:
+        rows = right - left if c.left.over(reader.keys) else left - right
+    return not rows or bool(rows & set(leaves(reader.shared.rows)))
+
+
+def _is_softmax(value: Value) -> bool:
+    """Whether an operand is a softmax as it is: its product is a weighted sum, not scores."""
+    while is_view(value) or is_cast(value) or value.op is aten.dropout.default:
+        value = value.args[0]
+    return value.op is aten.softmax.int
 
 
 def multiplied(reader: ScoresReader, x: Operand) -> Scores | None:
@@ -66,7 +91,8 @@ def multiplied(reader: ScoresReader, x: Operand) -> Scores | None:
     factor = Factor(b, x.side(b).layout, power) if isinstance(b, Value) else Factor.number(b, power)
     # Behind a factor over the keys, what was the same for all keys is so no more.
     found = (reader.exact() if factor.over(reader.keys) else reader).operand(x, a)
-    assert found is not None
+    if found is None:
+        return None
     number = number_of(reader.walk, b, buffers=False)
     if number is not None:
         return _times(found, 1.0 / number if divides and number else number)
@@ -113,7 +139,7 @@ def added(reader: ScoresReader, x: Operand) -> Scores | None:
     if not isinstance(b, Value):
         found = reader.operand(x, a)
         if found is not None and not reader.shifts:
-            raise FailedMatch("a number is added to scores that have a sink")
+            raise FailedMatch("a number is added to the scores of the keys alone")
         return found
     failed: FailedMatch | None = None
     for side, sign, other, scale in ((a, 1.0, b, alpha), (b, alpha, a, 1.0)):
@@ -174,7 +200,7 @@ def cut(reader: ScoresReader, x: Operand) -> Scores | None:
         found = reader.read(Operand(x.value.args[0], chunk))
         if found is not None:
             return found
-    if along_dimensions(reader, x):
+    if _along_dimensions(reader, x):
         raise FailedMatch(
             "a part of the scores is cut out" if chunk is not None else f"the scores go through {name(x.value)}"
         )
@@ -189,5 +215,39 @@ def written(reader: ScoresReader, x: Operand) -> None:
 
 def mixed(reader: ScoresReader, x: Operand) -> None:
     """What reads, cuts or joins scores along some dimensions: scores of which no more is known."""
-    if along_dimensions(reader, x):
+    if _along_dimensions(reader, x):
         raise FailedMatch(f"the scores go through {name(x.value)}")
+
+
+def _along_dimensions(reader: ScoresReader, x: Operand) -> bool:
+    """Whether an operation along some dimensions has scores for an operand.
+
+    What it takes from a dimension is another axis, which may be the keys'. The largest of scores along other axes are
+    scores, too, as BiDAF's context looks at the query.
+    """
+    value, rows = x.value, reader.shared.rows
+    if value.op in LARGEST:
+        layout, dims = before_reduction(value, x.layout)
+        rows.extend(axis for i in dims for axis in layout[i])
+        return reader.holds(Operand(value.args[0], layout))
+    mine = set(leaves(reader.keys))
+    for source in arguments(value):
+        if source.fake is None or len(source.shape) != len(x.layout) or not source.dtype.is_floating_point:
+            continue
+        new, over = [], reader.keys
+        for i, (dim, a, b) in enumerate(zip(x.layout, source.shape, value.shape, strict=True)):
+            channels = i == 1 and value.op is aten.convolution.default
+            if known(a == b) and not channels:
+                new.append(dim)
+                continue
+            if channels and set(leaves(dim)) & mine:
+                return False
+            axis = () if known(a == 1) else (Axis(a),)
+            over = axis if set(leaves(dim)) & mine else over
+            if not channels and set(leaves(dim)) & set(leaves(rows)):
+                rows.extend(axis)
+            new.append(axis)
+        inner = reader if over is reader.keys else reader.with_keys(over)
+        if inner.holds(Operand(source, tuple(new))):
+            return True
+    return False

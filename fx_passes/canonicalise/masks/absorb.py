@@ -73,7 +73,7 @@ def _hidden_by_others(masks: list[list[Tensor | None]]) -> list[int]:
 def _lost_apart(mask: Mask, found: list[Condition], biases: list[Bias], term: Term) -> bool:
     """Whether rows that a finite mask leaves no key have equal probabilities, so that they can be computed apart."""
     scores = term.scores
-    if scores is None or term.softmax.sink is not None or term.dropout is not None:
+    if scores is None or not term.softmax.keys_only or term.dropout is not None:
         return False
     if any(c.seen.added and c.matrix is None for c in found):
         return False

@@ -172,12 +172,12 @@ def _within_documents(
     (positions,) = sources
     for one in documents:
         sides = [one.query.value, one.key.value]
-        ids = sides[0].args[0] if sides[0].op is aten.index.Tensor else None
-        if any(x.op is not aten.index.Tensor or x.args[0] is not ids for x in sides):
+        if any(x.op is not aten.index.Tensor for x in sides) or sides[0].args[0] is not sides[1].args[0]:
             continue
-        if len({tuple(x.args[1][:-1]) for x in (*indexed, *sides)}) != 1 or positions.version or ids.version:
-            continue
-        found = relation(walk.context, (positions.node, ids.node), aligned) if positions.node and ids.node else None
+        ids: Value = sides[0].args[0]
+        same_entries = len({tuple(x.args[1][:-1]) for x in (*indexed, *sides)}) == 1
+        nodes = tuple(x.node for x in (positions, ids) if x.node is not None and x.version is None)
+        found = relation(walk.context, nodes, aligned) if same_entries and len(nodes) == 2 else None
         if found is not None:
             walk.relations.append(found)
             return positional

@@ -194,7 +194,7 @@ class Comparison:
             c = _number(c - b * (self.keys[0].size - self.rows[0].size))
             if not isinstance(c, int):
                 return None
-        return PositionalMask(*((c, None) if a == 1 else (None, c)), bottom_right=from_the_end)
+        return PositionalMask(c if a == 1 else None, c if b == 1 else None, bottom_right=from_the_end)
 
     def _bounds(self, x: Operand, want: bool) -> list[_Linear]:
         """A comparison as inequalities ``a * i + b * j <= c`` that must hold; none if it is not understood."""
