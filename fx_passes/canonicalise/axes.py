@@ -138,7 +138,7 @@ def _regroup(layout: Layout, shape: Sequence[Size]) -> Layout:
             if known(total == size) or _divides(total, size):
                 dim.append(axis)
                 continue
-            if not (_divides(have, size) and _divides_exactly(axis.size, size, have)):
+            if not (_divides(have, size) and known(axis.size % (size // have) == 0)):
                 raise FailedMatch("a view mixes dimensions")
             need = size // have
             if known(axis.size // need == 1):  # equal, though the two expressions did not show it
@@ -156,15 +156,7 @@ def _regroup(layout: Layout, shape: Sequence[Size]) -> Layout:
 
 
 def _divides(small: Size, large: Size) -> bool:
-    if isinstance(small, int) and isinstance(large, int):
-        return small > 0 and large % small == 0
-    return known(large % small == 0)
-
-
-def _divides_exactly(axis: Size, size: Size, have: Size) -> bool:
-    if all(isinstance(x, int) for x in (axis, size, have)):
-        return bool(axis % (size // have) == 0)
-    return known(axis % (size // have) == 0)
+    return (not isinstance(small, int) or small > 0) and known(large % small == 0)
 
 
 def broadcast(layout: Layout, shape: Sequence[Size]) -> Layout:
