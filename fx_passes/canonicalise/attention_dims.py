@@ -1,4 +1,7 @@
-"""Which axes of an attention are batch, heads, query heads of one key head, queries, keys and features."""
+"""Which axes of an attention are batch, heads, query heads of one key head, queries, keys and features.
+
+scores [b, h, m, n], key [b, h // 2, n, d]      batch (B), heads (H1), group (H2), rows (M), keys (N), features (D)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Products of two tensors that are summed over an axis: mm, bmm, and an elementwise product with a sum."""
+"""Products of two tensors that are summed over an axis: mm, bmm, and an elementwise product with a sum.
+
+torch.bmm(q, k.mT)                                     Contraction(q, k.mT, summed=features)
+(q[:, :, None] * k[:, None]).sum(-1)                   Contraction(q[:, :, None], k[:, None], summed=features)
+"""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Reader(Generic[Meaning]):
                 self.shared.depth -= 1
         found = self._known[key]
         if isinstance(found, FailedMatch):
-            raise found
+            raise found.with_traceback(None)
         return found
 
     def holds(self, x: Operand) -> bool:
