@@ -1,6 +1,6 @@
 """Operations that move elements and leave them as they are: the input's layout from the output's, and back.
 
-x.view(b, h, n, d)          result [b, h, n, d] runs over (B), (H), (N), (D); x [b * h, n, d] over (B H), (N), (D)
+x.view(b, h, n, d)     result [b, h, n, d] runs over (B), (H), (N), (D); x [b * h, n, d] over (B H), (N), (D)
 x[:, None].expand(b, g, n, d)  result [b, g, n, d] runs over (B), (G), (N), (D); x [b, n, d] over (B), (N), (D)
 """
 

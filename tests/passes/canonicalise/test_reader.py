@@ -33,7 +33,7 @@ def test_each_value_is_read_once_where_scores_branch_and_join(monkeypatch: pytes
     def f(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         s = q @ k.mT
         for _ in range(10):
-            s = s + s * 0.1
+            s = s * 0.1 + s
         return s.softmax(-1) @ v
 
     seen = read_by_all(monkeypatch)
