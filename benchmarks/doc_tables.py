@@ -121,7 +121,7 @@ def attention_scaling() -> str:
 
 def whole_steps() -> str:
     names = {"example": "the example, 4 layers, width 128", "gpt2": "GPT-2, 4 layers, width 512, dropout 0.1",
-             "smollm2": "SmolLM2-135M, pretrained", "quality": "byte model as trained, width 192"}  # fmt: skip
+             "smollm2": "SmolLM2-135M, pretrained", "quality": "byte model of train_quality.py, bfloat16"}  # fmt: skip
     rows = []
     for model, label in names.items():
         for r in (read(f"steps-{model}") or {"rows": []})["rows"]:

@@ -9,7 +9,8 @@
 A step is forward, loss, backward and AdamW on one sequence. Four take it in turn with the same weights: exact (eager),
 exact under Inductor, SUS (what the callback does), and "free": exact (eager) with an attention backward that costs
 nothing, which gives the largest speed-up that a faster attention backward could have. (A faster forward is not in it:
-with dropout, whose weights the library forms on a CPU, SUS can pass it.) SmolLM2 runs without Inductor.
+with dropout, whose weights the library forms on a CPU, SUS can pass it.) SmolLM2 runs without Inductor; the model of
+train_quality.py in bfloat16 mixed precision, as there, the others in float32.
 
 A ratio is the median over the rounds of the ratio within a round. On one thread seconds are CPU time, so that other
 programs do not count, on more they are wall time. Results go to benchmarks/results/steps-MODEL.json.
@@ -96,10 +97,14 @@ def free(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def stepper(optimizer: torch.optim.Optimizer, model: Callable[..., Tensor], ids: Tensor) -> Callable[[], None]:
+def stepper(
+    optimizer: torch.optim.Optimizer, model: Callable[..., Tensor], ids: Tensor, mixed: bool
+) -> Callable[[], None]:
     def step() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
+        loss.backward()
         optimizer.step()
 
     return step
@@ -112,7 +117,7 @@ def problem(name: str, n: int) -> tuple[torch.nn.Module, Tensor]:
 
         model = SmolLM2()
         return model, windows(model.tokenizer, n + 1, 1).tensors[0]
-    makers = {"gpt2": lambda: GPT2(n), "example": ByteLM, "quality": lambda: ByteLM(4, 192, 3)}
+    makers = {"gpt2": lambda: GPT2(n), "example": ByteLM, "quality": lambda: ByteLM(2, 256, 4)}
     return makers[name](), torch.randint(256, (1, n + 1))
 
 
@@ -126,7 +131,7 @@ def measure(a: argparse.Namespace, n: int) -> dict[str, Any]:
     if inductor:
         functions["exact, compiled"] = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6)
-    steps = {name: stepper(optimizer, f, ids) for name, f in functions.items()}
+    steps = {name: stepper(optimizer, f, ids, a.model == "quality") for name, f in functions.items()}
     for step in steps.values():
         step()  # compiles
     memory = {name: peak(step) for name, step in steps.items()}
