@@ -110,13 +110,18 @@ def attention_scaling() -> str:
     result = read("attention-scaling")
     rows = []
     for r in sorted(result["rows"] if result else [], key=lambda r: (r["dtype"] != "float32", r["n"])):
-        ms = [f"{1e3 * r['seconds'][name]:,.4g}" for name in ("library", "library under Inductor", "SUS")]
+        ms = [milliseconds(r["seconds"][name]) for name in ("library", "library under Inductor", "SUS")]
         up = [f"{r['speed-up'][name]:.2f}x" for name in ("library", "library under Inductor")]
-        memory = [MISSING if m is None else f"{m / 2**20:.0f}" for m in (r["memory"]["library"], r["memory"]["SUS"])]
-        rows.append([r["dtype"], f"{r['n']:,}", *ms, *up, " / ".join(memory), str(r["rounds"])])
-    header = ["dtype", "n", "SDPA, ms", "SDPA under Inductor, ms", "SUS, ms", "speed-up", "over Inductor",
+        memory = [r["memory"]["library"], r["memory"]["SUS"]]
+        mib = MISSING if None in memory else " / ".join(f"{m / 2**20:.0f}" for m in memory)
+        rows.append([r["dtype"], f"{r['n']:,}", " / ".join(ms), " / ".join(up), mib, str(r["rounds"])])
+    header = ["dtype", "n", "SDPA / SDPA under Inductor / SUS, ms", "SUS over SDPA / over Inductor",
               "peak memory, SDPA / SUS, MiB", "rounds"]  # fmt: skip
     return markdown(header, rows)
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}" if seconds < 0.1 else f"{1e3 * seconds:,.0f}"
 
 
 def whole_steps() -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
-from doc_tables import RESULTS, markdown, read
+from doc_tables import RESULTS, markdown, percent, read, training_step, variance_rows
 
 ABSENT = "not measured"
 
@@ -102,6 +102,19 @@ def _ms(x: float) -> str:
     return f"{x:.3g}"
 
 
+def variance_kinds() -> str:
+    """Relative variance at c = 30 of the parameters of each kind."""
+    models = {"byte": ("byte model after step {}, n = 512", 512), "smollm2": ("SmolLM2-135M, n = 2048", 2048)}
+    kinds = ("total", "q_proj", "k_proj", "v_proj", "o_proj", "mlp")
+    table = [
+        [label.format(training_step(r["point"])), r["sampler"], *(percent(r[kind]) for kind in kinds)]
+        for name, (label, n) in models.items()
+        for r in variance_rows(name)
+        if r["n"] == n and r["c"] == 30 and r["sampler"] != "tile" and all(kind in r for kind in kinds)
+    ]
+    return markdown(["model", "sampler", *kinds], table)
+
+
 def kept_smollm2() -> str:
     """Keys kept per row on SmolLM2-135M."""
     table = []
@@ -154,8 +167,8 @@ def _auto_c(name: str) -> str:
         [
             f"{row['c']:.3g}" + (" (auto)" if row["c"] == found["chosen"] else ""),
             f"{row['step_speedup']:.2f}x",
-            f"{row['relative_variance']:.2%}",
-            f"{row['worst_relative_variance']:.1%}",
+            percent(row["relative_variance"]),
+            percent(row["worst_relative_variance"]),
             f"{row['net_speedup']:.2f}x",
             f"{row['kept_per_row']:.1f}",
         ]
@@ -178,8 +191,6 @@ def auto_c_landscapes() -> str:
             f"{row['95% below']:.1%}",
             f"{row['largest loss']:.1%}",
             f"{row['probes until first within 5%, nine of ten']} probes",
-            f"{row['moves in the last ten probes, mean']:.2f}",
-            f"{row['turns in the last ten probes, most']}",
         ]
         for row in found["rows"]
     ]
@@ -189,9 +200,7 @@ def auto_c_landscapes() -> str:
         "median loss",
         "95% of the losses below",
         "largest",
-        "nine of ten first within 5% after",
-        "moves of c in the last ten probes, mean",
-        "turns there, most",
+        "nine of ten within 5% after",
     ]
     return markdown(header, table)
 
@@ -269,12 +278,23 @@ def _counts(entries: list[dict[str, Any]], key: str) -> str:
     return ", ".join(f"{count} ({name})" for name, count in counts.items())
 
 
+def coverage() -> str:
+    """Lines and branches that the default tests run, per folder of the packages."""
+    result = read("coverage") or {"folders": {}}
+    rows = [
+        [folder if folder == "all" else f"`{folder}`", f"{r['lines']:,}", f"{r['branches']:,}", f"{r['covered']:.1%}"]
+        for folder, r in result["folders"].items()
+    ]
+    return markdown(["folder", "lines", "branches", "covered"], rows or [[ABSENT] * 4])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         attention_cpu,
         gpu_headline,
         kept_smollm2,
+        variance_kinds,
         expectations,
         auto_c_bytes,
         auto_c_bytes_8192,
@@ -283,5 +303,6 @@ TABLES: dict[str, Callable[[], str]] = {
         found_by_family,
         found_missing,
         found_models,
+        coverage,
     )
 }

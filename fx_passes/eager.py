@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fx_passes import eager_calls
+from fx_passes import eager_calls, recompute
 from fx_passes.find.calls import FLEX, VARLEN, Call, NotTaken, form_of_key, is_varlen, varlen_arguments
 from fx_passes.handle import CallHandle
 from fx_passes.ops.arguments import why_left
 from fx_passes.ops.functional import attend, draw
 from fx_passes.ops.problem import Forward, Sampler
+from fx_passes.ops.snapshot import as_library_keeps
 from fx_passes.ops.transforms import transform
 
 
@@ -64,16 +65,22 @@ class sus_backward(CallHandle, TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.is_grad_enabled() and is_varlen(func):
+        if not torch.is_grad_enabled() or not self._in_force():
+            return func(*args, **kwargs)
+        if is_varlen(func):
             try:
-                return self._call(VARLEN, varlen_arguments(args, kwargs))
+                return self.call(VARLEN, varlen_arguments(args, kwargs))
             except NotTaken:
                 return func(*args, **kwargs)
-        if torch.is_grad_enabled() and func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        if torch.is_grad_enabled() and func is F.multi_head_attention_forward and isinstance(func, FunctionType):
+        if func is F.multi_head_attention_forward and isinstance(func, FunctionType):
             return self._with_attention(func)(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _in_force(self) -> bool:
+        """False for a block around or inside of another, and in a recomputation of what another one computed."""
+        return torch.compiler.is_dynamo_compiling() or recompute.block() is self
 
     def _with_attention(self, func: FunctionType) -> Callable[..., Any]:
         """A function of torch.nn.functional that calls `_attention` instead of F.scaled_dot_product_attention.
@@ -111,6 +118,9 @@ class sus_backward(CallHandle, TorchFunctionMode):
         enable_gqa: bool,
     ) -> Tensor:
         c, seed = draw(query, self.state.id, [0])
+        query, key, attn_mask, own_masks = as_library_keeps(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
         is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
         out: Tensor = attend(
             query,
@@ -126,18 +136,21 @@ class sus_backward(CallHandle, TorchFunctionMode):
             sampler=self.sampler,
             forward=self.forward,
             state=self.state.id,
+            own_masks=own_masks,
         )
         return out
 
     def __enter__(self) -> sus_backward:
-        eager_calls.enter(self._call)
+        eager_calls.enter()
+        recompute.enter(self)
         return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
     def __exit__(self, *args: Any) -> None:
         super().__exit__(*args)  # type: ignore[no-untyped-call]
+        recompute.leave()
         eager_calls.leave()
 
-    def _call(self, key: str, given: dict[str, Any]) -> Any:
+    def call(self, key: str, given: dict[str, Any]) -> Any:
         """A call of flex_attention, flash-attn, xformers or varlen_attn."""
         try:
             if key != FLEX:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from types import CodeType, FunctionType
@@ -19,16 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, overrides
 
+from fx_passes import recompute
 from fx_passes.find import calls
 from fx_passes.find.calls import FLEX
 from fx_passes.find.dynamo_patches import mend_graph_breaks
+from fx_passes.ops.documents import WrongEnds
 from fx_passes.ops.functional import attend
 from fx_passes.ops.transforms import transform
 
 _NAME = "__sus_dispatch"
 _lock = threading.Lock()
-_inside = threading.local()
-_users = 0
+_users: Counter[int] = Counter()  # blocks, by thread
 _exchanged: dict[str, tuple[FunctionType, CodeType]] = {}
 
 
@@ -36,15 +38,10 @@ class NoGradient(calls.NotTaken):
     """No gradient is wanted."""
 
 
-Handler = Callable[[str, dict[str, Any]], Any]
-
-
-def enter(handler: Handler) -> None:
-    """From now on, known calls of this thread go to `handler(key, arguments by name)`, which may raise NotTaken."""
-    global _users
-    _handlers().append(handler)
+def enter() -> None:
+    """From now on known calls of this thread go to the `sus_backward` in force, whose `call` may raise NotTaken."""
     with _lock:
-        _users += 1
+        _users[threading.get_ident()] += 1
         for key, function in _functions():
             if key not in _exchanged and _exchangeable(function.__code__):
                 calls.know(key, function)
@@ -53,25 +50,27 @@ def enter(handler: Handler) -> None:
 
 
 def leave() -> None:
-    global _users
-    _handlers().pop()
     with _lock:
-        _users -= 1
-        if not _users:
-            for function, code in _exchanged.values():
-                function.__code__ = code
-            _exchanged.clear()
+        _users[threading.get_ident()] -= 1
+        _put_back_if_unused()
+
+
+def _put_back_if_unused() -> None:
+    if not any(_users.values()):
+        _users.clear()
+        for function, code in _exchanged.values():
+            function.__code__ = code
+        _exchanged.clear()
 
 
 def _in_child() -> None:
     """The thread that forked is the only one left: blocks of others are over, and nobody releases their lock."""
-    global _lock, _users
+    global _lock
     _lock = threading.Lock()
-    _users = len(_handlers())
-    if not _users:
-        for function, code in _exchanged.values():
-            function.__code__ = code
-        _exchanged.clear()
+    mine = _users[threading.get_ident()]
+    _users.clear()
+    _users[threading.get_ident()] = mine
+    _put_back_if_unused()
 
 
 if hasattr(os, "register_at_fork"):
@@ -87,12 +86,6 @@ def _functions() -> Iterator[tuple[str, FunctionType]]:
 
 def _exchangeable(code: CodeType) -> bool:
     return not code.co_posonlyargcount and not code.co_flags & inspect.CO_VARARGS
-
-
-def _handlers() -> list[Handler]:
-    if not hasattr(_inside, "handlers"):
-        _inside.handlers = []
-    return _inside.handlers  # type: ignore[no-any-return]
 
 
 def _asking(key: str, function: FunctionType) -> CodeType:
@@ -113,10 +106,11 @@ def dispatch(key: str, /, **given: Any) -> Any:
     function = calls.KNOWN[key].function
     if torch.compiler.is_dynamo_compiling():  # the graph's backend may rewrite it
         return function(**given)
-    if not _handlers() or not torch.is_grad_enabled():
+    block = recompute.block()
+    if block is None or not torch.is_grad_enabled():
         return function(**given)
     try:
-        return _handlers()[-1](key, given)
+        return block.call(key, given)
     except calls.NotTaken:
         return function(**given)
 
@@ -152,7 +146,7 @@ def handle(key: str, given: dict[str, Any], attention: Callable[[calls.Call, str
     """The result of a call of the table, whose attention is computed by `attention`, which is told the form too."""
     try:
         call, result = calls.read(key, given)
-    except calls.NotTaken:
+    except (calls.NotTaken, recompute.Stop, WrongEnds):
         raise
     except Exception as error:  # which the function itself says better
         raise calls.NotTaken("wrong arguments") from error
@@ -178,6 +172,8 @@ def compiled_flex(backend: Any) -> Callable[..., Any]:
                 without_modes.enter_context(overrides._pop_mode_temporarily())
             try:
                 return compiled(**given)
+            except recompute.Stop:
+                raise
             except Exception as error:  # what Dynamo cannot trace
                 raise calls.NotTaken(f"it cannot be traced ({type(error).__name__})") from error
 

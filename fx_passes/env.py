@@ -1,8 +1,8 @@
 """Prints what a bug report needs: ``python -m fx_passes.env``.
 
 Versions, instruction set, compiler, native CPU kernel, Triton, GPUs, and the environment variables that matter. It
-compiles nothing, loads no kernel, and imports torch alone; of a package that is broken, it says so. Where torch itself
-does not import, run the file: ``python path/to/fx_passes/env.py``.
+compiles nothing, loads no kernel, changes no file, and imports torch and Triton alone; of what is broken, it says so.
+Where torch itself does not import, run the file: ``python path/to/fx_passes/env.py``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -70,11 +71,15 @@ def _instructions() -> str:
 def _compiler() -> str:
     from fx_passes.ops.cpu import build
 
-    return " ".join(build.find_compiler())
+    command = build.find_compiler()
+    said = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace", timeout=30)
+    if said.returncode:
+        raise RuntimeError(f"{' '.join(command)} --version ended with status {said.returncode}")
+    return f"{' '.join(command)}, {(said.stdout.splitlines() or ['says no version'])[0]}"
 
 
 def _kernel() -> str:
-    """Whether a library lies in the cache; whether it may be loaded is found out when it is."""
+    """Whether a library lies in the cache; whether it is whole is found out when it is loaded."""
     if os.name != "posix":
         return "none: it is for Linux and macOS"
     from fx_passes.ops.cpu import build, cache
@@ -82,13 +87,26 @@ def _kernel() -> str:
     directory, name = cache.cache_directory(), build.name(build.arch())
     if directory is None:
         return f"{name}: compiled for each process, this user has no home directory (SUS_CACHE_DIR chooses a place)"
-    built = "built" if (directory / name).is_file() else "not built yet"
-    return f"{name}: {built}, in {directory}"
+    if os.path.isfile(directory / name):
+        refused = cache.refusal(directory, writing=False)
+        return f"{name}: built, in {directory}" + (f", but not used as it is: {refused}" if refused else "")
+    try:
+        build.find_compiler()
+    except build.BuildError:
+        return f"{name}: not built, and no compiler: the slower PyTorch path runs"
+    refused = cache.refusal(directory, writing=True)
+    return f"{name}: " + (f"compiled for each process: {refused}" if refused else f"not built yet, in {directory}")
 
 
 def _triton() -> str:
     version = _version("triton")
-    return version if version == "no" or sys.platform == "linux" else f"{version}, on {sys.platform}"
+    try:
+        import triton  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return "no"
+        raise
+    return version if sys.platform == "linux" else f"{version}, on {sys.platform}"
 
 
 def _gpus() -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fx_passes.ops.functional import sus_attention
-from fx_passes.state import check_c, shown
+from fx_passes.state import as_int, check_c, shown
 
 _aten = torch.ops.aten
 _LONGEST = 16384  # keys: no attention of more is timed
@@ -97,10 +97,12 @@ class Expectation:
             TypeError, ValueError: an argument is not allowed; the message names it.
         """
         c = check_c(c)
-        if not isinstance(times, int) or isinstance(times, bool):
+        number = as_int(times)
+        if number is None:
             raise TypeError(f"times must be an int of at least 1, but it is {shown(times)}")
-        if times < 1:
+        if number < 1:
             raise ValueError(f"times must be at least 1, but it is {shown(times)}")
+        times = number
         if (c, times) not in self._known:
             self._known[c, times] = self._predict(c, times)
         return self._known[c, times]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fx_passes.handle import CallHandle
 from fx_passes.ops.arguments import why_left
-from fx_passes.ops.documents import ids_of_lengths, ids_of_positions, shared_places
+from fx_passes.ops.documents import check_ends, ids_of_lengths, ids_of_positions, shared_places
 from fx_passes.ops.exact import exact_attention
 from fx_passes.ops.functional import attend, draw
 from fx_passes.ops.problem import Forward, Sampler
@@ -185,6 +185,12 @@ def _documents(
     As transformers' flash attention does, but for the mask; there, positions count in a batch of one entry only.
     """
     if cu_seq_lens_q is not None and query.shape[0] == 1:
+        once = cu_seq_lens_k is cu_seq_lens_q
+        cu_seq_lens_q = check_ends("cu_seq_lens_q", cu_seq_lens_q, query.shape[2], (torch.int32, torch.int64))
+        if once:
+            cu_seq_lens_k = cu_seq_lens_q
+        elif cu_seq_lens_k is not None:
+            cu_seq_lens_k = check_ends("cu_seq_lens_k", cu_seq_lens_k, key.shape[2], (torch.int32, torch.int64))
         query_ids = ids_of_lengths(cu_seq_lens_q, query.shape[2])
         same = cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q
         if not same and not torch.compiler.is_dynamo_compiling():

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from fx_passes.backend import Compiler, SUSBackend
 from fx_passes.ops.problem import Forward, Sampler
-from fx_passes.state import State, check_c
+from fx_passes.state import State, as_int, check_c, shown
 
 # Past Dynamo's own limit of 8 it would run attention uncompiled, hence without SUS.
 _RECOMPILE_LIMIT = 64
@@ -249,6 +249,7 @@ def _at(schedule: _Schedule, step: int) -> float:
 
 
 def _step(step: Any) -> int:
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise TypeError(f"the keys of c must be steps, ints of at least 0, but one is {step!r}")
-    return step
+    number = as_int(step)
+    if number is None or number < 0:
+        raise TypeError(f"the keys of c must be steps, ints of at least 0, but one is {shown(step)}")
+    return number

@@ -25,6 +25,7 @@ Two of them with one seed draw the same.
 from __future__ import annotations
 
 import math
+import operator
 import os
 import reprlib
 import threading
@@ -42,6 +43,7 @@ from torch import Tensor
 
 from fx_passes import runs
 from fx_passes.device_state import DeviceState, mix
+from fx_passes.recompute import remembered
 from fx_passes.runs import Run
 
 # Devices whose draws a graph may replay without Python.
@@ -49,8 +51,8 @@ _MIRRORED = {"cuda"}
 
 
 def check_c(c: Any, name: str = "c") -> float:
-    """The number c as a float; TypeError or ValueError if it is not a number above 0 (infinity is allowed)."""
-    value = c.item() if isinstance(c, Tensor) and c.numel() == 1 and c.device.type != "meta" else c
+    """c, a number or a 0-dim tensor, as a float; TypeError or ValueError if it is not above 0 (infinity is allowed)."""
+    value = c.item() if isinstance(c, Tensor) and c.dim() == 0 and c.device.type != "meta" else c
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number above 0 or float('inf'), but it is {shown(c)}")
     try:
@@ -62,24 +64,38 @@ def check_c(c: Any, name: str = "c") -> float:
     return number
 
 
-def check_seed(seed: Any) -> int | None:
+def as_int(value: Any) -> int | None:
+    """An int, or what stands for one, as NumPy's integers do; None for anything else, such as a bool or a tensor."""
+    if isinstance(value, (bool, Tensor)):
+        return None
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_seed(seed: Any, allowed: str = "an int or None") -> int | None:
     """A seed as `torch.manual_seed` takes it, or None; TypeError or ValueError otherwise."""
     if seed is None:
         return None
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed must be an int or None, but it is {shown(seed)}")
-    if not -(1 << 63) <= seed < 1 << 64:
+    number = as_int(seed)
+    if number is None:
+        raise TypeError(f"seed must be {allowed}, but it is {shown(seed)}")
+    if not -(1 << 63) <= number < 1 << 64:
         raise ValueError(f"seed must be in [-2^63, 2^64), but it is {shown(seed)}")
-    return seed
+    return number
 
 
 def check_counter(counter: Any, name: str = "counter") -> int:
     """A number of draws, or of a state; TypeError or ValueError otherwise."""
-    if not isinstance(counter, int) or isinstance(counter, bool):
+    number = as_int(counter)
+    if number is None:
         raise TypeError(f"{name} must be an int of at least 0, but it is {shown(counter)}")
-    if not 0 <= counter < 1 << 63:
+    if not 0 <= number < 1 << 63:
         raise ValueError(f"{name} must be in [0, 2^63), but it is {shown(counter)}")
-    return counter
+    return number
 
 
 def shown(value: Any) -> str:
@@ -164,11 +180,8 @@ class State:
         Raises:
             TypeError, ValueError: a key is no site's number, or a value no c; nothing is changed then.
         """
-        for site in values:
-            if not isinstance(site, int) or isinstance(site, bool) or site < 0:
-                raise TypeError(f"a site must be the number of a site, an int of at least 0, but it is {site!r}")
-        checked = {site: check_c(c, f"c of site {site}") for site, c in values.items()}
-        self._set_c(self._c, {**self._site_c, **checked})
+        sites = {check_counter(site, "a site's number"): c for site, c in values.items()}
+        self._set_c(self._c, {**self._site_c, **{site: check_c(c, f"c of site {site}") for site, c in sites.items()}})
 
     def c_of(self, site: int) -> float:
         """c of a site: its own, or else the one of all."""
@@ -226,9 +239,8 @@ class State:
         Raises:
             TypeError, ValueError: an argument is not allowed; the message names it, and nothing is changed.
         """
-        check_counter(counter)
-        if number is not None:
-            check_counter(number, "number")
+        counter = check_counter(counter)
+        number = None if number is None else check_counter(number, "number")
         with self._lock:
             run = self._enter(runs.current())
             if number is not None and self.seed is None:
@@ -291,7 +303,10 @@ class State:
         return self._on_devices[device]
 
     def draw(self, device: torch.device, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """c of the sites (float64) and a fresh seed (0-dim int64), new tensors on the device."""
+        """c of the sites (float64) and a fresh seed (0-dim int64) on the device, the same ones in a recomputation."""
+        return remembered((self.id, device, *sites), lambda: self._draw(device, sites))
+
+    def _draw(self, device: torch.device, sites: Sequence[int]) -> tuple[Tensor, Tensor]:
         if device.type not in _MIRRORED:
             c = torch.tensor([self.c_of(site) for site in sites], dtype=torch.float64, device=device)
             return c, torch.tensor(self.next_seed(), dtype=torch.int64, device=device)
@@ -326,22 +341,29 @@ class State:
 
     def note_slow(self, site: int, reason: str) -> None:
         """Counts a call of a site that took the PyTorch path."""
+        remembered((self.id, site, reason), lambda: self._note_slow(site, reason))
+
+    def _note_slow(self, site: int, reason: str) -> None:
         with self._lock:
             self.slow.setdefault(site, Counter())[reason] += 1
 
     def note_left(self, reason: str, form: str = "sdpa") -> None:
         """Counts a call that the library's exact function computes. (What Dynamo traces is not counted: see below.)"""
         if not torch.compiler.is_dynamo_compiling():
-            with self._lock:
-                self.left[reason] += 1
-                self.by_form[form, reason] += 1
+            remembered((self.id, form, reason), lambda: self._note(form, reason))
 
     def note_call(self, form: str = "sdpa") -> None:
         """Counts a call that gets a SUS backward. Dynamo would guard on the number, and compile for each anew."""
         if not torch.compiler.is_dynamo_compiling():
-            with self._lock:
+            remembered((self.id, form), lambda: self._note(form))
+
+    def _note(self, form: str, reason: str = "") -> None:
+        with self._lock:
+            self.by_form[form, reason] += 1
+            if reason:
+                self.left[reason] += 1
+            else:
                 self.calls += 1
-                self.by_form[form, ""] += 1
 
     def pop_kept(self) -> Kept:
         """The counts since the last call, which starts them anew."""

@@ -37,6 +37,11 @@ def innermost_backend(callback: Any) -> Any:
     return callback
 
 
+def backend_of_entry(entry: Any) -> Any:
+    """The backend that compiled an entry of Dynamo's cache; None before torch 2.10, where an entry does not say."""
+    return getattr(entry, "backend", None)
+
+
 @cache
 def _fakes_symbolic_views() -> bool:
     from torch._subclasses import fake_impls

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import median
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fx_passes.state import shown
 from sus_lightning.landscape import average_noise_scale, penalty
-from sus_lightning.saved import Saved, check_name, check_real
+from sus_lightning.saved import Check, Saved, check_finite, check_list, check_real, check_record, optional, without_nan
 from sus_lightning.schedules import check_amount, check_count, check_number
 from sus_lightning.timing import compile_seconds
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 _POINTS = 1000  # of a series; a longer one is thinned
 _MEASURED = ("relative_variance", "worst_relative_variance", "batch_variance", "squared_gradient")
+_LOGGED = (
+    "relative_variance", "step_speedup", "step_speedup_low", "step_speedup_high", "net_speedup", "seconds",
+    "probe_seconds", "compile_seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,11 @@ class Summary:
         """What is a number, for loggers; c is the last one."""
         values = {name: value for name, value in asdict(self).items() if name != "c"}
         return {name: float(v) for name, v in {**values, "c": self.c[-1][1] if self.c else math.nan}.items()}
+
+    def logged(self) -> dict[str, float]:
+        """What loggers get when fit ends: what runs are compared by, and no key has said; without what is unknown."""
+        numbers = self.numbers()
+        return {f"summary_{name}": numbers[name] for name in _LOGGED if math.isfinite(numbers[name])}
 
     def _speedup(self) -> str:
         if math.isnan(self.step_speedup):
@@ -215,7 +224,10 @@ class Account:
         return [(int(p["step"]), p[name]) for p in self.probes if math.isfinite(p[name])]
 
     def state_dict(self) -> dict[str, Any]:
-        return asdict(self) | self._elapsed()
+        saved: dict[str, Any] = asdict(self) | self._elapsed()
+        for name in ("probes", "compile_seconds"):
+            saved[name] = without_nan(saved[name])
+        return saved
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` had returned, of older versions too.
@@ -223,14 +235,8 @@ class Account:
         Raises:
             TypeError, ValueError: a value is none that an account can have had; nothing is changed then.
         """
-        saved, loaded = Saved(state, "the account"), Account()
-        loaded.probes = saved.read("probes", _check_probes, [])
-        loaded.c = saved.read("c", partial(_check_series, check=check_number), [])
-        loaded.losses = saved.read("losses", partial(_check_series, check=check_real), [])
-        for name in ("entries", "rows", "dense", "seconds", "probe_seconds"):
-            setattr(loaded, name, saved.read(name, check_amount, 0.0))
-        loaded.compile_seconds = saved.read("compile_seconds", check_real, 0.0)  # NaN where torch does not say
-        vars(self).update(vars(loaded))
+        vars(self).update(Saved(state, "the account").read_all(_CHECKS))
+        self._running = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the clock, whose moments are of this process and of a fit that the copy is not part of."""
@@ -246,24 +252,33 @@ class Account:
         return {"seconds": seconds, "compile_seconds": compiled}
 
 
-def _check_series(name: str, value: Any, check: Callable[[str, Any], float]) -> list[tuple[int, float]]:
+def _check_series(check: Check, name: str, value: Any) -> list[tuple[int, float]]:
     if not isinstance(value, Sequence) or not all(isinstance(p, Sequence) and len(p) == 2 for p in value):
         raise TypeError(f"{name} must be a list of pairs of a step and a number, but it is {shown(value)}")
     return [(check_count(f"a step of {name}", step), check(f"{name} at step {step}", y)) for step, y in value]
 
 
-def _check_probes(name: str, value: Any) -> list[dict[str, float]]:
-    if not isinstance(value, Sequence) or not all(isinstance(probe, Mapping) for probe in value):
-        raise TypeError(f"{name} must be a list of dicts, but it is {shown(value)}")
-    for i, probe in enumerate(value):
-        missing = [key for key in ("step", "c", *_MEASURED, "step_speedup", "net_speedup") if key not in probe]
-        if missing:
-            raise ValueError(f"{name}[{i}] must have {', '.join(missing)}")
-        check_amount(f"{name}[{i}]['step']", probe["step"])
-    return [
-        {check_name(f"a key of {name}[{i}]", k): check_real(f"{name}[{i}][{k!r}]", v) for k, v in probe.items()}
-        for i, probe in enumerate(value)
-    ]
+_PROBE: dict[str, Check] = {
+    "step": check_amount,
+    "c": check_number,
+    "relative_variance": optional(check_amount),
+    "worst_relative_variance": optional(check_amount),
+    "batch_variance": optional(check_amount),
+    "squared_gradient": optional(check_finite),
+    "step_speedup": optional(check_amount),
+    "net_speedup": optional(check_amount),
+}
+_CHECKS: dict[str, tuple[Check, Any]] = {
+    "probes": (partial(check_list, partial(check_record, _PROBE, _PROBE)), []),
+    "c": (partial(_check_series, check_number), []),
+    "losses": (partial(_check_series, optional(check_real)), []),
+    "entries": (check_amount, 0.0),
+    "rows": (check_amount, 0.0),
+    "dense": (check_amount, 0.0),
+    "seconds": (check_amount, 0.0),
+    "probe_seconds": (check_amount, 0.0),
+    "compile_seconds": (optional(check_amount), 0.0),
+}
 
 
 def plot(account: Account) -> Figure:

@@ -1,11 +1,13 @@
-"""Checks of arguments of SUSBackprop that are no schedule and no number."""
+"""Checks of arguments of SUSBackprop."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from sus_lightning.schedules import check_count, observes, schedule_name
 
 SPEEDUPS = ("step_speedup", "net_speedup")
 
@@ -19,6 +21,17 @@ def check_mode(mode: Any, compiler: str) -> str | None:
     if compiler != "inductor":
         raise ValueError(f"mode is for compiler='inductor' only, but mode is {mode!r} and compiler is {compiler!r}")
     return str(mode)
+
+
+def check_interval(every: Any, schedule: Callable[[int], float]) -> int:
+    """Steps between probes; a schedule that adapts c needs some."""
+    count = check_count("variance_every_n_steps", every)
+    if observes(schedule) and not count:
+        raise ValueError(
+            f"variance_every_n_steps must be above 0 for c={schedule_name(schedule)}, which adapts c from the "
+            f"probes, but it is 0; give c a number to train without probes"
+        )
+    return count
 
 
 def check_modules(modules: Any) -> list[str] | str | None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from sus_lightning.adaptive import AT, Adaptive
 from sus_lightning.landscape import Estimate, Landscape, Pass, Probed
-from sus_lightning.saved import Saved
-from sus_lightning.schedules import check_count, check_number
+from sus_lightning.saved import Check, Saved, check_bool, check_finite, check_list, check_record, optional, without_nan
+from sus_lightning.schedules import check_amount, check_count, check_number
 
 _REMEMBERED = 64  # probes
 _PER_OCTAVE = 4  # values of c that are compared
@@ -204,7 +204,7 @@ class AutoC(Adaptive):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        probes = [asdict(probe) for probe in self._probes]
+        probes = [without_nan(asdict(probe)) for probe in self._probes]
         return {**super().state_dict(), "finite": self._finite, "switches": self._switches, "probes": probes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -215,30 +215,34 @@ class AutoC(Adaptive):
         """
         saved = Saved(state, type(self).__name__)
         read = self._read(saved, finite=False)
-        read["_finite"] = saved.read("finite", partial(check_number, finite=True), self._finite)
+        read["_finite"] = saved.read("finite", _POSITIVE, self._finite)
         read["_switches"] = saved.read("switches", check_count, 0)
         none: list[Probed] = []
-        read["_probes"] = saved.read("probes", _check_probes, none)
+        read["_probes"] = saved.read("probes", partial(check_list, _check_probe), none)
         vars(self).update(read)
 
 
-def _check_probes(name: str, value: Any) -> list[Probed]:
-    try:
-        return [_probed(probe) for probe in value]
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{name} must be what state_dict returned, but {error!r}") from None
+_POSITIVE = partial(check_number, finite=True)
+_SAMPLES = partial(check_count, at_least=1)
+_PASS: dict[str, Check] = {
+    "c": _POSITIVE,
+    "variance": optional(check_amount),
+    "seconds": optional(_POSITIVE),
+    "samples": _SAMPLES,
+    "kept": optional(check_amount),
+    "full": check_bool,
+}
+_PROBED: dict[str, Check] = {
+    "passes": partial(check_list, partial(check_record, _PASS, ("c", "variance", "seconds"))),
+    "spread": optional(check_amount),
+    "squared_gradient": optional(check_finite),
+    "exact_samples": _SAMPLES,
+}
 
 
-def _probed(state: Mapping[str, Any]) -> Probed:
-    """A probe from what `asdict` made of it; TypeError or ValueError where it is none."""
-    passes = tuple(Pass(**one) for one in state["passes"])
-    probed = Probed(**{**state, "passes": passes})
-    numbers = [v for one in (probed, *passes) for v in vars(one).values() if not isinstance(v, tuple)]
-    if not all(isinstance(v, (int, float)) for v in numbers):
-        raise TypeError(f"one holds {next(v for v in numbers if not isinstance(v, (int, float)))!r}")
-    if any(not 0 < p.c < math.inf or p.samples < 1 for p in passes) or probed.exact_samples < 1:
-        raise ValueError("one has a c that is not finite and above 0, or no samples")
-    return probed
+def _check_probe(name: str, value: Any) -> Probed:
+    read = check_record(_PROBED, ("passes", "spread"), name, value)
+    return Probed(**{**read, "passes": tuple(Pass(**one) for one in read["passes"])})
 
 
 def _samples(value: float) -> int:

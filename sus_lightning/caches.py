@@ -7,12 +7,16 @@ it. What Dynamo compiles behind a graph break is kept at the code of the user's 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from types import CodeType, FunctionType
 from typing import Any, cast
 
 import torch
 from torch import nn
+
+from fx_passes.find.dynamo_patches import free_traces
+from fx_passes.rewrite import module_counts
+from fx_passes.torch_compat import backend_of_entry
 
 _MOST_DEAD = 32  # invalid entries that stay at one code
 
@@ -33,15 +37,20 @@ def _methods(cls: type) -> Iterator[CodeType]:
 
 
 def clear_caches(backend: Callable[..., Any]) -> None:
-    """Frees what Dynamo has compiled with a backend, and nothing of others."""
+    """Frees what Dynamo has compiled with a backend, and nothing of others. Before torch 2.10 its entries stay."""
     from torch._dynamo import convert_frame, eval_frame
 
     managers: list[Any] = []
+    cleared: set[str] = set()
     for reference in list(convert_frame.input_codes.seen):
         code = reference()
-        if code is not None:
-            managers += _clear(code, backend)
+        of_code = _clear(code, backend) if code is not None else []
+        if code is not None and of_code:
+            managers += of_code
+            cleared.add(code.co_name)
     _forget(managers)
+    _forget_sizes(cleared)
+    free_traces(backend)
     for key, known in list(eval_frame.cached_backends.items()):
         if _is(known, backend):
             del eval_frame.cached_backends[key]
@@ -54,7 +63,7 @@ def _clear(code: CodeType, backend: Callable[..., Any]) -> list[Any]:
 
     entries = _debug_get_cache_entry_list(code)
     dead = [e for e in entries if isinstance(e.guard_manager, DeletedGuardManagerWrapper)]
-    ours = [e for e in entries if e not in dead and _is(e.backend, backend)]
+    ours = [e for e in entries if e not in dead and _is(backend_of_entry(e), backend)]
     managers, compiled = [e.guard_manager for e in ours], [e.code for e in ours]
     if not ours:
         return []
@@ -97,6 +106,15 @@ def _forget(managers: Sequence[Any]) -> None:
     for manager in managers:
         vars(manager).clear()
         manager.cache_entry = manager.extra_state = None
+
+
+def _forget_sizes(names: Set[str]) -> None:
+    """Forgets the sizes that Dynamo has seen at our own code of these names, to learn which are dynamic."""
+    from torch._dynamo import pgo
+
+    sizes = pgo.get_code_state()
+    for key in [k for k in sizes if k.name in names and k.filename == module_counts.__file__]:
+        del sizes[key]
 
 
 def _is(known: Any, backend: Callable[..., Any]) -> bool:

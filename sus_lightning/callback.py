@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from fx_passes import SUSBackend
 from fx_passes.backend import Compiler
@@ -19,23 +18,23 @@ from fx_passes.ops.arguments import check_choice
 from fx_passes.ops.problem import Forward, Sampler
 from sus_lightning._lightning_compat import AnyCallback, accumulates, logs_now
 from sus_lightning.account import Account, Summary, plot
-from sus_lightning.arguments import check_mode, check_modules, check_progress_bar
+from sus_lightning.arguments import check_interval, check_mode, check_modules, check_progress_bar
 from sus_lightning.auto_c import AutoC
 from sus_lightning.checkpoint import load_saved_state, saved_state
 from sus_lightning.compilation import Compilation, plan
+from sus_lightning.detached import detached_state
 from sus_lightning.earlier_batches import EarlierBatches, may_probe
 from sus_lightning.logs import log_now, pop_kept, publish
 from sus_lightning.metrics import PER
 from sus_lightning.pacing import INTERVAL, Pacing
-from sus_lightning.probe import Probe, to_be_logged
-from sus_lightning.rewritten import FirstStep
+from sus_lightning.probe import Probe, takes_batches, to_be_logged
+from sus_lightning.rewritten import FirstStep, warn_of_no_attention
 from sus_lightning.schedules import (
     ConstantSchedule,
     Schedule,
     as_schedule,
     check_count,
     observes,
-    schedule_name,
     value_at,
 )
 from sus_lightning.steering import attention_modules, measured_alone, measured_at, per_layer, site_c
@@ -70,7 +69,7 @@ class SUSBackprop(AnyCallback):
       ``sus/batch_variance``, ``sus/gradient_noise_scale``: see `GradientVariance`;
     - ``sus/step_speedup``: seconds of a step's forward and backward, exact over SUS, as the probe measured them, and
       ``sus/net_speedup``: the same divided by the penalty 1 + r x / (1 + x) in steps that the variance costs;
-    - ``sus/summary_...``, when fit ends: the numbers of `summary`, which is also printed.
+    - ``sus/summary_...``, when fit ends: variance, speed-up and seconds of `summary`, which is also printed.
 
     Works with ``lightning.pytorch`` and with ``pytorch_lightning``. It can be pickled and deep-copied, before, in and
     after ``fit``; what it made is then a callback that is not attached to any fit, with the same arguments, c and
@@ -81,14 +80,10 @@ class SUSBackprop(AnyCallback):
         interruption would have drawn. So is the state of a schedule that has one (`AutoC`, `VarianceTarget`); a run may
         go on with another schedule, which starts anew.
 
-    Note:
-        If no attention was rewritten after the first training step, ``fit`` stops with an error that shows what was
-        found and why it was left.
-
     Args:
         c: expected number of kept entries per query row and head, above 0; ``float("inf")`` is the exact backward.
-            "auto" is `AutoC`, which chooses it for the most progress per second. A schedule, a
-            dict ``{step: c}`` or any callable of the global step sets it before each training step.
+            "auto" is `AutoC`, which chooses it for the most progress per second. A schedule, a dict ``{step: c}`` or
+            any callable of the global step sets it before each training step.
         sampler: "auto" ("tile" on a GPU, else "systematic"), "systematic" (one draw per row), "independent" (one per
             entry, as in the paper) or "tile" (whole tiles of 64 rows and 64 keys).
         compiler: what runs the rewritten graphs: "inductor", "aot_eager" or "eager".
@@ -108,7 +103,8 @@ class SUSBackprop(AnyCallback):
 
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
-        MisconfigurationException: no attention was rewritten, or the strategy is DeepSpeed.
+        MisconfigurationException: no attention was rewritten after the first training step, and the report says why;
+            or the strategy is DeepSpeed.
 
     Examples:
         >>> from lightning.pytorch import Trainer
@@ -137,7 +133,7 @@ class SUSBackprop(AnyCallback):
     ) -> None:
         self.schedule = AutoC() if isinstance(c, str) and c == "auto" else as_schedule(c)
         every = INTERVAL if variance_every_n_steps is None else variance_every_n_steps
-        self.variance_every_n_steps = check_count("variance_every_n_steps", every)
+        self.variance_every_n_steps = check_interval(every, self.schedule)
         self.variance_draws = check_count("variance_draws", variance_draws, at_least=1)
         check_choice("variance_per", variance_per, PER)
         self.variance_per = variance_per
@@ -159,11 +155,6 @@ class SUSBackprop(AnyCallback):
         self._site_c: dict[int, float] = {}  # by number of the site: known before the sites are, after a resume
         self._warned = self._told = False
         self._share: tuple[int, float] | tuple[()] | None = None  # what `_attention_share` returned
-        if observes(self.schedule) and not self.variance_every_n_steps:
-            raise ValueError(
-                f"variance_every_n_steps must be above 0 for c={schedule_name(self.schedule)}, which adapts c from the "
-                f"probes, but it is 0; give c a number to train without probes"
-            )
 
     @property
     def c(self) -> float:
@@ -204,20 +195,15 @@ class SUSBackprop(AnyCallback):
         self._compilation = self._plan(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._pacing.probed_step > trainer.global_step:
-            raise ValueError(
-                f"the saved state of {type(self).__name__}: probed_step must be at most the global step "
-                f"{trainer.global_step} at which training goes on, but it is {self._pacing.probed_step}"
-            )
+        self._pacing.check_resumed(trainer.global_step, type(self).__name__)
         self._enable()
         self._account.start()
         if not self.variance_every_n_steps:
             return
-        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-            rank_zero_warn(
-                "SUSBackprop measures no variance: training_step takes a dataloader_iter instead of a batch."
-                + (f" c stays at {self.schedule(0):g}." if observes(self.schedule) else "")
-            )
+        if not takes_batches(pl_module):
+            stays = f" c stays at {self.schedule(0):g}." if observes(self.schedule) else ""
+            why = "training_step takes a dataloader_iter instead of a batch"
+            rank_zero_warn(f"SUSBackprop measures no variance: {why}.{stays}")
             return
         # Under manual optimization training_step holds the optimizers' steps, and with several ranks the backward
         # their communication: the probe's own passes do not.
@@ -276,10 +262,7 @@ class SUSBackprop(AnyCallback):
             self._account.note_loss(trainer.global_step, outputs)
             if not values and not self._warned:
                 self._warned = True
-                rank_zero_warn(
-                    "SUSBackprop: no attention has run with SUS since c was last logged. If the training step calls "
-                    "the module, Dynamo has reached its recompile limit; TORCH_LOGS=recompiles says why it recompiles."
-                )
+                warn_of_no_attention()
             values["attention_rewritten"] = float(self.backend.report.rewritten)
             publish(trainer, pl_module, values)
 
@@ -290,7 +273,7 @@ class SUSBackprop(AnyCallback):
             self._say_nothing_is_gained()  # too few probes to have said so earlier
         summary = self._close(trainer)
         rank_zero_info(str(summary))
-        log_now(trainer, {f"summary_{k}": v for k, v in summary.numbers().items() if math.isfinite(v)})
+        log_now(trainer, summary.logged())
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._disable()
@@ -314,10 +297,7 @@ class SUSBackprop(AnyCallback):
         load_saved_state(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to a fit: references to the module, compiled code and batches."""
-        free: dict[str, Any] = dict.fromkeys(("_module", "_compilation", "_probe", "_times", "_share"))
-        new = {"_first": FirstStep(), "_earlier": EarlierBatches(), "_warned": False, "_told": False}
-        return {**vars(self), **free, **new}
+        return detached_state(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SUSBackprop:
         copy = type(self).__new__(type(self))

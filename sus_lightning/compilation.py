@@ -7,7 +7,7 @@ that `torch.compile(LightningModule)` replaced), so parameters, hooks and state_
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -21,7 +21,7 @@ from fx_passes.rewrite.module_counts import Owner, compile_call
 from fx_passes.torch_compat import innermost_backend
 from sus_lightning._lightning_compat import compiled_as
 from sus_lightning.caches import allow_compilation, clear_caches
-from sus_lightning.targets import is_compiled, may_attend, targets
+from sus_lightning.targets import is_compiled, kind_of, may_attend, targets
 
 _MISSING = object()
 
@@ -121,6 +121,8 @@ def plan(
     chosen = list(targets(root, modules, blocks and not attributes and not options and not apart))
     for target in chosen:
         module = target.module
+        if module not in paths:
+            paths.update((m, f"{target.path}.{name}".rstrip(".")) for name, m in module.named_modules())
         inside = [m for m in module.modules() if m is not module and is_compiled(m)]
         if modules is None and inside and not is_compiled(module):
             # The user chose regions within this child: keep them.
@@ -137,13 +139,13 @@ def plan(
 
 @dataclass
 class _Exchange:
-    """Exchanges modules for compiled ones. `codes` is by class: blocks of one class share their code."""
+    """Exchanges modules for compiled ones. `codes` is by what equal blocks have in common: they share their code."""
 
     backend: Callable[..., Any]
     attributes: list[_Attribute]
     paths: dict[nn.Module, str]
     apart: bool = False
-    codes: dict[type, CodeType] = field(default_factory=dict)
+    codes: dict[Hashable, CodeType] = field(default_factory=dict)
     done: set[nn.Module] = field(default_factory=set)
 
     def __call__(self, module: nn.Module, options: dict[str, Any], is_block: bool = False) -> None:
@@ -166,10 +168,10 @@ class _Exchange:
     def _put(self, module: nn.Module, name: str, inner: nn.Module, options: dict[str, Any], shared: bool) -> None:
         self.done.add(inner)
         path = self.paths.get(module, "").replace("._orig_mod", "")
-        known = self.codes.get(type(inner)) if shared else None
-        call, code = compile_call(Owner(path, inner, shared), known, backend=self.backend, **options)
+        kind = kind_of(inner) if shared else None
+        call, code = compile_call(Owner(path, inner, shared), self.codes.get(kind), backend=self.backend, **options)
         if shared:
-            self.codes[type(inner)] = code
+            self.codes[kind] = code
         self.attributes.append(_Attribute(module, name, call))
         forward = type(inner).forward
         if self.apart and isinstance(forward, FunctionType) and "forward" not in vars(inner):

@@ -62,6 +62,11 @@ class StepGradient:
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.parameters if p.requires_grad]
 
+    def _reached(self) -> list[nn.Parameter]:
+        """All that a backward may write into: those that train later too, and those that only an optimizer knows."""
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        return list(dict.fromkeys([*self.root.parameters(), *(p for group in groups for p in group["params"])]))
+
     def _run(self, arguments: Mapping[str, Any]) -> Any:
         if is_sharded(self.trainer):
             return self.trainer.strategy.training_step(*arguments.values())
@@ -82,7 +87,7 @@ class StepGradient:
         return gradients if scale == 1 else [None if g is None else g.float() / scale for g in gradients]
 
     def _by_backward(self, arguments: Mapping[str, Any]) -> Gradients | None:
-        with exchanged_grads(self.parameters):
+        with exchanged_grads(self._reached()):
             loss = self._loss(self._run(arguments))
             if loss is None:
                 return None
@@ -108,7 +113,7 @@ class StepGradient:
             return step
 
         with ExitStack() as stack:
-            stack.enter_context(exchanged_grads(self.parameters))
+            stack.enter_context(exchanged_grads(self._reached()))
             stack.enter_context(_replaced(self.root, manual_backward=manual_backward, clip_gradients=_nothing))
             for wrapped in wrapped_optimizers(self.trainer):
                 step = step_of(wrapped.optimizer)

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from fx_passes.ops.arguments import check_choice
 from sus_lightning.parameter_kinds import ATTENTION_KINDS, KINDS, Piece, classify
+from sus_lightning.schedules import check_count
 
 Gradients = Sequence["Tensor | None"]
 PER = ("kind", "layer")
@@ -32,6 +33,7 @@ class GradientVariance(Metric):
     Each mean is unbiased: E|g_1 - g_2|^2 = 2 tr(Sigma) for independent batches of the size that is trained with (halves
     have twice its variance, hence 4), and E[g_1 . g_2] = |G|^2 for the true gradient G. The states are those sums and
     their counts, so that the value over steps and ranks is the ratio of averages and not the average of ratios.
+    The noise scale is that of arXiv 1812.06162.
 
     Shapes: each argument of ``update`` is a sequence of gradients in the order of ``parameters``, None for a parameter
     without gradient. Values are 0-dim float64 tensors; relative_variance is in [0, inf), NaN before both kinds of
@@ -87,10 +89,8 @@ class GradientVariance(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not isinstance(batches_per_step, int) or batches_per_step < 1:
-            raise ValueError(f"batches_per_step must be an int of at least 1, but it is {batches_per_step!r}")
         check_choice("per", per, PER)
-        self.batches_per_step, self.per = batches_per_step, per
+        self.batches_per_step, self.per = check_count("batches_per_step", batches_per_step, at_least=1), per
         named = list(parameters)
         self.pieces: list[Piece] = classify(named)
         self.parameters_given = len(named)

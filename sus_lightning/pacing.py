@@ -29,6 +29,14 @@ class Pacing:
         self.budgeted, self.probed_step, self.not_before = budgeted, probed_step, not_before
         self._since: tuple[int, float] | None = None  # step and moment from which the loop ran without a probe
 
+    def check_resumed(self, step: int, owner: str) -> None:
+        """Raises ValueError if the last probe of a checkpoint lies after the step at which training goes on."""
+        if self.probed_step > step:
+            raise ValueError(
+                f"the saved state of {owner}: probed_step must be at most the global step {step} at which training "
+                f"goes on, but it is {self.probed_step}"
+            )
+
     def is_due(self, step: int, every: int) -> bool:
         """Whether a probe belongs to this step, or to an earlier one at which it was not possible."""
         return step >= max(1, self.not_before) and (step - 1) // every > (self.probed_step - 1) // every

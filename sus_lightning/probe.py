@@ -245,3 +245,8 @@ def _local(gradients: Gradients) -> Gradients:
 def _finite(gradients: Gradients) -> bool:
     sums = [local(g).sum(dtype=torch.float64) for g in gradients if g is not None]
     return bool(torch.stack(sums).isfinite().all()) if sums else False
+
+
+def takes_batches(root: pl.LightningModule) -> bool:
+    """Whether a probe can call `training_step`, which may take the iterator of batches instead of a batch."""
+    return not is_param_in_hook_signature(root.training_step, "dataloader_iter", explicit=True)

@@ -78,6 +78,13 @@ def check_rewritten(report: Report, module: str, compiled: Sequence[str], unseen
         )
 
 
+def warn_of_no_attention() -> None:
+    rank_zero_warn(
+        "SUSBackprop: no attention has run with SUS since c was last logged. If the training step calls "
+        "the module, Dynamo has reached its recompile limit; TORCH_LOGS=recompiles says why it recompiles."
+    )
+
+
 def _described(site: Site) -> str:
     place = " ".join(part for part in (site.module, f"({site.source})" if site.source else "") if part)
     return f"{place or site.form}: {site.reason}"

@@ -1,12 +1,18 @@
-"""Reads what a checkpoint saved: each value is checked, and what an older version did not save has its default."""
+"""Reads what a checkpoint saved: each value is checked, and what an older version did not save has its default.
+
+What each object saves stands in a table of checks by name, beside the code that saves it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
 from numbers import Real
 from typing import Any, TypeVar
 
 from fx_passes.state import shown
+from sus_lightning.schedules import as_float
 
 T = TypeVar("T")
 
@@ -38,6 +44,10 @@ class Saved:
         """
         return self._checked(check, name, self._state[name]) if name in self._state else default
 
+    def read_all(self, checks: Mapping[str, tuple[Check, Any]]) -> dict[str, Any]:
+        """The values of a table of checks and defaults."""
+        return {name: self.read(name, check, copy(default)) for name, (check, default) in checks.items()}
+
     def read_dict(
         self, name: str, check_key: Callable[[str, Any], Any], check: Callable[[str, Any], T], default: dict[Any, T]
     ) -> dict[Any, T]:
@@ -57,8 +67,9 @@ class Saved:
             return check(name, value)
         except (TypeError, ValueError) as error:
             raise type(error)(f"the saved state of {self._owner}: {error}") from None
-        except OverflowError:
-            raise ValueError(f"the saved state of {self._owner}: {name} must fit into a float") from None
+
+
+Check = Callable[[str, Any], Any]
 
 
 def check_name(name: str, value: Any) -> str:
@@ -67,10 +78,24 @@ def check_name(name: str, value: Any) -> str:
     return value
 
 
+def check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, but it is {shown(value)}")
+    return value
+
+
 def check_real(name: str, value: Any) -> float:
+    """Any number, also infinity and NaN, as the loss of a run that diverged."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, but it is {shown(value)}")
-    return float(value)
+    return as_float(name, value)
+
+
+def check_finite(name: str, value: Any) -> float:
+    number = check_real(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, but it is {shown(value)}")
+    return number
 
 
 def check_dict(name: str, value: Any) -> Mapping[str, Any]:
@@ -83,3 +108,35 @@ def check_class_name(name: str, value: Any) -> str:
     if not check_name(name, value).isidentifier():
         raise ValueError(f"{name} must be the name of a class, but it is {shown(value)}")
     return str(value)
+
+
+def optional(check: Check, default: Any = math.nan) -> Check:
+    """A check that takes None too, for `default`: what was not measured is NaN, and saved as None."""
+    return lambda name, value: default if value is None else check(name, value)
+
+
+def check_record(checks: Mapping[str, Check], required: Collection[str], name: str, value: Any) -> dict[str, Any]:
+    """A dict with the values of a table, each by its own check, and no others."""
+    given = check_dict(name, value)
+    missing = [key for key in required if key not in given]
+    if missing:
+        raise ValueError(f"{name} must have {', '.join(missing)}")
+    unknown = [key for key in given if key not in checks]
+    if unknown:
+        raise ValueError(f"{name} must not have {', '.join(map(shown, unknown))}")
+    return {key: checks[key](f"{name}[{key!r}]", item) for key, item in given.items()}
+
+
+def check_list(check: Callable[[str, Any], T], name: str, value: Any) -> list[T]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{name} must be a list, but it is {shown(value)}")
+    return [check(f"{name}[{i}]", item) for i, item in enumerate(value)]
+
+
+def without_nan(value: Any) -> Any:
+    """A state with None for each NaN, in dicts and lists too."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    return [without_nan(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fx_passes.state import check_c, shown
+from fx_passes.state import as_int, check_c, shown
 
 
 class Schedule(ABC):
@@ -76,6 +76,9 @@ class ConstantSchedule(Schedule):
     Args:
         c: above 0; ``float("inf")`` is the exact backward.
 
+    Raises:
+        TypeError, ValueError: an argument is not allowed; the message names it.
+
     Examples:
         >>> ConstantSchedule(30)(1000)
         30.0
@@ -111,6 +114,9 @@ class LinearSchedule(_Interpolation):
         end: c from step ``steps`` on, finite and above 0.
         steps: optimizer steps between the two, at least 1.
 
+    Raises:
+        TypeError, ValueError: an argument is not allowed; the message names it.
+
     Examples:
         >>> [LinearSchedule(100, 20, steps=4)(step) for step in range(6)]
         [100.0, 80.0, 60.0, 40.0, 20.0, 20.0]
@@ -127,6 +133,9 @@ class CosineSchedule(LinearSchedule):
         start: c at step 0, finite and above 0.
         end: c from step ``steps`` on, finite and above 0.
         steps: optimizer steps between the two, at least 1.
+
+    Raises:
+        TypeError, ValueError: an argument is not allowed; the message names it.
 
     Examples:
         >>> [round(CosineSchedule(100, 20, steps=4)(step), 2) for step in range(5)]
@@ -145,6 +154,9 @@ class ExponentialSchedule(_Interpolation):
         end: c from step ``steps`` on, finite and above 0.
         steps: optimizer steps between the two, at least 1.
 
+    Raises:
+        TypeError, ValueError: an argument is not allowed; the message names it.
+
     Examples:
         >>> [round(ExponentialSchedule(160, 10, steps=4)(step), 6) for step in range(5)]
         [160.0, 80.0, 40.0, 20.0, 10.0]
@@ -159,6 +171,9 @@ class StepSchedule(Schedule):
 
     Args:
         milestones: step -> c. Steps are from 0, and 0 is among them; c is above 0, infinity allowed.
+
+    Raises:
+        TypeError, ValueError: an argument is not allowed; the message names it.
 
     Examples:
         >>> schedule = StepSchedule({0: float("inf"), 100: 256, 1000: 30})
@@ -207,7 +222,7 @@ def value_at(schedule: Callable[[int], float], step: int) -> float:
     """
     value: Any = schedule(step)
     name = f"the c that the schedule {schedule_name(schedule)} returned for step {step}"
-    return check_number(name, value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
+    return check_number(name, value.item() if isinstance(value, Tensor) and value.dim() == 0 else value)
 
 
 def observes(schedule: Callable[[int], float]) -> bool:
@@ -225,9 +240,10 @@ def check_number(name: str, value: Any, *, finite: bool = False) -> float:
     """A number above 0 as float; TypeError or ValueError that names the argument otherwise."""
     if not _is_number(value):
         raise TypeError(f"{name} must be a number above 0, but it is {shown(value)}")
-    if finite and math.isinf(value):
+    number = check_c(value, name)
+    if finite and math.isinf(number):
         raise ValueError(f"{name} must be finite and above 0, but it is {value}")
-    return check_c(value, name)
+    return number
 
 
 def check_range(start: Any, minimum: Any, maximum: Any) -> tuple[float, float, float]:
@@ -246,18 +262,30 @@ def check_amount(name: str, value: Any) -> float:
     """A finite number of at least 0 as float; TypeError or ValueError that names the argument otherwise."""
     if not _is_number(value):
         raise TypeError(f"{name} must be a number of at least 0, but it is {shown(value)}")
-    if not 0 <= value < math.inf:
+    number = as_float(name, value)
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be finite and at least 0, but it is {shown(value)}")
-    return float(value)
+    return number
+
+
+def as_float(name: str, value: Any) -> float:
+    """A number as float; ValueError that names the argument where it is too large."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must fit into a float, but it is {shown(value)}") from None
 
 
 def check_count(name: str, value: Any, *, at_least: int = 0) -> int:
-    """An int of at least `at_least`; TypeError or ValueError that names the argument otherwise."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    """An int of at least `at_least`, below 2^63; TypeError or ValueError that names the argument otherwise."""
+    number = as_int(value)
+    if number is None:
         raise TypeError(f"{name} must be an int of at least {at_least}, but it is {shown(value)}")
-    if value < at_least:
+    if number < at_least:
         raise ValueError(f"{name} must be at least {at_least}, but it is {shown(value)}")
-    return value
+    if number >= 1 << 63:
+        raise ValueError(f"{name} must be below 2^63, but it is {shown(value)}")
+    return number
 
 
 def _is_number(value: Any) -> bool:

@@ -73,13 +73,15 @@ class Snapshot:
     def _module(self, module: nn.Module) -> Restore:
         attributes = vars(module)
         before = {name: value for name, value in attributes.items() if name not in _NOT_SAVED}
-        buffers = dict(module._buffers)
+        scripted = isinstance(module, torch.jit.ScriptModule)  # its buffers are in C++, and none can be added
+        buffers = dict(module.named_buffers(recurse=False) if scripted else module._buffers)
         inner = [r for value in (*before.values(), *buffers.values()) if (r := self._value(value)) is not None]
 
         def restore() -> None:
             # Written only where it differs: Dynamo watches these dicts.
             _put_back(attributes, before, keep=_NOT_SAVED)
-            _put_back(module._buffers, buffers)
+            if not scripted:
+                _put_back(module._buffers, buffers)
             for r in inner:
                 r()
 

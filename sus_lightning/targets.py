@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ _MAY_ATTEND: tuple[type[nn.Module], ...] = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
+_OWN = vars(nn.Module()).keys()  # what nn.Module keeps for itself
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 
 
@@ -56,6 +57,7 @@ def targets(root: nn.Module, modules: Sequence[str] | str | None, blocks: bool) 
                 ) from None
     else:
         yield from _children(root, "", blocks)
+        yield from _unregistered(root)
 
 
 def _children(parent: nn.Module, prefix: str, blocks: bool) -> Iterator[Target]:
@@ -69,6 +71,17 @@ def _children(parent: nn.Module, prefix: str, blocks: bool) -> Iterator[Target]:
             yield from _blocks(child, f"{prefix}{name}.")
         elif may_attend(child):
             yield Target(prefix + name, child)
+
+
+def _unregistered(root: nn.Module) -> Iterator[Target]:
+    """Modules in plain lists, tuples and dicts of `root`, which are no submodules and are called all the same."""
+    registered = set(root.modules())
+    for name, value in vars(root).items():
+        if name in _OWN or not isinstance(value, (list, tuple, dict)):
+            continue
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(item, nn.Module) and item not in registered and may_attend(item):
+                yield Target(f"{name}.{key}", item)
 
 
 def is_stack(module: nn.Module) -> bool:
@@ -85,7 +98,7 @@ def is_stack(module: nn.Module) -> bool:
     outermost = [
         r for r in repeated if r and not any(r[0] is not o and r[0] in set(o.modules()) for q in repeated for o in q)
     ]
-    equal = all(len({(type(b), _shapes(b)) for b in blocks}) == 1 for blocks in outermost)
+    equal = all(len({kind_of(block) for block in blocks}) == 1 for blocks in outermost)
     enough = max(map(len, outermost), default=0) >= LEAST_BLOCKS
     return (
         enough
@@ -95,8 +108,9 @@ def is_stack(module: nn.Module) -> bool:
     )
 
 
-def _shapes(module: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
-    return tuple((name, p.shape) for name, p in module.named_parameters())
+def kind_of(module: nn.Module) -> Hashable:
+    """Equal for modules of one class whose parameters have the same names and shapes."""
+    return type(module), tuple((name, p.shape) for name, p in module.named_parameters())
 
 
 def _takes_one_argument(module: nn.Module) -> bool:

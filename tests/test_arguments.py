@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,11 @@ from fx_passes import SUSBackend, backend, explain, sus_attention, sus_backward
 from fx_passes.expect import Expectation
 from fx_passes.ops import functional
 from fx_passes.state import State
+
+try:  # before a test replaces what it imports
+    from fx_passes import huggingface as _huggingface
+except ImportError:
+    _huggingface = None  # type: ignore[assignment]
 
 HUGE = 10**400
 X = torch.ones(1, 2, 4, 8)
@@ -23,9 +29,9 @@ class Unprintable:
         raise RuntimeError("no repr")
 
 
-NO_NUMBER = ["30", None, True, 1j, [], (), {}, Unprintable(), torch.ones(2), X.to("meta")]
+NO_NUMBER = ["30", None, True, np.True_, 1j, [], (), {}, Unprintable(), torch.ones(2), torch.ones(1), X.to("meta")]
 NO_C = [*NO_NUMBER, 0, -1, -math.inf, math.nan, HUGE, torch.tensor(0.0), torch.tensor(math.nan)]
-NO_SEED = ["1", True, 1.5, 1j, [], Unprintable(), 1 << 64, -(1 << 63) - 1]
+NO_SEED = ["1", True, np.True_, 1.5, np.float32(2), torch.tensor([2]), 1j, [], Unprintable(), 1 << 64, -(1 << 63) - 1]
 NO_CHOICE = ["", "x", "AUTO", None, 3, True, [], {}, Unprintable(), torch.ones(2)]
 NO_TENSOR = ["x", None, 3, [[1.0]], Unprintable()]
 NO_FLOATS = [*NO_TENSOR, X.int(), X.bool(), X.to(torch.complex64), X.to_sparse(), torch.ones(8), torch.ones(())]
@@ -95,9 +101,7 @@ FORMS: dict[str, tuple[Callable[..., Any], dict[str, list[Any]]]] = {
 
 def huggingface() -> Any:
     pytest.importorskip("transformers")
-    from fx_passes import huggingface
-
-    return huggingface
+    return _huggingface
 
 
 def names(argument: str) -> tuple[str, ...]:
@@ -135,3 +139,33 @@ def test_states_are_numbers_of_states_that_exist() -> None:
     state, x = State(2.0), X.clone().requires_grad_()
     sus_attention(x, x, x, c=2, state=state.id, sampler="systematic").sum().backward()
     assert state.kept.rows == 8
+
+
+class Index:
+    """An integer of another library."""
+
+    def __index__(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize("three", [3, np.int64(3), np.uint8(3), Index()])
+def test_integers_of_other_libraries(three: Any) -> None:
+    q = torch.randn(1, 2, 40, 8, requires_grad=True)
+    grads = [torch.autograd.grad(sus_attention(q, q, q, c=2, seed=seed).sum(), q)[0] for seed in (3, three)]
+    assert torch.equal(*grads)
+    state = State(5.0, three, three)
+    assert (state.seed, state.counter) == (3, 3)
+    state.set_site_c({three: np.float32(2)})
+    assert state.site_c == {3: 2.0}
+    for make in (SUSBackend, sus_backward):
+        assert type(make(seed=three).state.seed) is int
+    state.resume(three, three)
+    assert state.counter == 3
+
+
+@pytest.mark.parametrize("two", [2, np.float32(2), np.float64(2), np.int64(2), torch.tensor(2), torch.tensor(2.0)])
+def test_c_is_a_number_or_a_tensor_without_dimensions(two: Any) -> None:
+    q = torch.randn(1, 2, 40, 8, requires_grad=True)
+    grads = [torch.autograd.grad(sus_attention(q, q, q, c=c, seed=3).sum(), q)[0] for c in (2.0, two)]
+    assert torch.equal(*grads)
+    assert sus_backward(two).c == SUSBackend(two).c == State(two).c == 2.0

@@ -189,6 +189,15 @@ def test_api_pages_have_every_public_name() -> None:
         assert not missing, f"{package.__name__}: {missing}"
 
 
+def test_public_callables_say_arguments_errors_and_an_example() -> None:
+    given_back = {"Report", "Site", "Expectation", "Summary", "Schedule"}  # nobody calls these
+    for path in _documented():
+        module, name = path.rsplit(".", 1)
+        doc = inspect.getdoc(getattr(importlib.import_module(module), name)) or ""
+        if name not in given_back:
+            assert all(f"\n{section}:\n" in doc for section in ("Args", "Raises", "Examples")), path
+
+
 def test_members_on_api_pages_exist() -> None:
     """mkdocstrings leaves out what it does not find, without a word."""
     for page in (ROOT / "docs/api").glob("*.md"):

@@ -217,3 +217,50 @@ def test_a_fork_while_another_thread_enters_a_block_does_not_hang_the_child() ->
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     pytest.fail("the child hangs")
+
+
+WRONG_ENDS = {
+    "descending": torch.tensor([0, 15, 7, N], dtype=torch.int32),
+    "beyond the end": torch.tensor([0, 7, N + 5], dtype=torch.int32),
+    "below 0": torch.tensor([0, -3, N], dtype=torch.int32),
+    "not from 0": torch.tensor([3, 7, N], dtype=torch.int32),
+    "no document": torch.zeros(1, dtype=torch.int32),
+    "two dimensions": torch.tensor([[0, 7, N]], dtype=torch.int32),
+    "float": torch.tensor([0.0, 7.0, N]),
+    "int64": torch.tensor([0, 7, N]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ENDS)
+@pytest.mark.parametrize("which", ["q", "k"])
+def test_wrong_ends_of_documents_are_named(case: str, which: str) -> None:
+    x = torch.randn(N, H, D, requires_grad=True)
+    right = torch.tensor([0, 7, N], dtype=torch.int32)
+    ends = (WRONG_ENDS[case], right) if which == "q" else (right, WRONG_ENDS[case])
+    flash = sys.modules["flash_attn"].flash_attn_varlen_func
+    for f, name in ((flash, f"cu_seqlens_{which}"), (varlen_attn, f"cu_seq_{which}")):
+        with sus_backward(c=2) as sus, pytest.raises(ValueError, match=f"^{name} must"):
+            f(x, x, x, *ends, N, N)
+        assert (sus.calls, sus.state.counter) == (0, 0)
+
+
+@pytest.mark.parametrize("case", ["descending", "beyond the end", "not from 0", "float"])
+def test_wrong_ends_of_documents_in_a_compiled_graph(case: str) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(N, H, D, requires_grad=True)
+    flash = sys.modules["flash_attn"].flash_attn_varlen_func
+    compiled = torch.compile(
+        lambda x, ends: flash(x, x, x, ends, ends, N, N), backend=SUSBackend(c=2, compiler="eager")
+    )
+    with pytest.raises(Exception, match="cu_seqlens_q must"):
+        compiled(x, WRONG_ENDS[case])
+    compiled(x, torch.tensor([0, 7, N], dtype=torch.int32)).sum().backward()
+
+
+def test_places_after_the_last_document_are_nobodys() -> None:
+    x = torch.randn(N, H, D, requires_grad=True)
+    ends = torch.tensor([0, 7, N - 5], dtype=torch.int32)
+    with sus_backward(c=2):
+        out = sys.modules["flash_attn"].flash_attn_varlen_func(x, x, x, ends, ends, N, N)[: N - 5]
+    expected = packages.packed(x[: N - 5], x[: N - 5], x[: N - 5], ends, ends, None, False, (-1, -1))
+    torch.testing.assert_close(out, expected)

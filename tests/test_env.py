@@ -47,11 +47,47 @@ def test_without_compiler_home_or_kernel(tmp_path: Path) -> None:
     bare = {"CXX": "no-such-compiler", "HOME": None, "XDG_CACHE_HOME": None, "SUS_CACHE_DIR": str(tmp_path / "none")}
     found = lines(**bare, SUS_TOKEN="s3cret", HF_TOKEN="s3cret", SUS_C="64")
     assert "no-such-compiler not found" in found["C++ compiler"]
-    assert found["native kernel"].endswith(f"not built yet, in {tmp_path / 'none'}")
+    assert found["native kernel"].endswith("not built, and no compiler: the slower PyTorch path runs")
     assert not (tmp_path / "none").exists()
     assert "SUS_C=64" in found["environment"]
     assert "SUS_TOKEN is set" in found["environment"]
     assert not [line for line in found.values() if "s3cret" in line]
+
+
+def test_what_is_broken_is_said(tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('libtriton.so: undefined symbol')")
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    found = lines(PYTHONPATH=f"{ROOT}:{tmp_path}", CXX="false", SUS_CACHE_DIR=str(tmp_path / "open"))
+    assert found["C++ compiler"].endswith("false --version ended with status 1")
+    assert found["native kernel"].endswith(
+        f"compiled for each process: others can write to {tmp_path / 'open'} (mode 0777)"
+    )
+    assert found["Triton"] == "failed: ImportError: libtriton.so: undefined symbol"
+    assert not list((tmp_path / "open").iterdir())
+
+
+def test_a_cache_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(place: Path) -> str:
+        monkeypatch.setenv("SUS_CACHE_DIR", str(place))
+        return env._kernel().split(": ", 1)[1]
+
+    monkeypatch.setattr(build, "find_compiler", lambda: ["c++"])
+    assert kernel(tmp_path / "new" / "er") == f"not built yet, in {tmp_path / 'new' / 'er'}"
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_bytes(b"")
+    assert kernel(tmp_path / "file") == f"compiled for each process: {tmp_path / 'file'} is no directory"
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o775)
+    assert "others can write to" in kernel(tmp_path / "shared" / "below")
+    (tmp_path / "shared" / build.name(build.arch())).write_bytes(b"")
+    assert f"built, in {tmp_path / 'shared'}, but not used as it is: others" in kernel(tmp_path / "shared")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    assert kernel(tmp_path / "new") == f"compiled for each process: this user cannot write to {tmp_path}"
+    monkeypatch.setenv("SUS_CACHE_GROUP", "no-such-group")
+    with pytest.raises(ValueError, match="SUS_CACHE_GROUP must be a group of this machine"):
+        kernel(tmp_path / "new")
 
 
 def test_a_bad_variable_is_one_line() -> None:

@@ -49,6 +49,14 @@ def test_pythons_of_the_classifiers_are_those_of_the_matrix() -> None:
     assert project()["project"]["requires-python"] == f">={pythons[0]}"
 
 
+def test_actions_are_pinned_to_commits() -> None:
+    """A tag can be moved to other code; dependabot moves the commits, and the comments after them."""
+    files = sorted((ROOT / ".github/workflows").glob("*.yml"))
+    used = [line.strip() for file in files for line in file.read_text().splitlines() if "uses:" in line]
+    assert used
+    assert not [line for line in used if not re.fullmatch(r"(- )?uses: [\w./-]+@[0-9a-f]{40} # v[\d.]+", line)]
+
+
 def test_links_of_the_root_pages_lead_to_files() -> None:
     for page in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"):
         links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())

@@ -5,6 +5,9 @@
   caller has given it.
 - Dynamo traces the code of torch.nn where other code calls it, and skips it where a compiled region begins with it: in
   ``nn.TransformerEncoder(...).compile()``, and below a graph break. For a backend that rewrites attention it does not.
+- What a frame was traced with (fake tensors, their mode, all sizes) stays alive for good where an input is no leaf of
+  autograd, or a size is a symbol: both lead back to themselves by way of C++, where Python's garbage collector does not
+  see it. For a backend that rewrites attention it is noted, so that `free_traces` can cut these cycles.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from functools import cache
 from types import CodeType
@@ -51,6 +55,7 @@ def mend_graph_breaks() -> None:
     _give_no_hint()
     _enter_torch_nn()
     _train_flex_on_the_cpu()
+    _note_traces()
     torch._dynamo.assume_constant_result(rewrites)  # type: ignore[no-untyped-call]
     torch._dynamo.allow_in_graph(calls.call_known)  # type: ignore[no-untyped-call]
     torch._dynamo.allow_in_graph(calls.call_left)  # type: ignore[no-untyped-call]
@@ -118,6 +123,30 @@ def _rewriter(backend: Any) -> Any:
     while backend is not None and getattr(backend, "rewrites_attention", False) is not True:
         backend = inner_backend(backend)
     return backend
+
+
+_shape_envs: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()  # by backend
+
+
+def _note_traces() -> None:
+    from torch._dynamo.output_graph import OutputGraph
+
+    original = OutputGraph.__init__
+
+    @functools.wraps(original)
+    def noted(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        backend = _rewriter(self.compiler_fn)
+        if backend is not None:
+            _shape_envs.setdefault(backend, weakref.WeakSet()).add(self.shape_env)
+
+    OutputGraph.__init__ = noted  # type: ignore[method-assign]
+
+
+def free_traces(backend: Any) -> None:
+    """Frees what the graphs of a backend were traced with, once nothing of it will be compiled any more."""
+    for shape_env in _shape_envs.pop(backend, ()):
+        shape_env.tracked_fakes = None
 
 
 def _train_flex_on_the_cpu() -> None:

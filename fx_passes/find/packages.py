@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fx_passes.find.attention_call import Call, NotTaken, in_documents
+from fx_passes.ops.documents import WrongEnds, check_ends
 
 FLEX = "torch.nn.attention.flex_attention.flex_attention"
 VARLEN = "torch_attn._varlen_attn"
@@ -40,6 +41,8 @@ _MEANING = {
     "alibi_slopes", "learnable_sink", "s_aux", "dropout_p", "p", "attn_bias", "tensor_bias", "cu_seqlens",
     "cu_seqlens_q", "cu_seqlens_k", "cu_seq_q", "cu_seq_k",
 }  # fmt: skip
+# The ends of documents, queries first, and of which operand.
+_ENDS = {"cu_seqlens": 0, "cu_seqlens_q": 0, "cu_seq_q": 0, "cu_seqlens_k": 1, "cu_seq_k": 1}
 # Biases of xformers: whether they are causal, count from the end of a sequence, and belong to packed sequences.
 _BIASES = {
     "LowerTriangularMask": (True, False, False),
@@ -177,6 +180,30 @@ def _ends(given: Given) -> tuple[Tensor, Tensor] | None:
     return None if queries is None else (queries, queries if keys is None else keys)
 
 
+def check_ends_of(given: Given) -> Given:
+    """Arguments of flash-attn or varlen_attn with checked ends of documents.
+
+    Raises:
+        WrongEnds: one of them is none; the message names it.
+    """
+    names = [name for name in _ENDS if given.get(name) is not None]
+    if not names or _operands(given)[0].dim() != 3:
+        return given
+    checked: dict[int, Tensor] = {}
+    for name in names:
+        ends, rows = given[name], _operands(given)[_ENDS[name]].shape[0]
+        if id(ends) not in checked:
+            checked[id(ends)] = check_ends(name, ends, rows)
+        given = {**given, name: checked[id(ends)]}
+    queries, *keys = (given[name] for name in names)
+    if keys and queries.shape != keys[0].shape:
+        raise WrongEnds(
+            f"{names[1]} must have as many documents as {names[0]}, but their shapes are {tuple(keys[0].shape)} and "
+            f"{tuple(queries.shape)}"
+        )
+    return given
+
+
 def _window(given: Given, newest: bool) -> tuple[int | None, int | None]:
     """Bounds of the band. A symbolic one is fixed: another window is another graph.
 
@@ -194,6 +221,7 @@ def _window(given: Given, newest: bool) -> tuple[int | None, int | None]:
 
 def flash(given: Given, pair: bool = False, newest: bool = False) -> Reading:
     """flash-attn: [B, M, H, D], or packed [T, H, D]; bands from the bottom right corner."""
+    given = check_ends_of(given)
     query, key, value = (_four(x) for x in _operands(given))
     left, right = _window(given, newest)
     scale, sinks = given.get("softmax_scale"), given.get("learnable_sink")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fx_passes.device_state import signed
 from fx_passes.ops.problem import FORWARDS, SAMPLERS
-from fx_passes.state import check_c, check_seed, get_state, shown
+from fx_passes.state import as_int, check_c, check_seed, get_state, shown
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
@@ -24,12 +24,14 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but it is {shown(value)}")
 
 
-def check_state(state: Any) -> None:
-    """TypeError or ValueError if it is neither 0 nor the number of a `State` that exists."""
-    if not isinstance(state, int) or isinstance(state, bool):
+def check_state(state: Any) -> int:
+    """The number of a `State` that exists, or 0; TypeError or ValueError otherwise."""
+    number = as_int(state)
+    if number is None:
         raise TypeError(f"state must be the number of a State (its id) or 0, but it is {shown(state)}")
-    if state and get_state(state) is None:
+    if number and get_state(number) is None:
         raise ValueError(f"state must be the number of a State that exists (its id) or 0, but it is {shown(state)}")
+    return number
 
 
 def autocast_dtype(x: Tensor, device: str) -> torch.dtype:
@@ -61,7 +63,7 @@ def as_c(c: float | Tensor, query: Tensor) -> Tensor:
     _check_scalar_device("c", c, query)
     if c.device.type == "cpu" and not torch.compiler.is_compiling():
         check_c(c)
-    return c.detach().to(query.device, torch.float64)
+    return c.detach().to(query.device, torch.float64, copy=True)  # whoever has it may write to it
 
 
 def as_seed(seed: int | Tensor, query: Tensor) -> Tensor:
@@ -71,16 +73,15 @@ def as_seed(seed: int | Tensor, query: Tensor) -> Tensor:
         TypeError, ValueError: it is not an int of 64 bits.
     """
     if not isinstance(seed, Tensor):
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise TypeError(f"seed must be an int, a 0-dim int64 tensor or None, but it is {shown(seed)}")
-        check_seed(seed)
-        return torch.full((), signed(seed), dtype=torch.int64, device=query.device)
+        number = check_seed(seed, "an int, a 0-dim int64 tensor or None")
+        assert number is not None
+        return torch.full((), signed(number), dtype=torch.int64, device=query.device)
     if seed.dtype != torch.int64:
         raise TypeError(f"seed must be an int or an int64 tensor, but it is a tensor of {seed.dtype}")
     if seed.dim() != 0:
         raise ValueError(f"seed must be an int or a 0-dim tensor, but it is a tensor of shape {tuple(seed.shape)}")
     _check_scalar_device("seed", seed, query)
-    return seed.to(query.device)
+    return seed.to(query.device, copy=True)
 
 
 def _check_scalar_device(name: str, x: Tensor, query: Tensor) -> None:

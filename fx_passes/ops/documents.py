@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +65,53 @@ def both_ids(first_query: Tensor, first_key: Tensor, second_query: Tensor, secon
 def only_rows(query_ids: Tensor, key_ids: Tensor, rows: Tensor) -> Tensor:
     """Query numbers with one that no key has where `rows`, bool [B or 1, M], is False."""
     return torch.where(rows, query_ids, key_ids.min() - 1)
+
+
+class WrongEnds(ValueError):
+    """What is said to be the ends of documents is not; the message names the argument."""
+
+
+def check_ends(name: str, ends: Any, total: int, dtypes: tuple[torch.dtype, ...] = (torch.int32,)) -> Tensor:
+    """The documents' ends and a 0 before, [documents + 1], of `total` places.
+
+    Values are looked at on a CPU alone, of a graph when it runs: on a GPU that would wait for the device.
+
+    Raises:
+        WrongEnds: the argument, what was given and what is allowed.
+    """
+    if not isinstance(ends, Tensor) or ends.layout != torch.strided or ends.is_nested or ends.dtype not in dtypes:
+        given = f"of {ends.dtype}" if isinstance(ends, Tensor) and ends.dtype not in dtypes else shown(ends)
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise WrongEnds(f"{name} must be a dense tensor of {wanted}, but it is {given}")
+    if ends.dim() != 1 or ends.shape[0] < 2:
+        raise WrongEnds(f"{name} must be of shape [documents + 1], but it is {tuple(ends.shape)}")
+    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() or type(ends) is not Tensor:
+        checked: Tensor = _checked_ends(ends, total, name)
+        return checked
+    _check_values(name, ends, total)
+    return ends
+
+
+def _check_values(name: str, ends: Tensor, total: int) -> None:
+    if ends.device.type != "cpu":
+        return
+    values = ends.tolist()
+    if values[0] != 0 or values[-1] > total or any(a > b for a, b in itertools.pairwise(values)):
+        raise WrongEnds(
+            f"{name} must begin with 0, never descend and end with at most {total}, the number of places, but it is "
+            f"{shown(values)}"
+        )
+
+
+@torch.library.custom_op("sus::checked_ends", mutates_args=())
+def _checked_ends(ends: Tensor, total: int, name: str) -> Tensor:
+    _check_values(name, ends, total)
+    return ends.clone()
+
+
+@_checked_ends.register_fake
+def _(ends: Tensor, total: int, name: str) -> Tensor:
+    return torch.empty_like(ends)
 
 
 def ids_of_lengths(cumulative: Tensor, total: int) -> Tensor:

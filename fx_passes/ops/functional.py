@@ -21,16 +21,19 @@ from fx_passes.ops.arguments import (
     check_arguments,
     check_choice,
     check_state,
+    why_left,
 )
 from fx_passes.ops.documents import as_ids
 from fx_passes.ops.exact import exact_attention
 from fx_passes.ops.problem import Forward, Sampler, resolve_sampler
 from fx_passes.ops.schema import draw
 from fx_passes.ops.sharding import is_dtensor, on_shards
+from fx_passes.ops.snapshot import as_library_keeps, snapshot
 from fx_passes.ops.transforms import NEEDS_LIBRARY, transform
 from fx_passes.state import State, get_state
 
 _default_state = State(float("inf"))
+_MASKS = ("attn_mask", "attn_bias", "query_ids", "key_ids", "prefix")
 
 
 @on_shards
@@ -58,6 +61,7 @@ def attend(
     site: int = 0,
     state: int = 0,
     return_lse: bool = False,
+    own_masks: bool = False,
 ) -> Any:
     """Attention with a sparse backward; traceable by AOTAutograd. See `Problem` and `Static` for the arguments.
 
@@ -65,6 +69,9 @@ def attend(
     broadcast, and all but the last of them are the batch. Masks and bias may have as many dimensions or fewer.
 
     Inside of forward-mode AD and of torch.func's transforms it is exact: the operator knows no tangents.
+
+    Masks, a bias without a gradient, ids and sinks may be written to before the backward runs, unless `own_masks` says
+    that nobody will do so.
 
     Returns:
         [..., H, M, E]; with `return_lse` also the logsumexp of each row's logits, [..., H, M] in float32 (float64 for
@@ -104,6 +111,10 @@ def attend(
         else:
             out, lse = _exact(query, key, value, scale, dropout_p, given, library=around == NEEDS_LIBRARY), None
         return _shaped(out, lse, lead)
+    sample = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if sample and not own_masks:
+        given |= {name: snapshot(given[name]) for name in _MASKS if given[name] is not None}
+        given["sinks"] = None if sinks is None else sinks.clone()
     dropout_seed = seed
     if dropout_p > 0:
         # From the global generator, as dropout draws everywhere: checkpointing restores it before a recomputation.
@@ -119,7 +130,7 @@ def attend(
         dropout_p=dropout_p,
         sampler=resolve_sampler(sampler, query.device),
         forward=forward,
-        sample=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
+        sample=sample,
         site=site,
         state=state,
         **given,
@@ -276,7 +287,7 @@ def sus_attention(
         [..., H, M, E] in the query's dtype. A row that sees no key is zero and gets zero gradients.
 
     Raises:
-        TypeError, ValueError: the argument, what was given and what is allowed.
+        TypeError, ValueError: an argument is not allowed; the message names it, what was given and what is allowed.
 
     Examples:
         >>> import torch
@@ -287,10 +298,16 @@ def sus_attention(
     """
     check_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, sampler, forward)
     query_ids, key_ids = as_ids(query, key, query_ids, key_ids)
-    check_state(state)
+    state = check_state(state)
     c_tensor = as_c(c, query)
     here = query.to_local() if is_dtensor(query) else query  # type: ignore[attr-defined]
     seed_tensor = draw(here, _default_state.id, [])[1] if seed is None else as_seed(seed, query)
+    own_masks = False
+    wants_grad = any(x is not None and x.requires_grad for x in (query, key, value, attn_mask))
+    if wants_grad and torch.is_grad_enabled() and why_left(query, key, value, attn_mask) is None:
+        query, key, attn_mask, own_masks = as_library_keeps(
+            query, key, value, attn_mask, float(dropout_p), is_causal, scale, enable_gqa
+        )
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
     result: Tensor = attend(
         query,
@@ -308,6 +325,7 @@ def sus_attention(
         sampler=sampler,
         forward=forward,
         state=state,
+        own_masks=own_masks,
     )
     return result
 

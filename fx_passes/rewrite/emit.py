@@ -34,6 +34,12 @@ _OPERATORS: dict[str, Callable[..., Tensor]] = {
     f.__name__: f for f in (attend, attend_logits, attend_with_fully_masked_rows)
 }
 
+_MASKS = ("attn_mask", "attn_bias", "query_ids", "key_ids", "sinks")
+# Of what is emitted for masks: what never returns a view.
+_NEW = {operator.and_, operator.add, operator.mul, operator.truediv, operator.ne, operator.eq, operator.floordiv} | {
+    torch.where, torch.logical_not, torch.full, torch.zeros, torch.arange, only_rows,
+}  # fmt: skip
+
 
 class Emitter:
     """Emits one attention.
@@ -159,6 +165,8 @@ class Emitter:
     def _attend(self, first: Node, second: Node, third: Node | None, options: dict[str, Any]) -> Node:
         f = attend_logits if third is None else attend_with_fully_masked_rows if "fully_masked" in options else attend
         c = self.build.call(aten.select.int, self.c, 0, self.slots[options["site"]])
+        if not any(self._may_change(options.get(name)) for name in _MASKS):
+            options = {**options, "own_masks": True}
         if self.wants_lse:
             if f is attend_with_fully_masked_rows:
                 raise FailedMatch("its logsumexp is used, and rows may see no key")
@@ -167,6 +175,18 @@ class Emitter:
         if self.autocast:
             return self.build.call(attend_as_is, f.__name__, *operands, **options)
         return self.build.call(f, *operands, **options)
+
+    def _may_change(self, node: Any) -> bool:
+        """Whether what a node returns may be written to before the backward: by the graph, or as an input of it."""
+        if not isinstance(node, Node) or node.target in _NEW:
+            return False
+        context = self.build.context
+        storage = context.storages.get(node)
+        if storage is None:
+            return any(self._may_change(x) for x in node.all_input_nodes)
+        inputs = (x for x in node.graph.nodes if x.op in ("placeholder", "get_attr"))
+        later = (position > self.build.position for position, _ in context.writes.get(storage, ()))
+        return any(later) or storage in (context.storages.get(x) for x in inputs)
 
     def _cast(self, node: Node, operand: Operand, dtype: torch.dtype) -> Node:
         return node if operand.value.dtype == dtype else self.build.call(aten.to.dtype, node, dtype)

@@ -8,6 +8,7 @@ apart. (All parameters would count a layer twice whose recompilation reads one p
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from torch.fx import GraphModule
 from fx_passes.find.context import is_parameter
 from fx_passes.report import Key, Report
 
+_number = itertools.count()
 _MOST = 4096  # modules that are told apart: `functional_call` may bring new parameters in every step
 
 
@@ -67,7 +69,8 @@ def compile_call(owner: Owner, code: CodeType | None = None, **options: Any) -> 
     def entry(*args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    entry.__code__ = entry.__code__.replace() if code is None else code
+    # Dynamo remembers by file, line and name which sizes have changed and are to be dynamic: those of another module.
+    entry.__code__ = entry.__code__.replace(co_name=f"entry_{next(_number)}") if code is None else code
     compiled = torch.compile(entry, **options)
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -82,6 +82,15 @@ def test_a_copy_is_independent(how: str) -> None:
     assert str(original.backend.report) == text
 
 
+def test_no_copy_holds_the_module() -> None:
+    # Lightning gives callbacks the module's `log`.
+    callback, module = sus(), Plain()
+    trainer(callbacks=[callback], max_steps=1).fit(module, loader())
+    assert callback.log.__self__ is module
+    assert b"Plain" not in pickle.dumps(callback)
+    assert not {"log", "log_dict"} & vars(copy.deepcopy(callback)).keys()
+
+
 @pytest.mark.parametrize("how", ["pickle", "deepcopy"])
 def test_copies_during_a_fit(how: str, tmp_path: Path) -> None:
     """As neuralforecast, whose modules have the callbacks among their hyperparameters, which checkpoints contain."""

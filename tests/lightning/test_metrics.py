@@ -159,7 +159,7 @@ def test_bad_updates_are_named() -> None:
         metric.update(x[:2], sus=x[:2])
     with pytest.raises(ValueError, match=r"gradient 2 has the shapes \(4,\) and \(5,\)"):
         metric.update(x, sus=[*x[:2], torch.zeros(5)])
-    with pytest.raises(ValueError, match="batches_per_step must be an int of at least 1, but it is 0"):
+    with pytest.raises(ValueError, match="batches_per_step must be at least 1, but it is 0"):
         GradientVariance(batches_per_step=0)
 
 

@@ -50,6 +50,17 @@ class Reentrant(Plain):
         return loss_of(self.model.head(hidden), batch)
 
 
+class Scripted(Plain):
+    """A child whose buffers are in C++, running statistics among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.jit.script(torch.nn.Sequential(torch.nn.BatchNorm1d(32)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return loss_of(self.norm(self.model(batch).flatten(0, 1)).view(*batch.shape, -1), batch)
+
+
 class DictTokens(Tokens):
     def __getitem__(self, i: int) -> Any:
         return {"tokens": super().__getitem__(i)}
@@ -80,6 +91,7 @@ CASES: dict[str, tuple[type, dict[str, Any]]] = {
     "gradient accumulation and clipping": (Nasty, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}),
     "manual optimization": (Manual, {}),
     "reentrant checkpoints": (Reentrant, {}),
+    "scripted child": (Scripted, {}),
     "16-mixed with the scaler": (Nasty, {"plugins": "16-mixed"}),
     "bf16-mixed": (Nasty, {"precision": "bf16-mixed"}),
     "bf16-true": (Plain, {"precision": "bf16-true"}),

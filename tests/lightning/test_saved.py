@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -14,6 +17,11 @@ from sus_lightning import SUSBackprop, VarianceTarget
 
 NAN, INF = float("nan"), float("inf")
 
+BAD = (NAN, INF, -INF, -1.0)
+AMOUNTS = ("entries", "rows", "dense", "seconds", "probe_seconds", "compile_seconds")
+POSITIVE = ("step", "c", "relative_variance", "worst_relative_variance", "batch_variance", "step_speedup",
+            "net_speedup")  # fmt: skip
+PROBE = dict.fromkeys((*POSITIVE, "squared_gradient"), 1.0)
 CALLBACK: list[tuple[str, Any, type[Exception], str]] = [
     ("c", "30", TypeError, "c must be a number above 0"),
     ("c", 0, ValueError, "c must be above 0"),
@@ -38,6 +46,20 @@ CALLBACK: list[tuple[str, Any, type[Exception], str]] = [
     ("variance", {"a": "b"}, TypeError, r"variance\['a'\] must be a number"),
     ("variance", {"a": 10**400}, ValueError, r"variance\['a'\] must fit into a float"),
     ("variance", {1: 1.0}, TypeError, "a key of variance must be a string"),
+    *(("variance", {"relative_variance": x}, ValueError, r"variance\['relative_variance'\] must be") for x in BAD),
+    ("variance", {"squared_gradient": NAN}, ValueError, r"variance\['squared_gradient'\] must be finite"),
+    ("probed_step", 10**400, ValueError, r"probed_step must be below 2\^63"),
+    ("not_before", 10**400, ValueError, r"not_before must be below 2\^63"),
+    ("site_c", {10**400: 3.0}, ValueError, r"a key of site_c must be below 2\^63"),
+    ("by_blocks", 1, TypeError, "by_blocks must be True or False"),
+    ("account", 3, TypeError, "the account must be a dict"),
+    *(("account", {name: x}, ValueError, f"the account: {name} must be") for x in BAD for name in AMOUNTS),
+    ("account", {"c": [(1, NAN)]}, ValueError, "the account: c at step 1 must be above 0"),
+    ("account", {"c": [(10**400, 3.0)]}, ValueError, "the account: a step of c must be below"),
+    ("account", {"losses": [(1, "x")]}, TypeError, "the account: losses at step 1 must be a number"),
+    ("account", {"probes": [{}]}, ValueError, r"the account: probes\[0\] must have step, c"),
+    *(("account", {"probes": [{**PROBE, k: -1.0}]}, ValueError, rf"probes\[0\]\['{k}'\] must be") for k in POSITIVE),
+    *(("account", {"probes": [{**PROBE, k: NAN}]}, ValueError, rf"probes\[0\]\['{k}'\] must be") for k in PROBE),
     *(("schedule", x, TypeError, "schedule must be a dict") for x in (3, "x", -1, NAN, 1.5, None, [])),
     *(("schedule_type", x, TypeError, "schedule_type must be a string") for x in (3, None, NAN, [])),
     *(("schedule_type", x, ValueError, "schedule_type must be the name of a class") for x in ("", "a b", "-1")),
@@ -55,6 +77,7 @@ SCHEDULE: list[tuple[str, Any, type[Exception], str]] = [
     ("spread", 0.0, ValueError, "spread must be above 0 after probes"),
     ("probes", 1.5, TypeError, "probes must be an int"),
     ("probes", -1, ValueError, "probes must be at least 0"),
+    ("probes", 10**400, ValueError, r"probes must be below 2\^63"),
     ("alone", {"a": -1.0}, ValueError, r"alone\['a'\] must be finite and at least 0"),
     ("alone", [1.0], TypeError, "alone must be a dict"),
     ("shares", {"a": 0.0}, ValueError, r"shares\['a'\] must be above 0"),
@@ -107,6 +130,58 @@ def test_a_bad_schedule_whatever_the_own_one(c: Any) -> None:
         with pytest.raises((TypeError, ValueError), match=f"the saved state of SUSBackprop: {name} must be"):
             made.load_state_dict({**before, "counter": 9, name: value})
         assert made.state_dict() == before
+
+
+AUTO: list[tuple[str, Any, str]] = [
+    *((name, x, f"{name} must be") for name in ("count", "switches") for x in (-1, 10**400, NAN, "x", True)),
+    *(("finite", x, "finite must (be|fit)") for x in (NAN, INF, 0.0, -1.0, "x", 10**400)),
+    ("probes", "x", "probes must be a list"),
+    *((f"probes.{name}", x, rf"probes\[0\]\['{name}'\] must be") for name, x in (
+        ("spread", NAN), ("spread", -1.0), ("squared_gradient", INF), ("exact_samples", 0), ("exact_samples", 10**400),
+        ("passes", 3))),
+    *((f"passes.{name}", x, rf"probes\[0\]\['passes'\]\[0\]\['{name}'\] must (be|fit)") for name, x in (
+        ("c", INF), ("c", NAN), ("variance", -1.0), ("variance", NAN), ("seconds", 0.0), ("seconds", 10**400),
+        ("samples", 0), ("kept", -1.0), ("full", 1))),
+    ("passes.x", 3, "must not have 'x'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "message"), AUTO)
+def test_a_bad_value_of_auto(name: str, value: Any, message: str) -> None:
+    made = SUSBackprop(c="auto", compiler="eager")
+    made.schedule.observe({"sus_variance": 0.01, "batch_variance": 1.0, "step_seconds": 0.6, "exact_step_seconds": 1.0})
+    before = made.state_dict()
+    state = deepcopy(before)
+    of, _, inner = name.rpartition(".")
+    schedule = state["schedule"]
+    {"": schedule, "probes": schedule["probes"][0], "passes": schedule["probes"][0]["passes"][0]}[of][inner] = value
+    with pytest.raises((TypeError, ValueError), match=f"the saved state of AutoC: .*{message}"):
+        made.load_state_dict(state)
+    assert made.state_dict() == before
+
+
+def test_what_was_not_measured_is_saved_and_loaded() -> None:
+    made = SUSBackprop(c="auto", compiler="eager")
+    made.schedule.observe({"sus_variance": 0.01, "batch_variance": 1.0})
+    made._account.note_probe(3, 64.0, {"relative_variance": 0.1})
+    made._account.note_loss(3, torch.tensor(NAN))
+    made._account.compile_seconds = NAN
+    made._variance = {"relative_variance": 0.1, "worst_relative_variance": NAN}
+    state = made.state_dict()
+    for saved in (state, json.loads(json.dumps(state)), _with_nan({k: v for k, v in state.items() if k != "version"})):
+        again = SUSBackprop(c="auto", compiler="eager")
+        again.load_state_dict(saved)
+        found = {**again.state_dict(), "number": state["number"]}
+        assert json.dumps(found, sort_keys=True) == json.dumps(state, sort_keys=True)
+        assert math.isnan(again._variance["worst_relative_variance"])
+        assert math.isnan(again._account.probes[0]["step_speedup"])
+
+
+def _with_nan(state: Any) -> Any:
+    """As states without a version have it."""
+    if isinstance(state, dict):
+        return {k: v if k == "number" else _with_nan(v) for k, v in state.items()}
+    return [_with_nan(v) for v in state] if isinstance(state, list) else NAN if state is None else state
 
 
 def test_another_schedule_starts_anew_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -69,7 +69,8 @@ def test_probes_change_no_weight(tmp_path: Path, strategy: str) -> None:
     assert probed["counter"] == plain["counter"]
 
 
-@pytest.mark.parametrize("strategy", ["tensor_parallel", pytest.param("tensor_parallel_fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["tensor_parallel", "tensor_parallel_fsdp"])
 def test_attention_between_dtensors(tmp_path: Path, strategy: str) -> None:
     """Tensor parallel with ``use_local_output=False``, alone and with FSDP2 over two more ranks."""
     runs = {mode: two_ranks(tmp_path / mode, strategy, 0, mode) for mode in ("none", "exact")}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from models import LM, WIDTH, Attention, Block, Plain, loader, loss_of, trainer
+from models import LM, WIDTH, Attention, Block, Plain, equal, loader, loss_of, trainer, weights
 from torch import Tensor, nn
 
-from sus_lightning import SUSBackprop
+from sus_lightning import SUSBackprop, VarianceTarget
 from sus_lightning.targets import is_stack, targets
 
 
@@ -121,3 +122,84 @@ def test_attention_beside_the_blocks_trains_too() -> None:
 def test_module_that_is_a_stack_itself() -> None:
     module = NoLog(nn.Sequential(nn.Embedding(32, WIDTH), *(Attention() for _ in range(4)), nn.Linear(WIDTH, 32)))
     assert fit(module).backend.report.rewritten == 4
+
+
+def compiled_model(module: NoLog) -> NoLog:
+    module.model = torch.compile(module.model)  # type: ignore[assignment]
+    return module
+
+
+def compiled_blocks(module: NoLog) -> NoLog:
+    for layer in module.model.layers:
+        layer.compile()
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [lambda module: module, compiled_model, compiled_blocks])
+@pytest.mark.parametrize("per", ["model", "layer"])
+def test_a_stack_under_inductor(make: Any, per: Any) -> None:
+    """bf16-mixed, accumulation and probes; c = inf trains as eager code does."""
+
+    def losses(c: Any) -> list[float]:
+        torch.manual_seed(0)
+        module, seen = make(NoLog(LM(layers=4))), []
+        callback = SUSBackprop(c, variance_every_n_steps=2)
+        torch._dynamo.reset()
+        options = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "max_steps": 4, "log_every_n_steps": 100}
+        fit = trainer(callbacks=[callback, Seen(seen)], **options)
+        fit.fit(module, loader())
+        assert callback.backend.report.rewritten == 4
+        if isinstance(c, VarianceTarget):
+            assert len(callback.backend.state.site_c) == (4 if per == "layer" else 0)
+        return seen
+
+    exact, noisy = losses(float("inf")), losses(VarianceTarget(0.05, start=4, per=per))
+    torch.manual_seed(0)
+    eager: list[float] = []
+    options = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "max_steps": 4, "log_every_n_steps": 100}
+    trainer(callbacks=[Seen(eager)], **options).fit(NoLog(LM(layers=4)), loader())
+    assert exact == pytest.approx(eager, rel=2e-2)
+    assert noisy == pytest.approx(eager, rel=0.2)
+    assert noisy != exact
+
+
+class Seen(pl.Callback):
+    """Losses of the training steps."""
+
+    def __init__(self, losses: list[float]) -> None:
+        self.losses = losses
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+
+class Listed(Plain):
+    """A model in a plain list, which the optimizer knows and the module does not; optimized by hand."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(2, 2))
+        self.hidden, self.automatic_optimization = [LM()], False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        loss = loss_of(self.hidden[0](batch), batch)
+        self.manual_backward(loss / 2)
+        if batch_idx % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.hidden[0].parameters(), lr=1e-2)
+
+
+def test_modules_in_plain_lists_train_and_probes_leave_their_gradients() -> None:
+    def trained(every: int) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        module, callback = Listed(), SUSBackprop(4, compiler="eager", variance_every_n_steps=every, seed=0)
+        trainer(callbacks=[callback], max_steps=4).fit(module, loader())
+        assert [s.module for s in callback.backend.report.sites] == [f"hidden.0.layers.{i}.attention" for i in range(2)]
+        assert "_compiled_call_impl" not in vars(module.hidden[0])
+        return weights(module.hidden[0])
+
+    assert equal(trained(0), trained(2))

@@ -42,9 +42,15 @@ def result(process: subprocess.Popen[str]) -> tuple[float, str]:
     return float(out), err
 
 
+@pytest.fixture(scope="module")
+def usual_norm() -> float:
+    """What the program prints with the kernel that this machine chooses."""
+    return result(start())[0]
+
+
 @needs_compiler
-@pytest.mark.parametrize("arch", ARCHES)
-def test_every_instruction_set_gives_the_same(arch: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arch", [arch for arch in ARCHES if arch != build.arch()])
+def test_every_instruction_set_gives_the_same(arch: str, tmp_path: Path, usual_norm: float) -> None:
     environment = {"SUS_CPU_ARCH": arch}
     if ARCHES.index(arch) > ARCHES.index(build.arch()):
         if arch != "avx512" or build.arch() != "avx2":
@@ -54,14 +60,14 @@ def test_every_instruction_set_gives_the_same(arch: str, tmp_path: Path) -> None
         }  # fmt: skip
     norm, err = result(start(**environment))
     assert "PyTorch path" not in err
-    assert norm == pytest.approx(result(start())[0], rel=0.02)
+    assert norm == pytest.approx(usual_norm, rel=0.02)
 
 
-def test_without_a_compiler_one_warning(tmp_path: Path) -> None:
+def test_without_a_compiler_one_warning(tmp_path: Path, usual_norm: float) -> None:
     norm, err = result(start(CXX="no-such-compiler", SUS_CACHE_DIR=str(tmp_path / "cache")))
     assert err.count("no native CPU kernel") == 1
     assert "no-such-compiler not found" in err
-    assert norm == pytest.approx(result(start())[0], rel=0.02)  # the same draws
+    assert norm == pytest.approx(usual_norm, rel=0.02)  # the same draws
 
 
 def compiler(tmp_path: Path, script: str) -> str:

@@ -30,6 +30,7 @@ DOTS = {
 }
 ALL_DOTS = DOTS["systematic"] + DOTS["tile"]
 EVERY = pytest.mark.parametrize("arch", [80, 90, 100, 120])
+SLOW = [pytest.param(arch, marks=pytest.mark.slow) for arch in (100, 120)]
 TILE = {"sampler": "tile"}
 
 
@@ -89,12 +90,12 @@ def test_all_kernels_in_the_interpreter() -> None:
     _run(*_INTERPRETER, "tests/ops/cuda/check_tile.py", "tests/ops/cuda/check_offsets.py")
 
 
-@EVERY
+@pytest.mark.parametrize("arch", [80, 90, *SLOW])
 def test_compiles_ahead_of_time(arch: int) -> None:
     _check(_compile(arch, {"d": 64}), arch, stack={80: 96, 90: 0, 100: 64, 120: 128}[arch])
 
 
-@EVERY
+@pytest.mark.parametrize("arch", [80, 90, *SLOW])
 def test_compiles_tiles_ahead_of_time(arch: int) -> None:
     _check(_compile(arch, {"d": 128, **TILE}), arch, stack=192)
 

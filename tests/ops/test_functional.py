@@ -128,3 +128,11 @@ def test_manual_seed_fixes_the_draws_and_the_generator_is_not_used() -> None:
     assert torch.equal(first, gradient(1))
     assert torch.equal(first, gradient(1))
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 20, 0), (1, 2, 0, 8), (0, 2, 20, 8), (1, 0, 20, 8)])
+def test_sizes_of_zero(shape: tuple[int, ...]) -> None:
+    q = torch.zeros(shape, requires_grad=True)
+    sus_attention(q, q, q, c=2).sum().backward()
+    assert q.grad is not None
+    assert q.grad.shape == shape

@@ -100,11 +100,44 @@ def _make(path: str) -> None:
             os.mkdir(name, 0o700)
 
 
-def _open_directory(path: str) -> int:
-    """A descriptor of a directory that nobody else writes to, made if need be. Raises OSError and `_Untrusted`."""
+def _check_links(path: str) -> None:
     for name in (path, *map(str, Path(path).parents)):
         if os.path.islink(name) and os.lstat(name).st_uid not in (0, os.geteuid()):
             raise _Untrusted(f"{name} is another user's link")
+
+
+def _is_default(found: os.stat_result) -> bool:
+    """Whether this is our own place, which an earlier version may have made under the user's umask."""
+    return found.st_uid == os.geteuid() and not os.environ.get("SUS_CACHE_DIR")
+
+
+def refusal(path: Path, writing: bool) -> str | None:
+    """Why a directory would not be used as the cache, or not be written to, or None. Makes and changes nothing.
+
+    Raises:
+        ValueError: SUS_CACHE_GROUP is no group of this machine.
+    """
+    existing = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    try:
+        _check_links(str(path))
+        real = os.path.realpath(existing)
+        for name in map(str, Path(real).parents):
+            _check(name, os.stat(name), above=True)
+        found = os.stat(real)
+        if existing != path or not _is_default(found):
+            _check(real, found, above=existing != path)
+    except (OSError, _Untrusted) as error:
+        return str(error)
+    if not stat.S_ISDIR(found.st_mode):
+        return f"{real} is no directory"
+    if writing and not os.access(real, os.W_OK | os.X_OK):
+        return f"this user cannot write to {real}"
+    return None
+
+
+def _open_directory(path: str) -> int:
+    """A descriptor of a directory that nobody else writes to, made if need be. Raises OSError and `_Untrusted`."""
+    _check_links(path)
     path = os.path.realpath(path)
     _make(path)
     for name in map(str, Path(path).parents):
@@ -112,8 +145,8 @@ def _open_directory(path: str) -> int:
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         found = os.fstat(directory)
-        if found.st_uid == os.geteuid() and not os.environ.get("SUS_CACHE_DIR") and found.st_mode & 0o022:
-            os.fchmod(directory, 0o700)  # our own place, made by an earlier version under the user's umask
+        if _is_default(found) and found.st_mode & 0o022:
+            os.fchmod(directory, 0o700)
             found = os.fstat(directory)
         _check(path, found)
     except BaseException:

@@ -101,7 +101,7 @@ def _sampled_rows(problem: Problem, upstream: Upstream, rows: slice, delta: Tens
         if problem.static.dropout_p:
             of_tile = dropout_factor(problem, upstream.dropout_seed, tile).flatten(0, 1)
             factor = of_tile[entries.head, entries.row, entries.key]
-        size = max(1, _GATHERED // max(problem.query.shape[-1], problem.value.shape[-1]))
+        size = max(1, _GATHERED // max(problem.query.shape[-1], problem.value.shape[-1], 1))
         for start in range(0, len(entries.head), size):
             chunk = slice(start, start + size)
             _add_entries(problem, tile, entries, chunk, factor, upstream.grad, delta, sums)
