@@ -21,9 +21,23 @@ from fx_passes import (
     eager_calls,
     sus_backward,
 )
-from tests.passes import attention_packages as packages
+from tests.passes.find import attention_packages as packages
+from tests.passes.find.test_calls import (
+    BNHD,
+    CALLS,
+    DOCS,
+    ENDS,
+    VARLEN,
+    B,
+    D,
+    H,
+    N,
+    called,
+    causal,
+    eager_flex,
+    softcap,
+)
 from tests.passes.harness import run, tensors
-from tests.passes.test_calls import BNHD, CALLS, DOCS, ENDS, VARLEN, B, D, H, N, called, causal, eager_flex, softcap
 from tests.torch_versions import varlen_attn, varlen_options
 
 

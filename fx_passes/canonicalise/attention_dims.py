@@ -1,13 +1,14 @@
-"""Which axes of an attention are batch, heads, query heads of one key head, queries, keys and features."""
+"""Which axes of an attention are batch, heads, query heads of one key head, queries, keys and features.
+
+scores [b, h, m, n], key [b, h // 2, n, d]      batch (B), heads (H1), group (H2), rows (M), keys (N), features (D)
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, all_axes, free_axes, leaves, resolve
-from fx_passes.canonicalise.contraction import Operand
-from fx_passes.canonicalise.forms import Attention, Scores, Term
-from fx_passes.canonicalise.views import peel
+from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, Layout, Operand, free_axes, leaves, resolve
+from fx_passes.canonicalise.forms import Attention, Product, Term
 
 
 @dataclass
@@ -25,48 +26,39 @@ class AttentionDims:
         return (*self.heads, *self.group)
 
 
-def peeled(operand: Operand) -> Operand:
-    return Operand(*peel(operand.value, operand.layout))
-
-
-def attention_dims(
-    attention: Attention, term: Term, scores: Scores, value: Operand, query: Operand | None, key: Operand | None
-) -> AttentionDims:
+def attention_dims(attention: Attention, term: Term, product: Product | None, value: Operand) -> AttentionDims:
     """The roles for one term; operands are peeled.
 
     Rows are the axes of the query that key and value lack; of several, those that masks and biases tie to the keys.
     """
-    keys_of = term.keys if term.extension is None else term.extension[0]
-    logits = resolve(scores.whole.layout)
-    mine = set(leaves(keys_of))
+    logits = resolve(term.softmax.source.layout)
+    mine = set(leaves(term.keys))
     keys = tuple(a for dim in logits for a in dim if a in mine)
     others = [a for a in free_axes(logits) if a not in mine]
-    value_axes = free_axes(value.layout)
-    shared = set(value_axes) | (set(all_axes(key.layout)) if key is not None else set())
+    shared = set(free_axes(value.layout)) | (set() if product is None else set(product.key.axes))
     own = [a for a in others if a not in shared]
-    rows = _rows(scores, logits, own, mine)
+    rows = _rows(term, logits, own, mine)
     common = [a for a in others if a in shared]
-    out = tuple(a for a in value_axes if a not in mine and a not in set(others))
-    features: Dim = ()
-    if key is not None and query is not None:
-        features = tuple(a for a in free_axes(key.layout) if a not in mine and a not in set(others))
-        if set(features) - set(all_axes(query.layout)):
-            raise FailedMatch("the key has an axis that the query lacks")
-    if set(others) - set(all_axes(attention.layout)) - set(leaves(term.mixed)):
+    features, out = (
+        () if x is None else tuple(a for a in free_axes(x.layout) if a not in mine and a not in others)
+        for x in (None if product is None else product.key, value)
+    )
+    if product is not None and set(features) - set(product.query.axes):
+        raise FailedMatch("the key has an axis that the query lacks")
+    if set(others) - set(attention.out.axes) - set(leaves(term.mixed)):
         raise FailedMatch("an axis of the scores is not in the result")
-    if not mine <= set(value_axes):
+    if not mine <= set(free_axes(value.layout)):
         raise FailedMatch("value does not run over the keys")
     group = tuple(a for a in own if a not in rows)
     return AttentionDims(tuple(common[:-1]), tuple(common[-1:]), group, rows, keys, features, out)
 
 
-def _rows(scores: Scores, logits: tuple[Dim, ...], own: list[Axis], keys: set[Axis]) -> Dim:
+def _rows(term: Term, logits: Layout, own: list[Axis], keys: set[Axis]) -> Dim:
     if not own:
         return ()
-    layouts = [b.layout for b in scores.biases] + [m.layout for m in scores.masks]
     tied: set[Axis] | None = None
-    for layout in layouts:
-        axes = set(all_axes(layout))
+    for x in (*term.scores.biases, *term.scores.masks) if term.scores is not None else ():
+        axes = set(x.axes)
         if axes & keys and axes & set(own):
             tied = axes & set(own) if tied is None else tied & axes
     wanted = tied or set(own)

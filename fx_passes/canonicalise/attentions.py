@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,6 @@ from fx_passes.canonicalise.match_attention import is_attention_softmax, match_a
 from fx_passes.find import calls, flex
 from fx_passes.find.anchors import SDPA, is_anchor, softmaxes
 from fx_passes.find.context import fake_of
-from fx_passes.find.live import is_live
 from fx_passes.find.trace import Trace, Value
 
 log = logging.getLogger(__name__)
@@ -53,21 +53,14 @@ def attentions(trace: Trace) -> list[Found]:
         elif node.target is calls.call_left:
             found.append(Found([_whole(node)], reason=str(node.args[2])))
         elif is_anchor(node):
-            found += _at(trace, constants, node, found)
+            for soft in softmaxes(trace, node):
+                try:
+                    found += _of(trace, constants, soft, found)
+                except Exception as error:
+                    log.debug("understanding %s failed", soft, exc_info=True)
+                    found.append(Found([soft], reason=f"the pass failed on it ({type(error).__name__}: {error})"))
     constants.forget()
     return found
-
-
-def _at(trace: Trace, constants: Constants, node: Node, before: list[Found]) -> list[Found]:
-    """The attentions whose softmax is at a node, but for those already found from another softmax."""
-    result: list[Found] = []
-    for soft in softmaxes(trace, node):
-        try:
-            result += _of(trace, constants, soft, before + result)
-        except Exception as error:
-            log.debug("understanding %s failed", soft, exc_info=True)
-            result.append(Found([soft], reason=f"the pass failed on it ({type(error).__name__}: {error})"))
-    return result
 
 
 def _whole(node: Node) -> Value:
@@ -78,8 +71,7 @@ def _whole(node: Node) -> Value:
 def _call(trace: Trace, constants: Constants, node: Node) -> list[Found]:
     """The attention that a call is as a whole."""
     reason = flex.why_left(trace.context, node) if flex.is_flex(node) else ""
-    record = None if reason else trace.record(node)
-    if record is None:
+    if reason or trace.record(node) is None:
         why = trace.failures.get(node)
         spoken = isinstance(why, (flex.NotPointwise, calls.NotTaken))
         failed = str(why).split("\n")[0] if spoken else f"the pass failed on it ({type(why).__name__}: {why})"
@@ -94,25 +86,19 @@ def _call(trace: Trace, constants: Constants, node: Node) -> list[Found]:
 
 
 def _of(trace: Trace, constants: Constants, soft: Value, before: list[Found]) -> list[Found]:
-    if any(soft is s for f in before for s in f.softs):
+    """The attentions that a softmax is in, but for those already found from another one."""
+    known = [s for f in before for s in f.softs]
+    if any(soft is s for s in known):
         return []
     if soft.op is SDPA:
-        return [_checked(trace, [soft], lambda: match_sdpa(trace, constants, soft))]
-    reasons: list[str] = []
-    found: list[Found] = []
+        return [_proven(trace, constants, soft, match_sdpa, soft)]
     entered, ends = products(trace, soft)
-    for product in entered:
-        item = _checked(trace, [soft], lambda p=product: match_attention(trace, constants, p))
-        if item.attention is not None:
-            item.softs = [t.soft for t in item.attention.terms if not t.plain]
-            found.append(item)
-        else:
-            reasons.append(item.reason)
-    if found:  # unless it was found from another softmax in it
-        known = [s for f in before for s in f.softs]
+    tried = [_proven(trace, constants, soft, match_attention, product) for product in entered]
+    found = [f for f in tried if f.attention is not None]
+    if found:
         return [f for f in found if not any(s is t for s in known for t in f.softs)]
-    others = [why for why in reasons if why != _PARAMETER]
-    if (others or not reasons) and is_attention_softmax(Walk(trace, constants), soft):
+    others = [f.reason for f in tried if f.reason != _PARAMETER]
+    if (others or not tried) and is_attention_softmax(Walk(trace, constants), soft):
         through = f" (they go through {', '.join(ends)})" if ends else ""
         return [
             Found([soft], reason=others[0] if others else f"its probabilities enter no product with value{through}")
@@ -120,14 +106,18 @@ def _of(trace: Trace, constants: Constants, soft: Value, before: list[Found]) ->
     return []
 
 
-def _checked(trace: Trace, softs: list[Value], attempt: Any) -> Found:
+def _proven(
+    trace: Trace, constants: Constants, soft: Value, match: Callable[[Walk, Value], Attention], value: Value
+) -> Found:
+    walk = Walk(trace, constants)
     try:
-        attention, walk = attempt()
-        lowered = [lower(walk, attention, term) for term in attention.terms if not term.plain]
-        apart = {id(v) for v in attention.visited}
+        attention = match(walk, value)
+        lowered = [lower(walk, attention, term) for term in attention.terms]
+        apart = {id(v) for v in walk.visited}
         for term in attention.terms:
-            if term.dropout and term.shared_dropout is not None and is_live(trace, term.shared_dropout, apart):
+            dropped = None if term.dropout is None else term.dropout.value
+            if dropped is not None and trace.is_live(dropped, apart):
                 raise FailedMatch("the probabilities after dropout are used elsewhere too")
-        return Found(softs, attention, walk, lowered)
+        return Found([t.softmax.value for t in attention.terms], attention, walk, lowered)
     except FailedMatch as why:
-        return Found(softs, reason=str(why))
+        return Found([soft], reason=str(why))

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fx_passes.find.trace import Value
+
 Size = Any  # int or torch.SymInt
 
 
@@ -41,6 +43,10 @@ def known(condition: Any) -> bool:
     return condition if isinstance(condition, bool) else statically_known_true(condition)
 
 
+def same_shape(a: Value, b: Value) -> bool:
+    return len(a.shape) == len(b.shape) and all(known(m == n) for m, n in zip(a.shape, b.shape, strict=True))
+
+
 def leaves(axes: Iterable[Axis]) -> Dim:
     """Axes with every split one replaced by its parts."""
     found: list[Axis] = []
@@ -60,6 +66,26 @@ def all_axes(layout: Layout) -> Dim:
 def free_axes(layout: Layout) -> Dim:
     """The axes of a layout without those of which one place is selected."""
     return tuple(axis for axis in all_axes(layout) if axis.at is None)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor, and the axes that its dimensions run over."""
+
+    value: Value
+    layout: Layout
+
+    @property
+    def axes(self) -> Dim:
+        return all_axes(self.layout)
+
+    def over(self, dim: Dim) -> bool:
+        """Whether it runs over one of some axes."""
+        return not set(leaves(dim)).isdisjoint(self.axes)
+
+    def side(self, value: Value) -> Operand:
+        """An operand of the elementwise operation whose result this is."""
+        return Operand(value, broadcast(self.layout, value.shape))
 
 
 def fresh(shape: Sequence[Size]) -> Layout:
@@ -112,7 +138,7 @@ def _regroup(layout: Layout, shape: Sequence[Size]) -> Layout:
             if known(total == size) or _divides(total, size):
                 dim.append(axis)
                 continue
-            if not (_divides(have, size) and _divides_exactly(axis.size, size, have)):
+            if not (_divides(have, size) and known(axis.size % (size // have) == 0)):
                 raise FailedMatch("a view mixes dimensions")
             need = size // have
             if known(axis.size // need == 1):  # equal, though the two expressions did not show it
@@ -130,15 +156,7 @@ def _regroup(layout: Layout, shape: Sequence[Size]) -> Layout:
 
 
 def _divides(small: Size, large: Size) -> bool:
-    if isinstance(small, int) and isinstance(large, int):
-        return small > 0 and large % small == 0
-    return known(large % small == 0)
-
-
-def _divides_exactly(axis: Size, size: Size, have: Size) -> bool:
-    if all(isinstance(x, int) for x in (axis, size, have)):
-        return bool(axis % (size // have) == 0)
-    return known(axis % (size // have) == 0)
+    return (not isinstance(small, int) or small > 0) and known(large % small == 0)
 
 
 def broadcast(layout: Layout, shape: Sequence[Size]) -> Layout:
@@ -149,11 +167,13 @@ def broadcast(layout: Layout, shape: Sequence[Size]) -> Layout:
     )
 
 
-def before_reduction(shape: Sequence[Size], dims: set[int], keepdim: bool, layout: Layout) -> Layout:
-    """The layout of what an operation reduces along `dims`, from that of its result; reduced dimensions are new."""
-    rest = iter(layout)
+def before_reduction(value: Value, layout: Layout) -> tuple[Layout, list[int]]:
+    """The layout of what a value with a layout reduces, whose reduced dimensions are new axes; and these dimensions."""
+    source, given = value.args[0], value.args[1]
+    dims = {d % len(source.shape) for d in (given if isinstance(given, (list, tuple)) else [given])}
+    keepdim, rest = len(value.args) > 2 and bool(value.args[2]), iter(layout)
     full: list[Dim] = []
-    for i, size in enumerate(shape):
-        kept = next(rest) if keepdim or i not in dims else ()
+    for i, size in enumerate(source.shape):
+        kept = next(rest, ()) if keepdim or i not in dims else ()
         full.append((Axis(size),) if i in dims else kept)
-    return tuple(full)
+    return tuple(full), sorted(dims)

@@ -1,28 +1,56 @@
-"""Proves that a product is an attention: which softmaxes are in it, over which axes, with which scores and masks."""
+"""Proves that a product is an attention: which softmaxes are in it, over which axes, with which scores and masks.
+
+probs.read(left) @ value        Attention(terms, value), if each softmax runs over the axis that is summed
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, Layout, all_axes, broadcast, fresh, known, leaves
-from fx_passes.canonicalise.columns import scores
-from fx_passes.canonicalise.constants import Constants
-from fx_passes.canonicalise.contraction import Operand, contraction, is_contraction
-from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Scores, Term, Walk, level
-from fx_passes.canonicalise.normalise import normalise
+from fx_passes.canonicalise.axes import (
+    Axis,
+    Dim,
+    FailedMatch,
+    Layout,
+    Operand,
+    broadcast,
+    fresh,
+    known,
+    leaves,
+    same_shape,
+)
+from fx_passes.canonicalise.contraction import contraction, is_contraction
+from fx_passes.canonicalise.forms import (
+    Attention,
+    Bias,
+    Dropout,
+    Factor,
+    Mask,
+    Plain,
+    Product,
+    Scores,
+    Softmax,
+    Term,
+    Walk,
+    level,
+)
 from fx_passes.canonicalise.operators import name
 from fx_passes.canonicalise.probs import mixes
-from fx_passes.canonicalise.reader import ProbsReader, contains_qk_product
+from fx_passes.canonicalise.reader import ProbsReader, ScoresReader, contains_qk_product
+from fx_passes.canonicalise.row_sums import divisor, normalise, row_sum
 from fx_passes.canonicalise.rules import PROBS
-from fx_passes.canonicalise.softmax import divisor, row_sum, softmax_input, through_views
-from fx_passes.canonicalise.views import after, is_cast, is_view
+from fx_passes.canonicalise.softmax import softmax_input
+from fx_passes.canonicalise.views import after, is_cast, is_view, top
 from fx_passes.find.context import Level
 from fx_passes.find.trace import Trace, Value
 
 aten = torch.ops.aten
 _MOST = 80  # operations behind a softmax in which products with V are looked for
+_NO_PRODUCT = "softmax is not taken of a product of two activations"
+_OTHER_AXIS = "softmax is not taken over the axis that the product with value sums over"
 
 
 def is_attention_softmax(walk: Walk, soft: Value) -> bool:
@@ -31,8 +59,7 @@ def is_attention_softmax(walk: Walk, soft: Value) -> bool:
     if not source.shape:
         return False
     layout, keys = fresh(source.shape), (Axis(source.shape[dim]),)
-    layout = (*layout[:dim], keys, *layout[dim + 1 :])
-    return contains_qk_product(walk, source, layout, keys)
+    return contains_qk_product(walk, Operand(source, (*layout[:dim], keys, *layout[dim + 1 :])), keys)
 
 
 def products(trace: Trace, soft: Value) -> tuple[list[Value], list[str]]:
@@ -57,7 +84,7 @@ def products(trace: Trace, soft: Value) -> tuple[list[Value], list[str]]:
     return found, sorted(ends)
 
 
-def match_attention(trace: Trace, constants: Constants, product: Value) -> tuple[Attention, Walk]:
+def match_attention(walk: Walk, product: Value) -> Attention:
     """The attention whose product with V is `product`.
 
     Raises:
@@ -66,15 +93,15 @@ def match_attention(trace: Trace, constants: Constants, product: Value) -> tuple
     reason: FailedMatch | None = None
     unclear = ""
     for flipped in (False, True):
-        walk = Walk(trace, constants)
-        c = contraction(product, fresh(product.shape))
+        out = Operand(product, fresh(product.shape))
+        c = contraction(out)
         side, value = (c.right, c.left) if flipped else (c.left, c.right)
         reader = ProbsReader(walk, c.summed)
-        walk.visit(product)
+        walk.visited, walk.buffers = [product], set()
         try:
-            terms = reader.read(side.value, side.layout)
+            terms = reader.read(side)
             if terms is not None:
-                return _attention(walk, product, c.layout, terms, side, value, c.summed), walk
+                return _attention(walk, out, terms, side, value, c.summed)
         except FailedMatch as why:
             reason = reason or why
         unclear = unclear or reader.shared.unclear
@@ -82,118 +109,133 @@ def match_attention(trace: Trace, constants: Constants, product: Value) -> tuple
 
 
 def _attention(
-    walk: Walk, out: Value, layout: Layout, terms: list[Term], side: Operand, value: Operand, summed: Dim
+    walk: Walk, out: Operand, terms: Sequence[Plain], side: Operand, value: Operand, summed: Dim
 ) -> Attention:
     keys = set(leaves(summed))
-    for i, term in enumerate(terms):
-        over = set(leaves(term.keys if term.extension is None else term.extension[0]))
+    read: list[Plain] = []
+    for term in terms:
+        over = set(leaves(term.keys))
         if not over or not over <= keys or over & set(leaves(term.mixed)):
-            raise FailedMatch("softmax is not taken over the axis that the product with value sums over")
-        terms[i] = replace(term, mixed=(*leaves(term.mixed), *(a for a in leaves(summed) if a not in over)))
+            raise FailedMatch(_OTHER_AXIS)
+        read.append(replace(term, mixed=(*leaves(term.mixed), *(a for a in leaves(summed) if a not in over))))
     if level(walk.context, value.value) < Level.COMPUTED:
         raise FailedMatch("value is a parameter, not an activation")
-    done = sorted([t if t.plain else _with_scores(walk, t, len(terms) == 1) for t in terms], key=lambda t: t.plain)
-    if done[0].plain:
-        raise FailedMatch("softmax is not taken of a product of two activations")
-    for term in done:
-        _check_value(walk, term, value, summed)
-    if done[-1].plain and any(set(leaves(t.keys if t.extension is None else t.extension[0])) != keys for t in done):
+    read = [_with_scores(walk, t, len(read) == 1) if isinstance(t, Term) else t for t in read]
+    softmaxes, plain = [t for t in read if isinstance(t, Term)], [t for t in read if not isinstance(t, Term)]
+    if not softmaxes:
+        raise FailedMatch(_NO_PRODUCT)
+    for found in softmaxes:
+        _check_value(walk, found, value, summed)
+    if plain and any(set(leaves(t.keys)) != keys for t in read):
         raise FailedMatch(
             "something is added to the probabilities, and the product with value sums over more than the keys"
         )
-    if not all(t.normalised for t in done):
-        out, layout, done = _normalised_later(walk, out, layout, done, summed, through_views(side))
-    _check_regions(walk)
-    return Attention(out, layout, done, value, _form(done), walk.visited)
+    if not all(t.normalised for t in read):
+        if len(read) != 1 or softmaxes[0].mixed or softmaxes[0].softmax.columns is not None:
+            raise FailedMatch("exp is not normalised before the product with value")
+        out, softmaxes = _normalised_later(walk, out, softmaxes[0], summed, top(side))
+    check_regions(walk)
+    return Attention(out, softmaxes, plain, value, _form(softmaxes))
 
 
-def _with_scores(walk: Walk, term: Term, alone: bool) -> Term:
+def _with_scores(walk: Walk, term: Term, alone: bool) -> Plain:
     """A term with its scores. Beside others, a softmax of something else is a tensor of probabilities (ConViT)."""
+    softmax, columns = term.softmax, term.softmax.columns
+    if columns is not None and not contains_qk_product(walk, columns.source, columns.dim):
+        raise FailedMatch(_NO_PRODUCT)
+    if softmax.unknown_columns is not None:
+        return term
     try:
-        return replace(term, scores=scores(walk, term))
+        scores = ScoresReader.of(walk, term.keys, softmax.source.layout, softmax.keys_only).read(softmax.source)
     except FailedMatch:
-        if alone or term.dropout or term.masks or term.extension is not None or not term.normalised:
-            raise
-    factors = [Factor(term.soft, term.source.layout), *term.factors]
-    return Term(term.soft, term.source, term.keys, term.scale, factors, plain=True, mixed=term.mixed)
+        return term
+    if scores is None and columns is None:
+        if alone or term.dropout is not None or term.masks or not softmax.normalised:
+            raise FailedMatch(_NO_PRODUCT)
+        factors = (Factor(softmax.value, softmax.source.layout), *term.factors)
+        return Plain(term.keys, term.scale, factors, term.mixed)
+    if scores is None or _has_dense_factor(scores, term.keys):
+        return term
+    walk.visited += scores.visited
+    return replace(term, scores=scores)
+
+
+def _has_dense_factor(scores: Scores, keys: Dim) -> bool:
+    """Whether the scores are multiplied by a tensor over query and key."""
+    rows = set(scores.product.query.axes) - set(scores.product.key.axes)
+    return any(f.over(keys) and rows & set(f.axes) for f in scores.factors)
 
 
 def _check_value(walk: Walk, term: Term, value: Operand, summed: Dim) -> None:
     """FailedMatch where the product with value is one of scores with scores, such as an entropy."""
-    found, inner = term.scores, through_views(value)
+    inner = top(value)
     if inner.value.op is aten.softmax.int and set(leaves(inner.layout[inner.value.args[1]])) & set(leaves(summed)):
         raise FailedMatch("value is a softmax over the same keys")
-    over = set(leaves(term.keys if term.extension is None else term.extension[0]))
-    others = {axis for axis in leaves(summed) if axis not in over}  # summed over, too
-    if found is None or found.query is None or found.key is None:
-        if others and not term.plain:
+    others = set(leaves(summed)) - set(leaves(term.keys))  # summed over, too
+    if term.scores is None:
+        if others:
             raise FailedMatch("the product with value sums over more than the keys")
         return
-    rows = set(all_axes(found.query.layout)) - set(all_axes(found.key.layout))
+    rows = set(term.scores.product.query.axes) - set(term.scores.product.key.axes)
     if others & rows:
         raise FailedMatch("the product with value sums over the rows")
-    if rows & set(all_axes(value.layout)) and contains_qk_product(walk, value.value, value.layout, summed):
+    if rows & set(value.axes) and contains_qk_product(walk, value, summed):
         raise FailedMatch("value is made of scores")
 
 
 def _normalised_later(
-    walk: Walk, out: Value, layout: Layout, terms: list[Term], summed: Dim, unnormalised: Operand
-) -> tuple[Value, Layout, list[Term]]:
-    """exp(scores) @ V divided by the row sums of exp(scores)."""
-    if len(terms) != 1 or terms[0].mixed or terms[0].extension is not None:
-        raise FailedMatch("exp is not normalised before the product with value")
-    value = out
+    walk: Walk, out: Operand, term: Term, summed: Dim, unnormalised: Operand
+) -> tuple[Operand, list[Term]]:
+    """``exp(scores) @ V`` divided by the row sums of ``exp(scores)``."""
+    x = out
     for _ in range(20):
-        users = walk.trace.users(value)
+        users = walk.trace.users(x.value)
         if len(users) != 1:
             break
         user = users[0]
-        walk.visit(user)
-        below = _divided_by(user, value, layout)
+        walk.visited.append(user)
+        below = _divided_by(user, x)
         if below is not None:
-            found = row_sum(below.value, below.layout, unnormalised.value, unnormalised.layout, summed)
-            if found is None or not all(known(a == b) for a, b in zip(user.shape, value.shape, strict=True)):
+            more = row_sum(below, unnormalised, summed)
+            if more is None or not same_shape(user, x.value):
                 break
-            terms = normalise(walk, terms, summed, found)
-            return user, layout, [replace(term, scores=scores(walk, term)) for term in terms]
-        moved = after(user, layout) if is_view(user) and user.args[0] is value else layout if is_cast(user) else None
+            terms = normalise(walk, [replace(term, scores=None)], summed, more)
+            found = [_with_scores(walk, t, True) for t in terms if isinstance(t, Term)]
+            return Operand(user, x.layout), [t for t in found if isinstance(t, Term)]
+        moved: Layout | None = x.layout if is_cast(user) else None
+        if is_view(user) and user.args[0] is x.value:
+            moved = after(user, x.layout)
         if moved is None:
             break
-        value, layout = user, moved
+        x = Operand(user, moved)
     raise FailedMatch("exp is not divided by its row sums")
 
 
-def _divided_by(user: Value, value: Value, layout: Layout) -> Operand | None:
-    """What an operation divides a value with a layout by, also where it multiplies by the reciprocal."""
-    if user.op not in (aten.div.Tensor, aten.mul.Tensor) or not all(isinstance(x, Value) for x in user.args):
+def _divided_by(user: Value, x: Operand) -> Operand | None:
+    """What an operation divides x by, also where it multiplies by the reciprocal."""
+    if user.op not in (aten.div.Tensor, aten.mul.Tensor) or not all(isinstance(v, Value) for v in user.args):
         return None
     if user.op is aten.div.Tensor:
-        return Operand(user.args[1], broadcast(layout, user.args[1].shape)) if user.args[0] is value else None
-    other = user.args[1] if user.args[0] is value else user.args[0]
-    return divisor(other, broadcast(layout, other.shape))
+        return x.side(user.args[1]) if user.args[0] is x.value else None
+    return divisor(x.side(user.args[1] if user.args[0] is x.value else user.args[0]))
 
 
-def _check_regions(walk: Walk) -> None:
+def check_regions(walk: Walk) -> None:
     for value in walk.visited:
         if value.home is not None and not walk.context.state[value.home].grad:
             raise FailedMatch("a part of it is computed without gradient")
 
 
 def _form(terms: list[Term]) -> str:
-    terms = [t for t in terms if not t.plain]
-    spelled = "softmax" if all(t.soft.op is aten.softmax.int for t in terms) else "exp"
+    spelled = "softmax" if all(t.softmax.value.op is aten.softmax.int for t in terms) else "exp"
     if len(terms) > 1:
         return f"{len(terms)} x {spelled}, one product"
-    scores = terms[0].scores
-    if scores is None or scores.query is None:
-        return f"logits-{spelled}-matmul"
-    return f"matmul-{spelled}-matmul"
+    return f"{'logits' if terms[0].scores is None else 'matmul'}-{spelled}-matmul"
 
 
-def match_sdpa(trace: Trace, constants: Constants, call: Value) -> tuple[Attention, Walk]:
+def match_sdpa(walk: Walk, call: Value) -> Attention:
     """A call of scaled_dot_product_attention as an attention."""
-    walk = Walk(trace, constants)
-    walk.visit(call)
+    walk.visited.append(call)
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
     query, key, value, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
@@ -206,25 +248,22 @@ def match_sdpa(trace: Trace, constants: Constants, call: Value) -> tuple[Attenti
         groups = (*lead[:-1], head[:1] if not known(few == 1) else ())
     rows, columns = fresh(query.shape[-2:-1])[0], (Axis(key.shape[-2]),)
     feature, out = fresh(query.shape[-1:])[0], fresh(value.shape[-1:])[0]
-    logits: Layout = (*lead, rows, columns)
+    logits = Operand(call, (*lead, rows, columns))
     q = Operand(query, (*broadcast(lead, query.shape[:-2]), rows, feature))
     k = Operand(key, (*broadcast(groups, key.shape[:-2]), columns, feature))
     v = Operand(value, (*broadcast(groups, value.shape[:-2]), columns, out))
     scale = given.get("scale")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    fixed = isinstance(scale, (int, float))
-    found = Scores(Operand(call, logits), query=q, key=k, scale=float(scale) if fixed else 1.0)
-    if not fixed:
-        found.factors.append(Factor.number(scale))
+    found = Scores(Product(q, k), causal=bool(given.get("is_causal")))
+    if isinstance(scale, (int, float)):
+        found = replace(found, scale=float(scale))
+    else:
+        found = replace(found, factors=(Factor.number(scale),))
     if isinstance(mask, Value):
-        side = broadcast(logits, mask.shape)
-        if mask.dtype == torch.bool:
-            found.masks.append(Mask(mask, side, True, -torch.inf))
-        else:
-            found.biases.append(Bias(mask, side))
-    term = Term(call, found.whole, columns, dropout=float(given.get("dropout_p") or 0.0), scores=found)
-    _check_regions(walk)
-    attention = Attention(
-        call, (*lead, rows, out), [term], v, "sdpa", walk.visited, causal=bool(given.get("is_causal"))
-    )
-    return attention, walk
+        side = logits.side(mask).layout
+        hides = mask.dtype == torch.bool
+        found = replace(found, added=(Mask(mask, side, True, -torch.inf) if hides else Bias(mask, side),))
+    p = float(given.get("dropout_p") or 0.0)
+    term = Term(columns, softmax=Softmax(call, logits), dropout=Dropout(p) if p else None, scores=found)
+    check_regions(walk)
+    return Attention(Operand(call, (*lead, rows, out)), [term], [], v, "sdpa")

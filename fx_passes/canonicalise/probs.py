@@ -1,35 +1,30 @@
 """Rules for probabilities: what stands between a softmax and the product with V, as a sum of terms with factors.
 
-A rule gets a reader, a value and the value's layout. It gives None where no operand is probabilities, and raises
+A rule gets a reader and a value with its layout. It gives None where no operand is probabilities, and raises
 FailedMatch, with the reason, where they are used in a way that the operator cannot express.
+
+    F.dropout(scores.softmax(-1), 0.1) * gate - other.softmax(-1)
+    [Term(softmax=scores, dropout=0.1, factors=(gate,)), Term(softmax=other, scale=-1)]
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fx_passes.canonicalise.axes import (
-    Axis,
-    Dim,
-    FailedMatch,
-    Layout,
-    all_axes,
-    before_reduction,
-    broadcast,
-    known,
-    leaves,
-)
-from fx_passes.canonicalise.contraction import Operand, contraction, is_contraction, operands
-from fx_passes.canonicalise.forms import Factor, Mask, Term, arguments, level
-from fx_passes.canonicalise.normalise import normalise, one_softmax
+from fx_passes.canonicalise import sinks
+from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, Operand, before_reduction, known, leaves
+from fx_passes.canonicalise.contraction import contraction, is_contraction, operands
+from fx_passes.canonicalise.forms import Dropout, Factor, Plain, Softmax, Term, level
 from fx_passes.canonicalise.operators import DIVISIONS
 from fx_passes.canonicalise.readings import choices, computed
-from fx_passes.canonicalise.softmax import divisor, row_sum, softmax_input, through, through_views
-from fx_passes.canonicalise.views import chunk_of
+from fx_passes.canonicalise.row_sums import divisor, normalise, one_softmax, row_sum
+from fx_passes.canonicalise.softmax import softmax_input
+from fx_passes.canonicalise.views import chunk_of, top, uncast
 from fx_passes.find.context import Context, Level
 from fx_passes.find.trace import Value
 
@@ -37,19 +32,22 @@ if TYPE_CHECKING:
     from fx_passes.canonicalise.reader import ProbsReader
 
 aten = torch.ops.aten
+Terms = Sequence[Plain]
 
 
-def softmax(reader: ProbsReader, value: Value, layout: Layout) -> list[Term]:
+def softmax(reader: ProbsReader, x: Operand) -> Terms:
     """``scores.softmax(dim)``, ``exp(log_softmax(scores))``, or ``exp(scores)``, whose row sum follows."""
-    found = softmax_input(value)
+    found = softmax_input(x.value)
     if found is not None:
-        return [Term(value, Operand(found[0], layout), layout[found[1]])]
-    return [Term(value, Operand(value.args[0], layout), reader.keys, normalised=False)]
+        source, dim = found
+        return [Term(x.layout[dim], softmax=Softmax(x.value, Operand(source, x.layout)))]
+    source = x.value.args[0]
+    return [Term(reader.keys, softmax=Softmax(x.value, Operand(source, x.layout), normalised=False))]
 
 
-def negated(reader: ProbsReader, value: Value, layout: Layout) -> list[Term] | None:
-    terms = reader.read(value.args[0], layout)
-    return None if terms is None else [replace(t, scale=-t.scale) for t in terms]
+def negated(reader: ProbsReader, x: Operand) -> Terms | None:
+    terms = reader.operand(x, x.value.args[0])
+    return terms and [replace(t, scale=-t.scale) for t in terms]
 
 
 def mixes(context: Context, value: Value) -> bool:
@@ -57,64 +55,62 @@ def mixes(context: Context, value: Value) -> bool:
     return is_contraction(value) and any(level(context, x) <= Level.PARAMETER for x in operands(value))
 
 
-def mixed(reader: ProbsReader, value: Value, layout: Layout) -> list[Term] | None:
+def mixed(reader: ProbsReader, x: Operand) -> Terms | None:
     """``einsum("bhij,hg->bgij", probs, parameter)``: a factor for each pair of heads, and a sum over softmax's."""
-    if not mixes(reader.walk.context, value):
+    if not mixes(reader.walk.context, x.value):
         return None
-    c = contraction(value, layout)
+    c = contraction(x)
     for side, other in ((c.left, c.right), (c.right, c.left)):
-        terms = reader.read(side.value, side.layout)
+        terms = reader.read(side)
         if terms is not None:
-            if reader.over_keys(other.layout):
+            if other.over(reader.keys):
                 raise FailedMatch("the probabilities enter another product before the one with value")
             factor = Factor(other.value, other.layout)
-            return [replace(t, factors=[*t.factors, factor], mixed=(*t.mixed, *c.summed)) for t in terms]
+            return [replace(t, factors=(*t.factors, factor), mixed=(*t.mixed, *c.summed)) for t in terms]
     return None
 
 
-def summed(reader: ProbsReader, value: Value, layout: Layout) -> list[Term] | None:
+def summed(reader: ProbsReader, x: Operand) -> Terms | None:
     """``probs.sum(heads)``, ``probs.mean(heads)``: one term, summed over axes other than the keys."""
-    if is_contraction(value):
-        return mixed(reader, value, layout)
-    source, dims = value.args[0], {d % len(value.args[0].shape) for d in value.args[1] or ()}
-    full = before_reduction(source.shape, dims, len(value.args) > 2 and bool(value.args[2]), layout)
-    full = tuple(
-        () if i in dims and known(n == 1) else dim for i, (n, dim) in enumerate(zip(source.shape, full, strict=True))
-    )
-    over = [axis for i in sorted(dims) for axis in full[i]]
-    terms = reader.read(source, full)
+    if is_contraction(x.value):
+        return mixed(reader, x)
+    source = x.value.args[0]
+    layout, dims = before_reduction(x.value, x.layout)
+    layout = tuple(() if i in dims and known(source.shape[i] == 1) else dim for i, dim in enumerate(layout))
+    over = [axis for i in dims for axis in layout[i]]
+    terms = reader.read(Operand(source, layout))
     if terms is None:
         return None
-    count = math.prod(axis.size for axis in over) if value.op is aten.mean.dim else 1
-    if not dims or not isinstance(count, int) or value.kwargs.get("dtype") not in (None, source.dtype):
+    count = math.prod(axis.size for axis in over) if x.value.op is aten.mean.dim else 1
+    if not dims or not isinstance(count, int) or x.value.kwargs.get("dtype") not in (None, source.dtype):
         raise FailedMatch("the probabilities are summed in a way that was not understood")
     return [replace(t, scale=t.scale / count, mixed=(*t.mixed, *over)) for t in terms]
 
 
-def dropped(reader: ProbsReader, value: Value, layout: Layout) -> list[Term] | None:
+def dropped(reader: ProbsReader, x: Operand) -> Terms | None:
     """``dropout(probs, p)``."""
-    terms = reader.read(value.args[0], layout)
+    terms = reader.operand(x, x.value.args[0])
     if terms is None:
         return None
-    one_softmax(terms)
-    if len(terms) > 1:
+    if len(one_softmax(terms)) > 1:
         raise FailedMatch("dropout acts on a sum of softmaxes")
-    if terms[0].dropout:
+    (term,) = one_softmax(terms)
+    if term.dropout is not None:
         raise FailedMatch("the probabilities go through two dropouts")
-    if not terms[0].normalised:
+    if not term.softmax.normalised:
         raise FailedMatch("dropout acts before the probabilities are normalised")
-    if value.args[1] >= 1:
+    if x.value.args[1] >= 1:
         raise FailedMatch("dropout drops every weight")
-    return [replace(terms[0], dropout=float(value.args[1]), shared_dropout=value)]
+    return [replace(term, dropout=Dropout(float(x.value.args[1]), x.value))]
 
 
-def multiplied(reader: ProbsReader, value: Value, layout: Layout) -> list[Term] | None:
+def multiplied(reader: ProbsReader, x: Operand) -> Terms | None:
     """``probs * factor``, ``probs / factor``, and ``exp(scores) / its row sum``, which is a softmax."""
-    a, b = value.args[0], value.args[1]
-    divides = value.op in DIVISIONS
-    terms = reader.operand(a, layout)
+    a, b = x.value.args[:2]
+    divides = x.value.op in DIVISIONS
+    terms = reader.operand(x, a)
     if terms is None or not divides:
-        others = reader.operand(b, layout)
+        others = reader.operand(x, b)
         if terms is None and others is None:
             return None
         if terms is not None and others is not None:
@@ -124,99 +120,101 @@ def multiplied(reader: ProbsReader, value: Value, layout: Layout) -> list[Term] 
         if terms is None:
             terms, a, b = others, b, a
     assert terms is not None
-    if value.kwargs.get("rounding_mode") is not None:
+    if x.value.kwargs.get("rounding_mode") is not None:
         raise FailedMatch("the probabilities are rounded")
     if not isinstance(b, (Value, int, float)):
         raise FailedMatch("the probabilities are multiplied by a number that depends on a dynamic size")
     if not isinstance(b, Value):
         return [replace(t, scale=t.scale / b if divides else t.scale * b) for t in terms]
-    inner, side = broadcast(layout, a.shape), broadcast(layout, b.shape)
-    inverse = None if divides else divisor(b, side)
-    if inverse is not None:
-        b, side, divides = inverse.value, inverse.layout, True
-    total = row_sum(b, side, a, inner, reader.keys) if divides else None
-    if total is not None and not (total.extra and len(terms) == 1 and terms[0].normalised):
-        return normalise(reader.walk, terms, reader.keys, total)
-    narrow = through_views(Operand(b, side))
-    if len(all_axes(narrow.layout)) < len(all_axes(side)):  # it was repeated, perhaps along the keys
-        b, side = narrow.value, narrow.layout
-    factor = Factor(b, side, -1 if divides else 1)
-    return [replace(t, factors=[*t.factors, factor]) for t in terms]
+    side = x.side(b)
+    inverse = None if divides else divisor(side)
+    divides, side = divides or inverse is not None, inverse or side
+    more = row_sum(side, x.side(a), reader.keys) if divides else None
+    # An epsilon beside the sum of weights that are normalised already makes it a factor like any other.
+    epsilon = any(isinstance(n, float) for n in more or ()) and len(terms) == 1 and terms[0].normalised
+    if more is not None and not epsilon:
+        return normalise(reader.walk, terms, reader.keys, more)
+    narrow = top(side)
+    if len(narrow.axes) < len(side.axes):  # it was repeated, perhaps along the keys
+        side = narrow
+    factor = Factor(side.value, side.layout, -1 if divides else 1)
+    return [replace(t, factors=(*t.factors, factor)) for t in terms]
 
 
-def added(reader: ProbsReader, value: Value, layout: Layout) -> list[Term] | None:
+def added(reader: ProbsReader, x: Operand) -> Terms | None:
     """``probs - factor * other_probs``: a term for each; a number added to all keys is a term without softmax."""
-    sign = float(value.kwargs.get("alpha", 1)) * (-1.0 if value.op is aten.sub.Tensor else 1.0)
-    sides = [(x, reader.operand(x, layout), scale) for x, scale in zip(value.args[:2], (1.0, sign), strict=True)]
+    sign = float(x.value.kwargs.get("alpha", 1)) * (-1.0 if x.value.op is aten.sub.Tensor else 1.0)
+    sides = [(v, reader.operand(x, v), scale) for v, scale in zip(x.value.args[:2], (1.0, sign), strict=True)]
     if all(terms is None for _, terms, _ in sides):
         return None
-    found: list[Term] = []
+    found: list[Plain] = []
     for side, terms, scale in sides:
-        if terms is None:
-            found.append(_plain(reader, value, side, layout, scale))
-        else:
-            found += [replace(t, scale=t.scale * scale) for t in terms]
-    return sorted(found, key=lambda t: t.plain)
+        found += [replace(t, scale=t.scale * scale) for t in terms or [_plain(reader, x, side)]]
+    return found
 
 
-def _plain(reader: ProbsReader, soft: Value, side: Any, layout: Layout, scale: float) -> Term:
+def _plain(reader: ProbsReader, x: Operand, side: Any) -> Plain:
     """A number, or a tensor that is the same for all keys, that is added to probabilities."""
     if isinstance(side, (int, float)):
-        return Term(soft, Operand(soft, layout), reader.keys, scale=scale * side, plain=True)
-    outer = broadcast(layout, side.shape) if isinstance(side, Value) else layout
-    if not isinstance(side, Value) or reader.over_keys(outer):
+        return Plain(reader.keys, float(side))
+    if not isinstance(side, Value) or x.side(side).over(reader.keys):
         raise FailedMatch("something else than a softmax is added to the probabilities")
-    return Term(soft, Operand(side, outer), reader.keys, scale=scale, factors=[Factor(side, outer)], plain=True)
+    return Plain(reader.keys, factors=(Factor(side, x.side(side).layout),))
 
 
-def nan_replaced(reader: ProbsReader, value: Value, layout: Layout) -> list[Term] | None:
+def nan_replaced(reader: ProbsReader, x: Operand) -> Terms | None:
     """``nan_to_num(probs)``: rows that see no key have zero probabilities in the operator anyway."""
-    terms = reader.read(value.args[0], layout)
-    if terms is None:
-        return None
-    if any(x not in (None, 0, 0.0) for x in (*value.args[1:], *value.kwargs.values())):
+    terms = reader.operand(x, x.value.args[0])
+    if terms is not None and any(v not in (None, 0, 0.0) for v in (*x.value.args[1:], *x.value.kwargs.values())):
         raise FailedMatch("NaN probabilities are replaced by a number that is not zero")
-    return one_softmax(terms)
+    return terms and one_softmax(terms)
 
 
-def filled(reader: ProbsReader, value: Value, layout: Layout) -> list[Term] | None:
+def filled(reader: ProbsReader, x: Operand) -> Terms | None:
     """``probs.masked_fill(hidden, 0)``: a mask, if the scores have it too; a factor where it is one of rows."""
-    if all(reader.operand(x, layout) is None for x in arguments(value)):
+    if not reader.any_operand(x):
         return None
-    for kept, fill, condition, keep in choices(reader.walk, value):
-        terms = reader.operand(kept, layout)
-        if fill != 0 or terms is None:
+    for kept, mask in choices(reader.walk, x):
+        found = reader.operand(x, kept) if mask.fill == 0 else None
+        if found is None:
             continue
-        one_softmax(terms)
-        if not keep and condition.op is aten.isnan.default and through(condition.args[0]) is through(kept):
+        terms, condition = one_softmax(found), mask.value
+        if not mask.keep and condition.op is aten.isnan.default and uncast(condition.args[0]) is uncast(kept):
             return terms  # as nan_to_num
-        mask = Mask(condition, broadcast(layout, condition.shape), keep, 0.0)
-        if not reader.over_keys(mask.layout):
-            factor = Factor(condition if keep else computed(aten.logical_not.default, condition), mask.layout)
-            return [replace(t, factors=[*t.factors, factor]) for t in terms]
-        if any(t.dropout for t in terms):
+        if not mask.over(reader.keys):
+            kept_rows = condition if mask.keep else computed(aten.logical_not.default, condition)
+            return [replace(t, factors=(*t.factors, Factor(kept_rows, mask.layout))) for t in terms]
+        if any(t.dropout is not None for t in terms):
             raise FailedMatch("the probabilities are masked after dropout")
-        return [replace(t, masks=[*t.masks, mask]) for t in terms]
+        return [replace(t, masks=(*t.masks, mask)) for t in terms]
     raise FailedMatch("the probabilities are masked in a way that was not understood")
 
 
-def cut(reader: ProbsReader, value: Value, layout: Layout) -> list[Term] | None:
-    """``softmax(columns)[..., :n]``: what stays are the keys, what is cut off are sinks."""
-    dim = value.args[1] % len(value.shape) if len(value.args) > 1 else 0
-    start = value.args[2] if len(value.args) > 2 and value.args[2] is not None else 0
-    source = value.args[0]
-    step = value.args[4] if len(value.args) > 4 else 1
-    part = None if set(leaves(reader.keys)) & set(leaves(layout[dim])) else chunk_of(value, layout)
+def cut(reader: ProbsReader, x: Operand) -> Terms | None:
+    """``softmax(columns)[..., :n]``: what stays are the keys, what is cut off is a sink, or unknown."""
+    given: tuple[Any, ...] = (*x.value.args, *(0, 0, None, 1)[len(x.value.args) - 1 :])
+    source, dim, start, _, step = given
+    dim, start = dim % len(x.layout), start or 0
+    keys = x.layout[dim]
+    part = None if set(leaves(reader.keys)) & set(leaves(keys)) else chunk_of(x.value, x.layout)
     if part is not None:
-        return reader.read(source, part)
-    keys: Dim = (Axis(source.shape[dim]),)
-    terms = reader.with_keys(keys).read(source, (*layout[:dim], keys, *layout[dim + 1 :]))
+        return reader.read(Operand(source, part))
+    columns: Dim = (Axis(source.shape[dim]),)
+    terms = reader.with_keys(columns).read(Operand(source, (*x.layout[:dim], columns, *x.layout[dim + 1 :])))
     if terms is None:
         return None
-    others = (known(a == b) for i, (a, b) in enumerate(zip(value.shape, source.shape, strict=True)) if i != dim)
-    along_keys = set(leaves(layout[dim])) == set(leaves(reader.keys))
+    others = (known(a == b) for i, (a, b) in enumerate(zip(x.value.shape, source.shape, strict=True)) if i != dim)
+    along_keys = set(leaves(keys)) == set(leaves(reader.keys))
     if not along_keys or step != 1 or not isinstance(start, int) or start < 0 or not all(others):
         raise FailedMatch("a part of the probabilities is cut out before the product with value")
-    if any(t.extension is not None for t in terms):
+    return [_among_columns(reader, t, columns, keys, start) for t in terms]
+
+
+def _among_columns(reader: ProbsReader, term: Plain, columns: Dim, keys: Dim, start: int) -> Plain:
+    if not isinstance(term, Term):
+        return replace(term, keys=keys)
+    if term.softmax.columns is not None:
         raise FailedMatch("the probabilities are cut twice")
-    return [replace(t, extension=(layout[dim], start)) for t in terms]
+    if set(leaves(term.keys)) != set(leaves(columns)):
+        raise FailedMatch("softmax is not taken over the axis that the product with value sums over")
+    return replace(term, keys=keys, softmax=sinks.of_columns(reader.walk, term.softmax, columns, keys, start))

@@ -7,17 +7,17 @@ it as logits. What is neither is plain, and read as None: its axes are those of 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
 from fx_passes.canonicalise import rules
-from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, Layout, all_axes, broadcast, leaves, resolve
-from fx_passes.canonicalise.contraction import Operand
-from fx_passes.canonicalise.forms import Scores, Term, Walk, arguments
+from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, Layout, Operand, leaves, resolve
+from fx_passes.canonicalise.forms import Plain, Scores, Walk, arguments
 from fx_passes.canonicalise.operators import is_elementwise, name
-from fx_passes.canonicalise.views import before, is_cast, is_view
+from fx_passes.canonicalise.views import above
 from fx_passes.find.trace import Value
 
 Meaning = TypeVar("Meaning")
@@ -44,74 +44,92 @@ class _Shared:
 class Reader(Generic[Meaning]):
     """One domain, for one attention. `keys` are the axes that softmax, or the product with V, runs over."""
 
+    rules: ClassVar[dict[Any, Callable[..., Any]]]
+
     def __init__(self, walk: Walk, keys: Dim, shared: _Shared | None = None) -> None:
         self.walk, self.keys, self.shared = walk, keys, shared or _Shared()
-        self._known: dict[tuple[Value, Layout], Meaning | None] = {}
+        self._known: dict[tuple[Value, Layout], Meaning | FailedMatch | None] = {}
 
-    def read(self, value: Value, layout: Layout) -> Meaning | None:
-        """What a value with a layout means; None where it is plain."""
-        key = (value, resolve(layout))
-        if key in self._known:
-            return self._known[key]
-        if value.op is operator.getitem and value.args[1] == 0:  # of max, topk and the like
-            value = Value(value.args[0].op, value.args[0].args, value.args[0].kwargs, value.fake)
-        if value.op is None or self.shared.depth >= _DEEPEST or not self._may_be(layout):
-            return None
-        self.shared.depth += 1
-        self.shared.count += 1
-        try:
-            found = self._known[key] = self._read(value, layout)
-        finally:
-            self.shared.depth -= 1
+    def read(self, x: Operand) -> Meaning | None:
+        """What a value means; None where it is plain.
+
+        FailedMatch: it is made of what this reader looks for, in a way that the canonical form has no place for.
+        """
+        key = (x.value, resolve(x.layout))
+        if key not in self._known:
+            value = x.value
+            if value.op is operator.getitem and value.args[1] == 0:  # of max, topk and the like
+                source = value.args[0]
+                x = Operand(Value(source.op, source.args, source.kwargs, value.fake), x.layout)
+            if value.op is None or self.shared.depth >= _DEEPEST or not self._may_be(x):
+                return None
+            self.shared.depth += 1
+            self.shared.count += 1
+            try:
+                self._known[key] = self._read(x)
+            except FailedMatch as why:
+                self._known[key] = why
+            finally:
+                self.shared.depth -= 1
+        found = self._known[key]
+        if isinstance(found, FailedMatch):
+            raise found.with_traceback(None)
         return found
 
-    def operand(self, value: Any, layout: Layout) -> Meaning | None:
-        """What an operand of an elementwise operation means, whose result has this layout."""
+    def holds(self, x: Operand) -> bool:
+        """Whether a value is not plain."""
+        try:
+            return self.read(x) is not None
+        except FailedMatch:
+            return True
+
+    def operand(self, x: Operand, value: Any) -> Meaning | None:
+        """What an operand of the elementwise operation x means."""
         if not isinstance(value, Value) or not isinstance(value.fake, Tensor):
             return None
-        return self.read(value, broadcast(layout, value.shape))
+        return self.read(x.side(value))
 
-    def over_keys(self, layout: Layout) -> bool:
-        return bool(set(leaves(self.keys)) & set(all_axes(layout)))
+    def any_operand(self, x: Operand) -> bool:
+        """Whether an operand of the elementwise operation x is not plain."""
+        return any(isinstance(v.fake, Tensor) and self.holds(x.side(v)) for v in arguments(x.value))
 
-    def _above(self, value: Value, layout: Layout) -> Meaning | None:
-        """What a view or a cast is one of; plain where the view cannot be followed."""
+    def _may_be(self, x: Operand) -> bool:
+        return True
+
+    def _read(self, x: Operand) -> Meaning | None:
         try:
-            inner = before(value, layout) if is_view(value) else layout
+            source = above(x)
         except FailedMatch as why:
             self.shared.unclear = self.shared.unclear or str(why)
             return None
-        return self.read(value.args[0], inner)
+        rule: Callable[..., Any] = self.rules.get(x.value.op, _any_operation)
+        found = rule(self, x) if source is None else self.read(source)
+        return found if found is None else self._passed(x.value, found)
 
-    def _may_be(self, layout: Layout) -> bool:
-        return True
-
-    def _read(self, value: Value, layout: Layout) -> Meaning | None:
+    def _passed(self, value: Value, found: Meaning) -> Meaning:
         raise NotImplementedError
 
 
-class ProbsReader(Reader[list[Term]]):
-    """The probabilities in a product with V that sums over `keys`. FailedMatch: they are used in an unknown way."""
+class ProbsReader(Reader[Sequence[Plain]]):
+    """The probabilities in a product with V that sums over `keys`, as terms."""
+
+    rules = rules.PROBS
 
     def with_keys(self, keys: Dim) -> ProbsReader:
         return ProbsReader(self.walk, keys, self.shared)
 
-    def _read(self, value: Value, layout: Layout) -> list[Term] | None:
-        rule = rules.PROBS.get(value.op)
-        if is_view(value) or is_cast(value):
-            found = self._above(value, layout)
-        else:
-            found = None if rule is None else rule(self, value, layout)
-        if found is not None:
-            self.walk.visit(value)
+    def _passed(self, value: Value, found: Sequence[Plain]) -> Sequence[Plain]:
+        self.walk.visited.append(value)
         return found
 
 
 class ScoresReader(Reader[Scores]):
-    """The logits of a softmax over `keys`. What is made of scores in an unknown way is read as scores with a `why`.
+    """The logits of a softmax over `keys`.
 
     `shifts`: a term that is the same for all keys changes nothing.
     """
+
+    rules = rules.SCORES
 
     def __init__(self, walk: Walk, keys: Dim, shared: _Shared, shifts: bool) -> None:
         super().__init__(walk, keys, shared)
@@ -121,9 +139,8 @@ class ScoresReader(Reader[Scores]):
     @staticmethod
     def of(walk: Walk, keys: Dim, layout: Layout, shifts: bool = True) -> ScoresReader:
         """A reader of what softmax is taken of, which has this layout."""
-        return ScoresReader(
-            walk, keys, _Shared([axis for axis in all_axes(layout) if axis not in leaves(keys)]), shifts
-        )
+        others = [axis for axis in leaves(a for dim in layout for a in dim) if axis not in leaves(keys)]
+        return ScoresReader(walk, keys, _Shared(others), shifts)
 
     def exact(self) -> ScoresReader:
         """A reader for which a term that is the same for all keys is a bias like any other."""
@@ -135,34 +152,26 @@ class ScoresReader(Reader[Scores]):
         """A reader of the same scores, above an operation that takes the keys from another axis."""
         return ScoresReader(self.walk, keys, self.shared, self.shifts)
 
-    def contains_qk_product(self, operand: Operand) -> bool:
-        return contains_qk_product(self.walk, operand.value, operand.layout, self.keys)
+    def contains_qk_product(self, x: Operand) -> bool:
+        return contains_qk_product(self.walk, x, self.keys)
 
-    def _may_be(self, layout: Layout) -> bool:
-        return self.shared.count < _MOST and self.over_keys(layout)
+    def _may_be(self, x: Operand) -> bool:
+        return self.shared.count < _MOST and x.over(self.keys)
 
-    def _read(self, value: Value, layout: Layout) -> Scores | None:
-        try:
-            if is_view(value) or is_cast(value):
-                found = self._above(value, layout)
-            else:
-                found = rules.SCORES.get(value.op, any_operation)(self, value, layout)
-        except FailedMatch as why:
-            return Scores(Operand(value, layout), why=str(why))
-        return found if found is None or found.why else replace(found, visited=(*found.visited, value))
+    def _passed(self, value: Value, found: Scores) -> Scores:
+        return replace(found, visited=(*found.visited, value))
 
 
-def any_operation(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
-    """An operation without a rule: what acts on each element of scores makes scores, of which no more is known."""
-    if is_elementwise(value) and any(reader.operand(x, layout) is not None for x in arguments(value)):
-        raise FailedMatch(f"the scores go through {name(value)}")
-    return None
+def _any_operation(reader: Reader[Any], x: Operand) -> None:
+    """An operation without a rule ends probabilities. What acts on each element of scores makes scores (tier 2)."""
+    if isinstance(reader, ScoresReader) and is_elementwise(x.value) and reader.any_operand(x):
+        raise FailedMatch(f"the scores go through {name(x.value)}")
 
 
-def contains_qk_product(walk: Walk, value: Value, layout: Layout, keys: Dim) -> bool:
+def contains_qk_product(walk: Walk, x: Operand, keys: Dim) -> bool:
     """Whether a value is, elementwise or rearranged, made of a product of two activations that runs over `keys`.
 
     The product's rows, if it has such, must be an axis of the value too. Else what a linear layer makes of an
     attention's result, over whose features the layer sums, would be scores of its rows.
     """
-    return ScoresReader.of(Walk(walk.trace, walk.constants), keys, layout).read(value, layout) is not None
+    return ScoresReader.of(Walk(walk.trace, walk.constants), keys, x.layout).holds(x)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
-from fx_passes.canonicalise.forms import Walk
-from fx_passes.canonicalise.views import is_cast, is_view
+from fx_passes.canonicalise.axes import Operand
+from fx_passes.canonicalise.forms import Mask, Walk
+from fx_passes.canonicalise.views import is_cast, is_view, shown
 from fx_passes.find.trace import Value
 
 aten = torch.ops.aten
@@ -32,25 +34,23 @@ def number_of(walk: Walk, x: Any, buffers: bool = True) -> float | None:
     return float(first) if bool((constant == first).all()) else None
 
 
-def choices(walk: Walk, value: Value) -> list[tuple[Any, float, Value, bool]]:
-    """Readings of masked_fill and where as (kept, fill, condition, condition where kept)."""
-    if value.op in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        candidates = [(value.args[0], value.args[2], value.args[1], False)]
+def choices(walk: Walk, x: Operand) -> Iterator[tuple[Value, Mask]]:
+    """Readings of masked_fill and where as what is kept, and the mask that sets the rest to a number."""
+    if x.value.op in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        kept, condition, fill = x.value.args
+        candidates = [(kept, fill, condition, False)]
     else:
-        condition, yes, no = value.args[:3]
+        condition, yes, no = x.value.args[:3]
         candidates = [(yes, no, condition, True), (no, yes, condition, False)]
-    found = []
     for kept, fill, condition, keep in candidates:
         number = number_of(walk, fill)
         if number is not None and isinstance(kept, Value):
-            found.append((kept, number, condition, keep))
-    return found
+            yield kept, Mask(condition, x.side(condition).layout, keep, number)
 
 
 def is_zeros_and_ones(walk: Walk, value: Value) -> bool:
     """Whether a tensor holds nothing but 0 and 1: a bool tensor as numbers, a constant, or a product of such."""
-    while (is_view(value) or is_cast(value)) and value.dtype != torch.bool:
-        value = value.args[0]
+    value = shown(value)
     if value.dtype == torch.bool or (value.op is aten._to_copy.default and value.args[0].dtype == torch.bool):
         return True
     if value.op is aten.mul.Tensor and all(isinstance(x, Value) for x in value.args):

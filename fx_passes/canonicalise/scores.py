@@ -1,7 +1,10 @@
 """Rules for logits: what an operator makes of scores in the form softcap(scale * q . k) + biases, with masks.
 
-A rule gets a reader, a value and the value's layout. It gives None where no operand is scores, and raises FailedMatch
+A rule gets a reader and a value with its layout. It gives None where no operand is scores, and raises FailedMatch
 where the canonical form has no place for what the operator does: then the scores are taken as a whole (tier 2).
+
+    (tanh(q @ k.mT / 8 / 30) * 30 + bias).masked_fill(hidden, -inf)
+    Scores(Product(q, k), scale=1 / 8, softcap=30, added=(Bias(bias), Mask(hidden, keep=False, fill=-inf)))
 """
 
 from __future__ import annotations
@@ -13,13 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fx_passes.canonicalise.axes import FailedMatch, Layout, all_axes, broadcast, leaves, resolve
-from fx_passes.canonicalise.contraction import Operand, contraction, is_contraction
-from fx_passes.canonicalise.forms import BIG, Bias, Factor, Mask, Scores, Walk, arguments
-from fx_passes.canonicalise.operators import DIVISIONS, name
-from fx_passes.canonicalise.qk_product import along_dimensions, has_rows, is_activations_product, is_softmax
+from fx_passes.canonicalise.axes import Axis, FailedMatch, Operand, before_reduction, known, leaves, resolve
+from fx_passes.canonicalise.contraction import Contraction, contraction, is_contraction
+from fx_passes.canonicalise.forms import BIG, Bias, Factor, Mask, Product, Scores, Walk, arguments, level
+from fx_passes.canonicalise.operators import DIVISIONS, LARGEST, name
 from fx_passes.canonicalise.readings import choices, number_of
-from fx_passes.canonicalise.views import chunk_of
+from fx_passes.canonicalise.views import chunk_of, is_cast, is_view
+from fx_passes.find.context import Level
 from fx_passes.find.trace import Value
 
 if TYPE_CHECKING:
@@ -28,191 +31,223 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def product(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
+def product(reader: ScoresReader, x: Operand) -> Scores | None:
     """``query @ key.mT``, in which the operand that runs over the keys is the key."""
-    if not is_contraction(value):
+    if not is_contraction(x.value):
         return None
-    c = contraction(value, layout)
-    if not is_activations_product(reader.walk.context, c, reader.keys):
-        if any(reader.over_keys(o.layout) and reader.read(o.value, o.layout) for o in (c.left, c.right)):
+    c = contraction(x)
+    if not _is_activations_product(reader, c):
+        if any(side.over(reader.keys) and reader.holds(side) for side in (c.left, c.right)):
             raise FailedMatch("the scores are mixed across heads")
         return None
-    if not has_rows(c, reader.keys, reader.shared.rows) or is_softmax(c.left.value) or is_softmax(c.right.value):
+    if not _has_rows(reader, c) or _is_softmax(c.left.value) or _is_softmax(c.right.value):
         return None
-    mine = set(leaves(reader.keys))
-    left, right = mine & set(all_axes(c.left.layout)), mine & set(all_axes(c.right.layout))
-    if left and right:
+    if c.left.over(reader.keys) and c.right.over(reader.keys):
         raise FailedMatch("both operands of the scores' product run over the keys")
-    query, key = (c.right, c.left) if left else (c.left, c.right)
-    extra = set(all_axes(key.layout)) - set(all_axes(query.layout)) - mine
-    if extra and reader.contains_qk_product(key):
+    query, key = (c.right, c.left) if c.left.over(reader.keys) else (c.left, c.right)
+    if set(key.axes) - set(query.axes) - set(leaves(reader.keys)) and reader.contains_qk_product(key):
         raise FailedMatch("the scores are mixed across heads")
-    return Scores(Operand(value, layout), query=query, key=key)
+    return Scores(Product(query, key))
 
 
-def cut(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
-    """``scores[:, h]`` or one of equal chunks: the axis has a place."""
-    chunk = chunk_of(value, layout)
-    if chunk is not None and not set(leaves(chunk[value.args[1]])) & set(leaves(reader.keys)):
-        inner = reader.read(value.args[0], chunk)
-        if inner is not None:
-            return inner
-    return mixed(reader, value, layout, "a part of the scores is cut out" if chunk is not None else "")
+def _is_activations_product(reader: ScoresReader, c: Contraction) -> bool:
+    """Whether a product is that of two activations and the keys are an axis of its result."""
+    keys, context = reader.keys, reader.walk.context
+    if not (c.left.over(keys) or c.right.over(keys)) or set(leaves(keys)) & set(leaves(c.summed)):
+        return False
+    return min(level(context, c.left.value), level(context, c.right.value)) >= Level.COMPUTED
 
 
-def negated(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
-    inner = reader.read(value.args[0], layout)
-    return inner if inner is None or inner.why else _times(inner, -1.0)
+def _has_rows(reader: ScoresReader, c: Contraction) -> bool:
+    """Whether the rows of a product, if it has such, are among the axes that may be rows."""
+    left, right = set(c.left.axes), set(c.right.axes)
+    if c.left.over(reader.keys) and c.right.over(reader.keys):
+        rows = left ^ right
+    else:
+        rows = right - left if c.left.over(reader.keys) else left - right
+    return not rows or bool(rows & set(leaves(reader.shared.rows)))
 
 
-def added(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
-    """``scores + bias``: a bias, or nothing where it is the same for all keys."""
-    a, b = value.args[0], value.args[1]
-    alpha = float(value.kwargs.get("alpha", 1)) * (-1.0 if value.op is aten.sub.Tensor else 1.0)
-    first, second = reader.operand(a, layout), reader.operand(b, layout)
-    if not isinstance(b, Value):
-        if first is not None and not reader.shifts:
-            raise FailedMatch("a number is added to scores that have a sink")
-        return first
-    readings = [(first, 1.0, b, alpha), (second, alpha, a, 1.0)]
-    why = ""
-    for found, sign, side, scale in readings:
-        if found is None or found.why:
-            why = why or ("" if found is None else found.why)
-            continue
-        try:
-            return _biased(reader, found, sign, Bias(side, broadcast(layout, side.shape), scale))
-        except FailedMatch as reason:
-            why = why or str(reason)
-    if why:
-        raise FailedMatch(why)
-    return None
+def _is_softmax(value: Value) -> bool:
+    """Whether an operand is a softmax as it is: its product is a weighted sum, not scores."""
+    while is_view(value) or is_cast(value) or value.op is aten.dropout.default:
+        value = value.args[0]
+    return value.op is aten.softmax.int
 
 
-def _biased(reader: ScoresReader, found: Scores, sign: float, bias: Bias) -> Scores:
-    found = found if sign == 1.0 else _times(found, sign)
-    if reader.shifts and not reader.over_keys(bias.layout):
-        return found
-    if found.zeroed:
-        masked = _mask_of_zeroed(reader.walk, found, bias)
-        if masked is None:
-            raise FailedMatch("the scores are multiplied by zeros")
-        return masked
-    return replace(found, biases=[*found.biases, bias])
-
-
-def multiplied(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
+def multiplied(reader: ScoresReader, x: Operand) -> Scores | None:
     """``scores * number`` changes the scale, ``scores * tensor`` has a factor."""
-    a, b = value.args[0], value.args[1]
-    divides = value.op in DIVISIONS
-    if reader.operand(a, layout) is None:
-        if reader.operand(b, layout) is None:
+    a, b = x.value.args[:2]
+    divides = x.value.op in DIVISIONS
+    if reader.operand(x, a) is None:
+        if reader.operand(x, b) is None:
             return None
         if divides:
             raise FailedMatch("the scores divide")
         a, b = b, a
-    if value.kwargs.get("rounding_mode") is not None:
+    if x.value.kwargs.get("rounding_mode") is not None:
         raise FailedMatch("the scores are rounded")
-    side = broadcast(layout, b.shape) if isinstance(b, Value) else ()
+    power = -1 if divides else 1
+    factor = Factor(b, x.side(b).layout, power) if isinstance(b, Value) else Factor.number(b, power)
     # Behind a factor over the keys, what was the same for all keys is so no more.
-    inner = (reader.exact() if reader.over_keys(side) else reader).operand(a, layout)
-    if inner is None or inner.why:
-        return inner
+    found = (reader.exact() if factor.over(reader.keys) else reader).operand(x, a)
+    if found is None:
+        return None
     number = number_of(reader.walk, b, buffers=False)
     if number is not None:
-        return _times(inner, 1.0 / number if divides and number else number)
-    if not isinstance(b, Value):
-        return with_factor(inner, Factor.number(b, -1 if divides else 1))
-    if reader.operand(b, layout) is not None:
+        return _times(found, 1.0 / number if divides and number else number)
+    if isinstance(b, Value) and reader.holds(x.side(b)):
         raise FailedMatch("two products of activations are multiplied with one another")
-    factor = Factor(b, side, -1 if divides else 1)
-    if _zeroing(reader.walk, factor) and not (inner.masks or inner.biases or inner.softcap or inner.zeroed):
-        return replace(inner, zeroed=[factor])
-    return with_factor(inner, factor)
+    if found.masks:
+        raise FailedMatch("masked scores are multiplied by a tensor")
+    if not found.is_linear:
+        raise FailedMatch("capped scores are multiplied by a tensor")
+    biases = tuple(replace(bias, factors=(*bias.factors, factor)) for bias in found.biases)
+    return replace(found, factors=(*found.factors, factor), added=biases)
 
 
-def capped(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
+def _times(found: Scores, number: float) -> Scores:
+    """Scores times a number. A capped score keeps its slope inside and its height outside:
+
+    ``softcap * tanh(x / softcap)`` with another height h is ``h * tanh((x * h / softcap) / h)``.
+    """
+    if number == 0 or not math.isfinite(number):
+        raise FailedMatch("the scores are multiplied by zero or by a number that is not finite")
+    if number < 0 and found.masks:
+        raise FailedMatch("masked scores are multiplied by a negative number")
+    added = tuple(x.times(number) for x in found.added)
+    return replace(found, scale=found.scale * number, softcap=found.softcap * number, added=added)
+
+
+def negated(reader: ScoresReader, x: Operand) -> Scores | None:
+    found = reader.operand(x, x.value.args[0])
+    return found and _times(found, -1.0)
+
+
+def capped(reader: ScoresReader, x: Operand) -> Scores | None:
     """``tanh(scores)`` is a softcap of 1; a factor behind it makes it another one."""
-    inner = reader.exact().read(value.args[0], layout)
-    if inner is None or inner.why:
-        return inner
-    if inner.softcap or inner.biases or inner.masks:
+    found = reader.exact().operand(x, x.value.args[0])
+    if found is not None and (found.added or not found.is_linear):
         raise FailedMatch("the scores go through tanh after a bias or a mask")
-    return replace(inner, softcap=1.0)
+    return found and replace(found, softcap=1.0)
 
 
-def filled(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
-    """``scores.masked_fill(hidden, -inf)``, ``where(seen, scores, -inf)``: a mask."""
-    if not any(reader.operand(x, layout) is not None for x in arguments(value)):
-        return None
-    for kept, fill, condition, keep in choices(reader.walk, value):
-        inner = reader.operand(kept, layout)
-        if inner is None:
-            continue
-        if fill > BIG:
-            raise FailedMatch(f"masked scores get the value {fill:g}, which is not large enough to be a mask")
-        if inner.why:
-            return inner
-        mask = Mask(condition, broadcast(layout, condition.shape), keep, fill, over=len(inner.biases))
-        return replace(inner, masks=[*inner.masks, mask])
-    raise FailedMatch("the scores are masked in a way that was not understood")
-
-
-def written(reader: ScoresReader, value: Value, layout: Layout) -> Scores | None:
-    """``scores[..., 1:] = other``: scores of which no more is known."""
-    if reader.read(value.args[0], layout) is None:
-        return None
-    raise FailedMatch(f"the scores go through {name(value)}")
-
-
-def mixed(reader: ScoresReader, value: Value, layout: Layout, why: str = "") -> Scores | None:
-    """What reads, cuts or joins scores along some dimensions: scores of which no more is known."""
-    if along_dimensions(reader, value, layout):
-        raise FailedMatch(why or f"the scores go through {name(value)}")
+def added(reader: ScoresReader, x: Operand) -> Scores | None:
+    """``scores + bias``: a bias, or nothing where it is the same for all keys."""
+    a, b = x.value.args[:2]
+    alpha = float(x.value.kwargs.get("alpha", 1)) * (-1.0 if x.value.op is aten.sub.Tensor else 1.0)
+    if not isinstance(b, Value):
+        found = reader.operand(x, a)
+        if found is not None and not reader.shifts:
+            raise FailedMatch("a number is added to the scores of the keys alone")
+        return found
+    failed: FailedMatch | None = None
+    for side, sign, other, scale in ((a, 1.0, b, alpha), (b, alpha, a, 1.0)):
+        try:
+            found = reader.operand(x, side)
+            if found is not None:
+                found = found if sign == 1.0 else _times(found, sign)
+                return _biased(reader, found, Bias(other, x.side(other).layout, scale))
+        except FailedMatch as why:
+            failed = failed or why
+    if failed is not None:
+        raise failed
     return None
 
 
-def _times(s: Scores, number: float) -> Scores:
-    """Scores times a number. A capped score keeps its slope inside and its height outside."""
-    if number == 0 or not math.isfinite(number):
-        raise FailedMatch("the scores are multiplied by zero or by a number that is not finite")
-    masks = [m if math.isinf(m.fill) else replace(m, fill=m.fill * number) for m in s.masks]
-    if number < 0 and any(m.fill < 0 for m in s.masks):
-        raise FailedMatch("masked scores are multiplied by a negative number")
-    biases = [replace(b, scale=b.scale * number) for b in s.biases]
-    if s.zeroed and number < 0:
-        raise FailedMatch("the scores are multiplied by zeros")
-    if s.softcap:
-        # softcap * tanh(x / softcap) with another height h: h * tanh((x * h / softcap) / h).
-        return replace(s, softcap=s.softcap * number, scale=s.scale * number, biases=biases, masks=masks)
-    return replace(s, scale=s.scale * number, biases=biases, masks=masks)
+def _biased(reader: ScoresReader, found: Scores, bias: Bias) -> Scores:
+    if reader.shifts and not bias.over(reader.keys):
+        return found
+    for i, factor in enumerate(found.factors if not found.added else ()):
+        fill = _fill_of(reader.walk, factor, bias)
+        if fill is not None:
+            mask = Mask(factor.value, factor.layout, True, fill)
+            return replace(found, factors=(*found.factors[:i], *found.factors[i + 1 :]), added=(mask,))
+    return replace(found, added=(*found.added, bias))
 
 
-def _zeroing(walk: Walk, factor: Factor) -> bool:
-    constant = walk.constant(factor.value) if factor.power == 1 and isinstance(factor.value.fake, Tensor) else None
-    return constant is not None and bool(((constant == 0) | (constant == 1)).all()) and not bool(constant.all())
-
-
-def _mask_of_zeroed(walk: Walk, found: Scores, bias: Bias) -> Scores | None:
-    """``scores * ones + fill * (1 - ones)``, as in GPT-1, is a mask; None where it is not that."""
-    if len(found.zeroed) != 1 or found.masks or found.biases:
+def _fill_of(walk: Walk, factor: Factor, bias: Bias) -> float | None:
+    """The fill of the mask that ``scores * ones + fill * (1 - ones)`` is, as in GPT-1; None where it is none."""
+    if factor.power != 1 or not isinstance(factor.value.fake, Tensor):
         return None
-    zeroed = found.zeroed[0]
-    ones, added = walk.constant(zeroed.value), walk.constant(bias.value)
-    if ones is None or added is None or ones.shape != added.shape or resolve(zeroed.layout) != resolve(bias.layout):
+    ones, added = walk.constant(factor.value), walk.constant(bias.value)
+    if ones is None or added is None or ones.shape != added.shape or resolve(factor.layout) != resolve(bias.layout):
         return None
     fills = added[ones == 0] * bias.scale
-    if bool(added[ones == 1].any()) or bool((fills != fills[0]).any()) or float(fills[0]) > BIG:
+    if not bool(((ones == 0) | (ones == 1)).all()) or bool(added[ones == 1].any()) or not len(fills):
         return None
-    return replace(found, zeroed=[], masks=[Mask(zeroed.value, zeroed.layout, True, float(fills[0]))])
+    return float(fills[0]) if bool((fills == fills[0]).all()) and float(fills[0]) <= BIG else None
 
 
-def with_factor(found: Scores, factor: Factor) -> Scores:
-    if found.zeroed:
-        raise FailedMatch("the scores are multiplied by zeros")
-    if found.masks:
-        raise FailedMatch("masked scores are multiplied by a tensor")
-    if found.softcap:
-        raise FailedMatch("capped scores are multiplied by a tensor")
-    biases = [replace(x, factors=[*x.factors, factor]) for x in found.biases]
-    return replace(found, factors=[*found.factors, factor], biases=biases)
+def filled(reader: ScoresReader, x: Operand) -> Scores | None:
+    """``scores.masked_fill(hidden, -inf)``, ``where(seen, scores, -inf)``: a mask."""
+    if not reader.any_operand(x):
+        return None
+    for kept, mask in choices(reader.walk, x):
+        found = reader.operand(x, kept)
+        if found is None:
+            continue
+        if mask.fill > BIG:
+            raise FailedMatch(f"masked scores get the value {mask.fill:g}, which is not large enough to be a mask")
+        return replace(found, added=(*found.added, mask))
+    raise FailedMatch("the scores are masked in a way that was not understood")
+
+
+def cut(reader: ScoresReader, x: Operand) -> Scores | None:
+    """``scores[:, h]`` or one of equal chunks: the axis has a place."""
+    chunk = chunk_of(x.value, x.layout)
+    if chunk is not None and not set(leaves(chunk[x.value.args[1]])) & set(leaves(reader.keys)):
+        found = reader.read(Operand(x.value.args[0], chunk))
+        if found is not None:
+            return found
+    if _along_dimensions(reader, x):
+        raise FailedMatch(
+            "a part of the scores is cut out" if chunk is not None else f"the scores go through {name(x.value)}"
+        )
+    return None
+
+
+def written(reader: ScoresReader, x: Operand) -> None:
+    """``scores[..., 1:] = other``: scores of which no more is known."""
+    if reader.holds(Operand(x.value.args[0], x.layout)):
+        raise FailedMatch(f"the scores go through {name(x.value)}")
+
+
+def mixed(reader: ScoresReader, x: Operand) -> None:
+    """What reads, cuts or joins scores along some dimensions: scores of which no more is known."""
+    if _along_dimensions(reader, x):
+        raise FailedMatch(f"the scores go through {name(x.value)}")
+
+
+def _along_dimensions(reader: ScoresReader, x: Operand) -> bool:
+    """Whether an operation along some dimensions has scores for an operand.
+
+    What it takes from a dimension is another axis, which may be the keys'. The largest of scores along other axes are
+    scores, too, as BiDAF's context looks at the query.
+    """
+    value, rows = x.value, reader.shared.rows
+    if value.op in LARGEST:
+        layout, dims = before_reduction(value, x.layout)
+        rows.extend(axis for i in dims for axis in layout[i])
+        return reader.holds(Operand(value.args[0], layout))
+    mine = set(leaves(reader.keys))
+    for source in arguments(value):
+        if source.fake is None or len(source.shape) != len(x.layout) or not source.dtype.is_floating_point:
+            continue
+        new, over = [], reader.keys
+        for i, (dim, a, b) in enumerate(zip(x.layout, source.shape, value.shape, strict=True)):
+            channels = i == 1 and value.op is aten.convolution.default
+            if known(a == b) and not channels:
+                new.append(dim)
+                continue
+            if channels and set(leaves(dim)) & mine:
+                return False
+            axis = () if known(a == 1) else (Axis(a),)
+            over = axis if set(leaves(dim)) & mine else over
+            if not channels and set(leaves(dim)) & set(leaves(rows)):
+                rows.extend(axis)
+            new.append(axis)
+        inner = reader if over is reader.keys else reader.with_keys(over)
+        if inner.holds(Operand(source, tuple(new))):
+            return True
+    return False

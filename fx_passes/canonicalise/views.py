@@ -1,16 +1,22 @@
-"""Operations that move elements and leave them as they are: the input's layout from the output's, and back."""
+"""Operations that move elements and leave them as they are: the input's layout from the output's, and back.
+
+x.view(b, h, n, d)     result [b, h, n, d] runs over (B), (H), (N), (D); x [b * h, n, d] over (B H), (N), (D)
+x[:, None].expand(b, g, n, d)  result [b, g, n, d] runs over (B), (G), (N), (D); x [b, n, d] over (B), (N), (D)
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 
-from fx_passes.canonicalise.axes import Axis, FailedMatch, Layout, broadcast, known, reshape
+from fx_passes.canonicalise.axes import Axis, FailedMatch, Layout, Operand, broadcast, known, reshape, same_shape
 from fx_passes.canonicalise.operators import CASTS, COPIES, MOVES, RESHAPES, SQUEEZES
 from fx_passes.find.trace import Value
 
 aten = torch.ops.aten
+AnyOperand = TypeVar("AnyOperand", bound=Operand)
 
 
 def is_same(value: Value) -> bool:
@@ -18,7 +24,7 @@ def is_same(value: Value) -> bool:
     if value.op is aten.dropout.default:
         return not value.args[2] or value.args[1] == 0
     if value.op is aten.slice.Tensor:
-        return all(known(a == b) for a, b in zip(value.shape, value.args[0].shape, strict=True))
+        return same_shape(value, value.args[0])
     return value.op in COPIES
 
 
@@ -34,6 +40,39 @@ def is_cast(value: Value) -> bool:
 
 def is_view(value: Value) -> bool:
     return is_same(value) or value.op in RESHAPES or value.op in SQUEEZES or value.op in MOVES or _selects(value)
+
+
+def above(x: Operand, casts: bool = True) -> Operand | None:
+    """What a view or a cast shows; None where a value is neither. FailedMatch: its axes cannot be followed."""
+    if is_view(x.value):
+        return Operand(x.value.args[0], before(x.value, x.layout))
+    return Operand(x.value.args[0], x.layout) if casts and is_cast(x.value) else None
+
+
+def top(x: Operand, casts: bool = True) -> Operand:
+    """What a value shows through views and casts, as far as its axes can be followed."""
+    while True:
+        try:
+            found = above(x, casts)
+        except FailedMatch:
+            return x
+        if found is None:
+            return x
+        x = found
+
+
+def shown(value: Value) -> Value:
+    """The value above views and casts."""
+    while is_view(value) or is_cast(value):
+        value = value.args[0]
+    return value
+
+
+def uncast(value: Value) -> Value:
+    """The value above casts and copies."""
+    while is_same(value) or is_cast(value):
+        value = value.args[0]
+    return value
 
 
 def _repeated(value: Value) -> list[Any]:
@@ -142,30 +181,21 @@ def _order(value: Value) -> list[int]:
     return order
 
 
-def peel(value: Value, layout: Layout) -> tuple[Value, Layout]:
-    """The nearest value above some views that needs no copy of repeated or reordered elements, with its layout.
+def peeled(x: AnyOperand) -> AnyOperand:
+    """The nearest value above some views that needs no copy of repeated or reordered elements.
 
     `repeat_interleave` and `expand` of key heads vanish here, for what broadcasts does not depend on the axis.
     """
-    chain = [(value, layout)]
-    costly = 0
-    while is_view(value) and isinstance(value.args[0], Value):
-        copies = value.op in (aten.clone.default, aten.repeat.default) or (
-            value.op is aten.expand.default
-            and not (
-                len(value.shape) == len(value.args[0].shape)
-                and all(known(a == b) for a, b in zip(value.shape, value.args[0].shape, strict=True))
-            )
-        )
+    chain, costly = [x], 0
+    while is_view(x.value) and isinstance(x.value.args[0], Value):
+        value, source = x.value, x.value.args[0]
+        repeats = value.op is aten.expand.default and not same_shape(value, source)
+        copies = repeats or value.op in (aten.clone.default, aten.repeat.default)
         try:
-            layout = before(value, layout)
+            x = replace(x, value=source, layout=before(value, x.layout))
         except FailedMatch:
             break
-        value = value.args[0]
-        chain.append((value, layout))
+        chain.append(x)
         if copies:
             costly = len(chain) - 1
-    for candidate in chain[costly:]:
-        if candidate[0].node is not None:
-            return candidate
-    return chain[-1]
+    return next((y for y in chain[costly:] if y.value.node is not None), chain[-1])

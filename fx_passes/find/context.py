@@ -95,13 +95,16 @@ class Context:
             return writes[i - 1][1]
         return None
 
-    def outer(self, node: Node) -> Node | None:
-        """The outer graph's node behind a placeholder of a higher-order operator's body."""
-        if self.parent is None or node.op != "placeholder":
-            return None
-        i = self.placeholders.index(node)
-        operand = self.operands[i] if i < len(self.operands) else None
-        return operand if isinstance(operand, Node) else None
+    def outermost(self, node: Node) -> tuple[Context, Node]:
+        """The node behind placeholders of higher-order operators' bodies, as far out as it is one, and its graph."""
+        context = self
+        while context.parent is not None and node.op == "placeholder":
+            i = context.placeholders.index(node)
+            operand = context.operands[i] if i < len(context.operands) else None
+            if not isinstance(operand, Node):
+                break
+            context, node = context.parent, operand
+        return context, node
 
     def level(self, node: Node) -> Level:
         """What a node derives from."""
@@ -119,9 +122,9 @@ class Context:
 
     def _level(self, node: Node) -> Level:
         if node.op == "placeholder":
-            outer = self.outer(node)
-            if outer is not None and self.parent is not None:
-                return self.parent.level(outer)
+            context, outer = self.outermost(node)
+            if outer is not node:
+                return context.level(outer)
             if is_parameter(node):
                 return Level.PARAMETER
             return Level.CONSTANT if is_buffer(node) else Level.INPUT
@@ -139,28 +142,18 @@ class Context:
 
     def value(self, node: Node) -> Tensor | None:
         """The real tensor of a buffer, or None where it is not one or cannot be read."""
-        outer = self.outer(node)
-        if outer is not None and self.parent is not None:
-            return self.parent.value(outer)
-        if node.op == "get_attr":
-            return None  # nothing guards an attribute of a graph module
-        given = self.example_inputs.get(node)
-        if not is_buffer(node) or not isinstance(given, Tensor) or isinstance(given, torch.nn.Parameter):
-            return None
-        return None if isinstance(given, FakeTensor) else given
+        found = self.given(node) if is_buffer(self.source(node)) else None
+        return None if isinstance(found, torch.nn.Parameter) else found
 
     def given(self, node: Node) -> Tensor | None:
         """The real tensor of an input at compile time, or None where it is not one or cannot be read."""
-        outer = self.outer(node)
-        if outer is not None and self.parent is not None:
-            return self.parent.given(outer)
-        found = self.example_inputs.get(node)
+        context, source = self.outermost(node)
+        found = context.example_inputs.get(source)
         return found if isinstance(found, Tensor) and not isinstance(found, FakeTensor) else None
 
     def source(self, node: Node) -> Node:
         """The outermost graph's placeholder behind a node that `value` reads."""
-        outer = self.outer(node)
-        return node if outer is None or self.parent is None else self.parent.source(outer)
+        return self.outermost(node)[1]
 
 
 def attribute(gm: GraphModule, target: str) -> Any:

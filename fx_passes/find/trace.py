@@ -157,6 +157,19 @@ class Trace:
                     todo.append(user)  # an operation that gives its input back, such as `.to` the same dtype
         return value.users
 
+    def is_live(self, value: Value, apart: set[int]) -> bool:
+        """Whether a value is read by something else than the values `apart`, up to an output of its graph."""
+        nodes = [] if value.node is None else [value.node]
+        if value.home is not None and value.home is not value.node:
+            record = self.records.get(value.home)
+            if record is not None and isinstance(record.out, (tuple, list)):
+                parts = [u for u in value.home.users if u.target is operator.getitem]
+                nodes += [u for u in parts if record.out[u.args[1]] is value]  # type: ignore[index]
+        for user in (user for node in nodes for user in node.users):
+            if user not in self.context.position or self.record(user) is None:
+                return True
+        return any(id(u) not in apart and self.is_live(u, apart) for u in self.users(value))
+
     def _record(self, node: Node) -> Record:
         context, position = self.context, self.context.position[node]
         function, given, named = _call(context, node)

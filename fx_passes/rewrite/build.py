@@ -11,8 +11,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, Layout, leaves, resolve
-from fx_passes.canonicalise.contraction import Operand
+from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, Layout, Operand, leaves, resolve
 from fx_passes.canonicalise.operators import RESHAPES
 from fx_passes.find.context import Context
 from fx_passes.find.trace import Value, partly_written
@@ -130,11 +129,8 @@ class Builder:
 
         A group of which the operand has no axis gives size 1, unless ``full[i]``; missing axes are broadcast.
         """
-        return self.reorder(self.node(operand.value), operand.value.shape, operand.layout, groups, full)
-
-    def reorder(self, node: Node, shape: Any, layout: Layout, groups: list[Dim], full: tuple[bool, ...]) -> Node:
-        layout, groups = resolve(layout), [leaves(g) for g in groups]
-        node, layout = self._select(node, layout)
+        groups = [leaves(g) for g in groups]
+        node, layout = self._select(self.node(operand.value), resolve(operand.layout))
         have = [a for dim in layout for a in dim]
         order = [a for g in groups for a in g if a in have]
         if set(order) != set(have):
@@ -186,7 +182,7 @@ class Builder:
             node = self.call(aten.expand.default, node, expand)
         return self.call(aten.reshape.default, node, shape) if merges else node
 
-    def unmerge(self, node: Node, groups: list[Dim], layout: Layout, shape: Any) -> Node:
+    def unmerge(self, node: Node, groups: list[Dim], layout: Layout) -> Node:
         """The inverse: a tensor with one dimension per group as one of a layout."""
         axes = [a for g in groups for a in leaves(g)]
         wanted = resolve(layout)

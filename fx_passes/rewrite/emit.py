@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from fx_passes.canonicalise.attention_dims import AttentionDims
-from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, all_axes, free_axes, leaves
-from fx_passes.canonicalise.contraction import Operand
-from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Term
+from fx_passes.canonicalise.axes import Axis, Dim, FailedMatch, Operand, free_axes, leaves, product
+from fx_passes.canonicalise.forms import Attention, Bias, Factor, Mask, Plain
 from fx_passes.canonicalise.lower import LoweredTerm
-from fx_passes.canonicalise.masks import KeepMask
+from fx_passes.canonicalise.masks.conditions import KeepMask
 from fx_passes.ops.documents import both_ids, only_rows
 from fx_passes.ops.fully_masked_rows import attend_with_fully_masked_rows
 from fx_passes.ops.functional import attend, attend_logits
@@ -62,59 +61,46 @@ class Emitter:
         self.options, self.autocast = options, autocast
 
     def emit(self, attention: Attention, lowered: list[LoweredTerm], numbers: list[int]) -> Node:
-        total: Node | None = None
-        for item, number in zip(lowered, numbers, strict=True):
-            node = self._term(attention, item, number)
-            total = node if total is None else self.build.call(operator.add, total, node)
-        assert total is not None
-        for term in attention.terms:
-            if term.plain:
-                total = self.build.call(operator.add, total, self._plain(attention, term))
+        nodes = [self._term(attention, item, number) for item, number in zip(lowered, numbers, strict=True)]
+        nodes += [self._plain(attention, plain) for plain in attention.plain]
+        total = nodes[0]
+        for node in nodes[1:]:
+            total = self.build.call(operator.add, total, node)
         return total
 
     def _term(self, attention: Attention, lowered: LoweredTerm, number: int) -> Node:
-        build, dims = self.build, lowered.dims
-        dtype = attention.out.dtype
-        out = self._call(lowered, number, self._compute_dtype(lowered))
+        build, dims, term = self.build, lowered.dims, lowered.term
+        dtype, computed = attention.out.value.dtype, self._compute_dtype(lowered)
+        out = self._call(lowered, number, computed)
         groups = [dims.batch, dims.query_heads, dims.rows, dims.out]
         if self.wants_lse:
-            layout = lowered.term.source.layout[:-1]
-            lse = build.call(operator.getitem, out, 1)
-            self.lse = build.unmerge(lse, groups[:3], layout, lowered.term.source.value.shape[:-1])
+            lse, logits = build.call(operator.getitem, out, 1), term.softmax.source
+            self.lse = build.unmerge(lse, groups[:3], logits.layout[:-1])
             out = build.call(operator.getitem, out, 0)
-        mixed = set(leaves(lowered.term.mixed))
-        if mixed:
-            factors = [f for f in lowered.on_out if mixed & set(f.axes)]
-            out = self._mixed(out, groups, attention, factors, self._compute_dtype(lowered), lowered.term.mixed)
+        across = [f for f in lowered.on_out if f.over(term.mixed)]
+        if leaves(term.mixed):
+            axes = [axis for group in groups for axis in leaves(group)]
+            out = build.unmerge(out, groups, tuple((axis,) for axis in axes))
+            out = self._contract(out, axes, attention, across, computed, term.mixed)
         else:
-            out = build.unmerge(out, groups, attention.layout, attention.out.shape)
+            out = build.unmerge(out, groups, attention.out.layout)
         for factor in lowered.on_out:
-            if not mixed & set(factor.axes):
-                out = self._factor(out, factor, [*attention.layout])
-        if lowered.term.scale != 1.0:
-            out = build.call(operator.mul, out, lowered.term.scale)
-        if lowered.on_out or self._compute_dtype(lowered) != dtype:
-            out = build.call(aten.to.dtype, out, dtype)
-        return out
+            if factor not in across:
+                out = self._factor(out, factor, [*attention.out.layout])
+        if term.scale != 1.0:
+            out = build.call(operator.mul, out, term.scale)
+        return build.call(aten.to.dtype, out, dtype) if lowered.on_out or computed != dtype else out
 
-    def _mixed(
-        self, out: Node, groups: list[Dim], attention: Attention, factors: list[Factor], dtype: torch.dtype, mixed: Dim
-    ) -> Node:
-        """Results of several heads times factors, summed over the axes that the attention's layout has not."""
-        axes = [axis for group in groups for axis in leaves(group)]
-        out = self.build.unmerge(out, groups, tuple((axis,) for axis in axes), None)
-        return self._contract(out, axes, attention, factors, dtype, mixed)
-
-    def _plain(self, attention: Attention, term: Term) -> Node:
+    def _plain(self, attention: Attention, plain: Plain) -> Node:
         """What a term without softmax gives: factors times value, summed over the keys."""
-        build, value, dtype = self.build, attention.value, attention.out.dtype
+        build, value, dtype = self.build, attention.value, attention.out.value.dtype
         axes = free_axes(value.layout)
         node = self._cast(build.arrange(value, [(axis,) for axis in axes], (True,) * len(axes)), value, dtype)
-        out = self._contract(node, [*axes], attention, term.factors, dtype, term.mixed)
-        return out if term.scale == 1.0 else build.call(operator.mul, out, term.scale)
+        out = self._contract(node, [*axes], attention, plain.factors, dtype, plain.mixed)
+        return out if plain.scale == 1.0 else build.call(operator.mul, out, plain.scale)
 
     def _contract(
-        self, node: Node, axes: list[Axis], attention: Attention, factors: list[Factor], dtype: torch.dtype, mixed: Dim
+        self, node: Node, axes: list[Axis], attention: Attention, factors: Sequence[Factor], dtype: Any, mixed: Dim
     ) -> Node:
         """A node with these axes times factors, summed over what the attention's layout has not."""
         build = self.build
@@ -122,68 +108,59 @@ class Emitter:
         args: list[Any] = [node, list(numbers.values())]
         for factor in factors:
             mine = free_axes(factor.layout)
-            other = build.arrange(Operand(factor.value, factor.layout), [(axis,) for axis in mine], (True,) * len(mine))
-            other = other if factor.value.dtype == dtype else build.call(aten.to.dtype, other, dtype)
+            other = self._cast(build.arrange(factor, [(axis,) for axis in mine], (True,) * len(mine)), factor, dtype)
             other = other if factor.power == 1 else build.call(aten.reciprocal.default, other)
             args += [other, [numbers.setdefault(axis, len(numbers)) for axis in mine]]
         if any(axis not in numbers for axis in leaves(mixed)):
             raise FailedMatch("the probabilities are repeated and summed again")
-        kept = [axis for axis in all_axes(attention.layout) if axis in numbers]
+        kept = [axis for axis in attention.out.axes if axis in numbers]
         out = build.call(torch.einsum, *args, [numbers[axis] for axis in kept])
-        return build.unmerge(out, [(axis,) for axis in kept], attention.layout, None)
+        return build.unmerge(out, [(axis,) for axis in kept], attention.out.layout)
 
     def _compute_dtype(self, lowered: LoweredTerm) -> torch.dtype:
         """The widest of query, key and value; for logits that of the value, unless they are finer."""
+        qk = lowered.product
         dtype = lowered.value.value.dtype
-        others = [lowered.query, lowered.key] if lowered.query is not None else [lowered.scores.whole]
-        for operand in others:
-            if operand is not None:
-                dtype = torch.promote_types(dtype, operand.value.dtype)
+        for operand in [lowered.term.softmax.source] if qk is None else [qk.query, qk.key]:
+            dtype = torch.promote_types(dtype, operand.value.dtype)
         return dtype
 
     def _call(self, lowered: LoweredTerm, number: int, dtype: torch.dtype) -> Node:
-        build, dims, scores = self.build, lowered.dims, lowered.scores
-        value = self._cast(
-            build.arrange(lowered.value, [dims.batch, dims.heads, dims.keys, dims.out], (False, True, True, True)),
-            lowered.value,
-            dtype,
-        )
-        for factor in lowered.on_value:
-            value = self._factor(value, factor, [dims.batch, dims.heads, dims.keys, dims.out], dtype)
-        options = {**self.options, **self._masks(lowered, dtype), "dropout_p": lowered.term.dropout, "site": number}
-        if scores.sink is not None:
-            options["sinks"] = self._sink(lowered, dtype)
-        if lowered.query is None or lowered.key is None:
-            whole, keys = scores.whole, dims.keys
-            if scores.wide is not None:
-                whole, (keys, start) = lowered.term.source, scores.wide
-                after = math.prod(a.size for a in leaves(keys)) - start - math.prod(a.size for a in leaves(dims.keys))
-                value = build.call(aten.constant_pad_nd.default, value, [0, 0, start, after])
-            groups = [dims.batch, dims.query_heads, dims.rows, keys]
-            logits = self._cast(build.arrange(whole, groups, (True, True, True, True)), whole, dtype)
-            return self._attend(logits, value, None, options)
-        query = self._cast(
-            build.arrange(lowered.query, [dims.batch, dims.query_heads, dims.rows, dims.features], (True,) * 4),
-            lowered.query,
-            dtype,
-        )
-        for factor in lowered.on_query:
-            query = self._factor(query, factor, [dims.batch, dims.query_heads, dims.rows, dims.features], dtype)
+        build, dims, term = self.build, lowered.dims, lowered.term
+        value = self._operand(lowered.value, lowered.on_value, [dims.batch, dims.heads, dims.keys, dims.out], dtype)
+        dropout_p = 0.0 if term.dropout is None else term.dropout.p
+        options = {**self.options, **self._masks(lowered, dtype), "dropout_p": dropout_p, "site": number}
+        if term.softmax.sink is not None:
+            options["sinks"] = self._sink(term.softmax.sink, lowered, dtype)
+        if lowered.product is None or term.scores is None:
+            whole, keys, columns = term.softmax.source, dims.keys, term.softmax.unknown_columns
+            if columns is not None:
+                whole, keys = columns.source, columns.dim
+                after = product(leaves(keys)) - columns.start - product(leaves(dims.keys))
+                value = build.call(aten.constant_pad_nd.default, value, [0, 0, columns.start, after])
+            logits = build.arrange(whole, [dims.batch, dims.query_heads, dims.rows, keys], (True,) * 4)
+            return self._attend(self._cast(logits, whole, dtype), value, None, options)
+        groups = [dims.batch, dims.query_heads, dims.rows, dims.features]
+        query = self._operand(lowered.product.query, lowered.on_query, groups, dtype, full=True)
         for mask in lowered.mask.fills:
             query = self._quiet(query, mask, dims)
-        key = self._cast(
-            build.arrange(lowered.key, [dims.batch, dims.heads, dims.keys, dims.features], (False, True, True, True)),
-            lowered.key,
-            dtype,
-        )
-        for factor in lowered.on_key:
-            key = self._factor(key, factor, [dims.batch, dims.heads, dims.keys, dims.features], dtype)
-        options["scale"] = scores.scale
+        groups = [dims.batch, dims.heads, dims.keys, dims.features]
+        key = self._operand(lowered.product.key, lowered.on_key, groups, dtype)
+        options["scale"] = term.scores.scale
         if lowered.mask.fully_masked:
             options["fully_masked"] = lowered.mask.fully_masked
-        if scores.softcap:
-            options["softcap"] = abs(scores.softcap)
+        if term.scores.softcap:
+            options["softcap"] = abs(term.scores.softcap)
         return self._attend(query, key, value, options)
+
+    def _operand(
+        self, x: Operand, factors: list[Factor], groups: list[Dim], dtype: torch.dtype, full: bool = False
+    ) -> Node:
+        """Query, key or value times its factors; the last two are broadcast over the batch, unless they are `full`."""
+        node = self._cast(self.build.arrange(x, groups, (full, True, True, True)), x, dtype)
+        for factor in factors:
+            node = self._factor(node, factor, groups, dtype)
+        return node
 
     def _attend(self, first: Node, second: Node, third: Node | None, options: dict[str, Any]) -> Node:
         f = attend_logits if third is None else attend_with_fully_masked_rows if "fully_masked" in options else attend
@@ -217,11 +194,15 @@ class Emitter:
     def _factor(self, node: Node, factor: Factor, groups: list[Dim], dtype: torch.dtype | None = None) -> Node:
         """A node times (or over) a factor, whose axes are those of the groups."""
         if isinstance(factor.value.fake, Tensor):
-            other = self.build.arrange(Operand(factor.value, factor.layout), groups, (False,) * len(groups))
+            other = self._narrow(factor, groups)
         else:
             other = self.build.symbol(factor.value.fake)
         node = self.build.call(operator.mul if factor.power == 1 else operator.truediv, node, other)
         return node if dtype is None else self.build.call(aten.to.dtype, node, dtype)
+
+    def _narrow(self, x: Operand, groups: list[Dim]) -> Node:
+        """A tensor that is broadcast along the groups that it does not run over."""
+        return self.build.arrange(x, groups, (False,) * len(groups))
 
     def _masks(self, lowered: LoweredTerm, dtype: torch.dtype) -> dict[str, Any]:
         build, dims, found = self.build, lowered.dims, lowered.mask
@@ -240,24 +221,21 @@ class Emitter:
         ]
         if ids is not None:
             options |= {"query_ids": ids[0], "key_ids": ids[1]}
-        for seen in conditions:
-            mask = self._condition(build.arrange(seen.operand, groups, (False,) * 4), seen)
-            options["attn_mask"] = (
-                build.call(operator.and_, options["attn_mask"], mask) if "attn_mask" in options else mask
-            )
-        total: Node | None = None
-        for bias in found.biases:
-            node = self._bias(bias, groups, dtype)
-            total = node if total is None else build.call(operator.add, total, node)
+        masks = [self._condition(self._narrow(seen, groups), seen) for seen in conditions]
+        if masks:
+            options["attn_mask"] = self._joined(operator.and_, masks)
+        biases = [self._bias(bias, groups, dtype) for bias in found.biases]
         for filled in found.fills:
-            node = build.arrange(Operand(filled.value, filled.layout), groups, (False,) * 4)
+            node = self._narrow(filled, groups)
             fill = build.call(torch.full, (), max(filled.fill, torch.finfo(dtype).min), dtype=dtype, device=device)
             zero = build.call(torch.full, (), 0.0, dtype=dtype, device=device)
-            node = build.call(torch.where, node, *((zero, fill) if filled.keep else (fill, zero)))
-            total = node if total is None else build.call(operator.add, total, node)
-        if total is not None:
-            options["attn_bias"] = total
+            biases.append(build.call(torch.where, node, *((zero, fill) if filled.keep else (fill, zero))))
+        if biases:
+            options["attn_bias"] = self._joined(operator.add, biases)
         return options
+
+    def _joined(self, op: Any, nodes: list[Node]) -> Node:
+        return functools.reduce(lambda a, b: self.build.call(op, a, b), nodes)
 
     def _ids(self, lowered: LoweredTerm, device: torch.device) -> list[Node] | None:
         """Numbers of documents for queries and keys: of all documents and chunks together."""
@@ -271,67 +249,55 @@ class Emitter:
             sides = ((documents.query, dims.rows), (documents.key, dims.keys))
             nodes = [build.arrange(side, [dims.batch, axes], (False, True)) for side, axes in sides]
             pairs.append([build.call(aten.to.dtype, x, torch.int64) for x in nodes])
-        if not pairs and not found.fully_masked and self._rows_and_keys(found.keep, dims):
-            pairs.append(
-                [
-                    build.call(torch.zeros, 1, build.total(axes), dtype=torch.int64, device=device)
-                    for axes in (dims.rows, dims.keys)
-                ]
-            )
+        kinds = {self._over(x, dims) for x in found.keep}
+        if not pairs and not found.fully_masked and "rows" in kinds and len(kinds) > 1:
+            # Conditions on rows alone and others on keys alone: together they are M x N.
+            axes = (dims.rows, dims.keys)
+            pairs.append([build.call(torch.zeros, 1, build.total(a), dtype=torch.int64, device=device) for a in axes])
         while len(pairs) > 1:
             both = build.call(both_ids, *pairs.pop(), *pairs.pop())
             pairs.append([build.call(operator.getitem, both, i) for i in (0, 1)])
         return pairs[0] if pairs else None
 
-    def _rows_and_keys(self, seen: list[KeepMask], dims: AttentionDims) -> bool:
-        """Whether some conditions are on rows alone and others on keys alone: together they are M x N."""
-        kinds = {self._over(x, dims) for x in seen}
-        return "rows" in kinds and len(kinds) > 1
-
     def _over(self, seen: KeepMask, dims: AttentionDims) -> str:
-        axes = set(all_axes(seen.operand.layout))
-        rows, keys, batch = set(leaves(dims.rows)), set(leaves(dims.keys)), set(leaves(dims.batch))
-        if axes & rows and axes <= rows | batch:
+        axes, batch = set(seen.axes), leaves(dims.batch)
+        if seen.over(dims.rows) and axes <= {*leaves(dims.rows), *batch}:
             return "rows"
-        return "keys" if axes & keys and axes <= keys | batch else "both"
+        return "keys" if seen.over(dims.keys) and axes <= {*leaves(dims.keys), *batch} else "both"
 
     def _joins_ids(self, ids: list[Node], seen: KeepMask, dims: AttentionDims) -> bool:
         """Puts a condition on rows alone into the numbers of documents, which change in place of a mask."""
         if self._over(seen, dims) != "rows":
             return False
-        node = self._condition(self.build.arrange(seen.operand, [dims.batch, dims.rows], (False, True)), seen)
+        node = self._condition(self.build.arrange(seen, [dims.batch, dims.rows], (False, True)), seen)
         ids[0] = self.build.call(only_rows, *ids, node)
         return True
 
     def _condition(self, node: Node, seen: KeepMask) -> Node:
         """A bool node that is true where a key is visible."""
-        if seen.operand.value.dtype != torch.bool:
+        if seen.value.dtype != torch.bool:
             return self.build.call(operator.ne if seen.keep else operator.eq, node, 0)
         return node if seen.keep else self.build.call(torch.logical_not, node)
 
     def _bias(self, bias: Bias, groups: list[Dim], dtype: torch.dtype) -> Node:
-        build = self.build
-        node = build.arrange(Operand(bias.value, bias.layout), groups, (False,) * 4)
+        node = self._narrow(bias, groups)
         if not bias.value.dtype.is_floating_point:
-            node = build.call(aten.to.dtype, node, dtype)
+            node = self.build.call(aten.to.dtype, node, dtype)
         for factor in bias.factors:
             node = self._factor(node, factor, groups)
-        return node if bias.scale == 1.0 else build.call(operator.mul, node, bias.scale)
+        return node if bias.scale == 1.0 else self.build.call(operator.mul, node, bias.scale)
 
     def _quiet(self, query: Node, mask: Mask, dims: AttentionDims) -> Node:
         """The query with zeros where a mask sets every score of the row to one value: probs equal, no gradient."""
         build = self.build
-        groups = [dims.batch, dims.query_heads, dims.rows, dims.keys]
-        node = build.arrange(Operand(mask.value, mask.layout), groups, (False,) * 4)
+        node = self._narrow(mask, [dims.batch, dims.query_heads, dims.rows, dims.keys])
         kept = node if mask.keep else build.call(torch.logical_not, node)
-        alive = build.call(torch.any, kept, -1, True)
-        return build.call(operator.mul, query, alive)
+        return build.call(operator.mul, query, build.call(torch.any, kept, -1, True))
 
-    def _sink(self, lowered: LoweredTerm, dtype: torch.dtype) -> Node:
-        build, sink, heads = self.build, lowered.scores.sink, lowered.dims.query_heads
-        assert sink is not None
-        if sink.operand is not None:
-            node = build.arrange(sink.operand, [heads], (True,))
+    def _sink(self, sink: Operand | float, lowered: LoweredTerm, dtype: torch.dtype) -> Node:
+        build, heads = self.build, lowered.dims.query_heads
+        if isinstance(sink, Operand):
+            node = build.arrange(sink, [heads], (True,))
             return node if leaves(heads) else build.call(aten.reshape.default, node, [1])
-        size = build.total(heads)
-        return build.call(torch.full, (size,), sink.number, dtype=dtype, device=lowered.value.value.fake.device)
+        device = lowered.value.value.fake.device
+        return build.call(torch.full, (build.total(heads),), sink, dtype=dtype, device=device)

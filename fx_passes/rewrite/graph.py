@@ -18,7 +18,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from fx_passes.canonicalise.attentions import Found, attentions
 from fx_passes.canonicalise.axes import FailedMatch
-from fx_passes.canonicalise.masks import MaskGuard
+from fx_passes.canonicalise.masks.lower import MaskGuard
 from fx_passes.find.context import Context, fake_of
 from fx_passes.find.relations import Relation
 from fx_passes.find.trace import Trace, Value
@@ -160,10 +160,11 @@ def _emit(trace: Trace, found: Found, numbers: list[int], job: _Job) -> None:
     """Puts new nodes in place of an attention, or leaves the graph as it was and raises."""
     assert found.attention is not None
     context, options = trace.context, job.options
-    target, layout = end_of_views(trace, found.attention.out, found.attention.layout)
+    out = end_of_views(trace, found.attention.out)
+    target = out.value
     before = target.node if target.node is not None else target.home
     assert before is not None
-    attention = dataclasses.replace(found.attention, out=target, layout=layout)
+    attention = dataclasses.replace(found.attention, out=out)
     build = Builder(context, before)
     device = target.fake.device
     c, slots, seed = job.draws.get(context, device, before, build.node(attention.value.value), numbers)

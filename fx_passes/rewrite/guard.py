@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fx_passes.canonicalise.masks import MaskGuard
+from fx_passes.canonicalise.masks.lower import MaskGuard
 from fx_passes.find.sizes import Symbols, symbols
 from fx_passes.rewrite.graph import Result
 

@@ -7,7 +7,7 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
-from fx_passes.canonicalise.axes import FailedMatch, Layout
+from fx_passes.canonicalise.axes import FailedMatch, Operand
 from fx_passes.canonicalise.views import after, is_view
 from fx_passes.find.calls import is_call
 from fx_passes.find.context import Context, fake_of, written
@@ -15,20 +15,20 @@ from fx_passes.find.trace import Trace, Value
 from fx_passes.rewrite.build import Builder
 
 
-def end_of_views(trace: Trace, value: Value, layout: Layout) -> tuple[Value, Layout]:
-    """The last value of the same Dynamo node that is `value` seen through views, with its layout."""
-    while value.node is None:
-        users = [u for u in value.users if u.home is value.home]
+def end_of_views(trace: Trace, x: Operand) -> Operand:
+    """The last value of the same Dynamo node that shows x through views."""
+    while x.value.node is None:
+        users = [u for u in x.value.users if u.home is x.value.home]
         if len(users) != 1 or not is_view(users[0]):
             break
         try:
-            moved = after(users[0], layout)
+            moved = after(users[0], x.layout)
         except FailedMatch:
             break
         if moved is None:
             break
-        value, layout = users[0], moved
-    return value, layout
+        x = Operand(users[0], moved)
+    return x
 
 
 def replace(trace: Trace, build: Builder, value: Value, new: Node) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from fx_passes.canonicalise.axes import Axis, FailedMatch, leaves, resolve
-from fx_passes.canonicalise.contraction import Operand
+from fx_passes.canonicalise.axes import Axis, FailedMatch, Operand, leaves, resolve
 from fx_passes.canonicalise.lower import LoweredTerm
 from fx_passes.ops.sharding import is_dtensor
 
@@ -14,9 +13,10 @@ from fx_passes.ops.sharding import is_dtensor
 def check_sharding(terms: Iterable[LoweredTerm]) -> None:
     """Raises FailedMatch, with the reason, where operands are DTensors that the operator does not take."""
     for term in terms:
-        scores = {"the logits": term.scores.whole} if term.query is None else {"query": term.query, "key": term.key}
-        operands = {**scores, "value": term.value}
-        found = [_sharded(name, x, term) for name, x in operands.items() if x is not None]
+        operands = {"the logits": term.term.softmax.source, "value": term.value}
+        if term.product is not None:
+            operands = {"query": term.product.query, "key": term.product.key, "value": term.value}
+        found = [_sharded(name, x, term) for name, x in operands.items()]
         if any(axes != found[0] for axes in found):
             raise FailedMatch("query, key and value are DTensors that are sharded in different ways")
 

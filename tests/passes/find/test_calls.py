@@ -27,7 +27,7 @@ from torch.nn.attention.flex_attention import (
 
 from fx_passes import SUSBackend, explain
 from fx_passes.report import Site
-from tests.passes import attention_packages as packages
+from tests.passes.find import attention_packages as packages
 from tests.passes.harness import run, tensors
 from tests.torch_versions import AuxOutput, AuxRequest, needs_aux, varlen_attn, varlen_options
 

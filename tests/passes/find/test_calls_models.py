@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fx_passes import SUSBackend, sus_backward
-from tests.passes import attention_packages as packages
-from tests.passes.test_calls import called
+from tests.passes.find import attention_packages as packages
+from tests.passes.find.test_calls import called
 from tests.torch_versions import varlen_attn, varlen_options
 
 
