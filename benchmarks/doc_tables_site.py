@@ -278,6 +278,18 @@ def _counts(entries: list[dict[str, Any]], key: str) -> str:
     return ", ".join(f"{count} ({name})" for name, count in counts.items())
 
 
+def fits_memory() -> str:
+    """What a fit leaves in memory, by how its model was compiled."""
+    names = {"eager": "not compiled", "compile": "`model.compile()`, whose code the next fit uses again",
+             "compile, reset": "`model.compile()` and `torch._dynamo.reset()`", "sus": "SUSBackprop"}  # fmt: skip
+    rows = [
+        [r["compiler"], "two" if r["model"] == "breaks" else "none", names[r["way"]], f"{r['objects_per_fit']:,}",
+         f"{r['KiB_per_fit']:,}"]
+        for r in (read("fits-memory") or {"rows": []})["rows"]
+    ]  # fmt: skip
+    return markdown(["compiler", "graph breaks", "way", "Python objects that stay", "KiB that stay"], rows)
+
+
 def coverage() -> str:
     """Lines and branches that the default tests run, per folder of the packages."""
     result = read("coverage") or {"folders": {}}
@@ -303,6 +315,7 @@ TABLES: dict[str, Callable[[], str]] = {
         found_by_family,
         found_missing,
         found_models,
+        fits_memory,
         coverage,
     )
 }
