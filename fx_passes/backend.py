@@ -68,7 +68,7 @@ class SUSBackend(Handle):
         mend_graph_breaks()
         know_calls()
         self.compiler = compiler
-        self.report = Report(state=self.state.id)
+        self.report = Report(slow=self.state.slow)
         # A graph for each module, so that each attention has a number, hence may have a c, of its own.
         self.apart = False
 
@@ -126,7 +126,7 @@ class SUSBackend(Handle):
         vars(self).update(state)
         mend_graph_breaks()
         know_calls()
-        self.report.state = self.state.id
+        self.report.slow = self.state.slow
         self.report._owners.clear()  # identities of tensors of the process that it comes from
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SUSBackend:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 from fx_passes.ops.arguments import check_choice
 from fx_passes.ops.problem import FORWARDS, SAMPLERS, Forward, Sampler
@@ -26,12 +27,14 @@ class Handle:
         state: c, also that of single sites; the random counter, and the counts of kept entries.
     """
 
+    _in_graphs: ClassVar[bool] = True
+
     def __init__(
         self, c: float = 30.0, sampler: Sampler = "auto", seed: int | None = None, forward: Forward = "auto"
     ) -> None:
         check_choice("sampler", sampler, SAMPLERS)
         check_choice("forward", forward, FORWARDS)
-        self.state = State(c, seed)
+        self.state = State(c, seed, in_graphs=self._in_graphs)
         self.sampler, self.forward = sampler, forward
 
     @property
@@ -47,6 +50,8 @@ class Handle:
 class CallHandle(Handle):
     """The handle of single calls, which no compiled graph shows: `state` counts them."""
 
+    _in_graphs = False
+
     @property
     def calls(self) -> int:
         """How many calls got a SUS backward; what `torch.compile` traces is not counted."""
@@ -60,7 +65,7 @@ class CallHandle(Handle):
     @property
     def report(self) -> Report:
         """A site for the calls of each form that got a SUS backward, and one for each reason why calls did not."""
-        report = Report(state=self.state.id)
+        report = Report(slow=self.state.slow)
         kinds = sorted(self.state.by_form.items(), key=lambda kind: bool(kind[0][1]))  # those that were left come last
         for number, ((form, reason), count) in enumerate(kinds):
             where = Site("", f"{count} calls", number, form, reason=reason, number=number)

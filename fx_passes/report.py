@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from fx_passes.state import get_state
-
 if TYPE_CHECKING:
     from fx_passes.expect import Expectation
 
@@ -65,7 +63,7 @@ class Report:
     _numbers: dict[Key, int] = field(default_factory=dict)
     _owners: dict[Key, set[int]] = field(default_factory=dict)
     verb: str = "rewritten"
-    state: int = 0  # whose calls it reports on; 0 is none
+    slow: Mapping[int, Mapping[str, int]] = field(default_factory=dict)  # by site, as `State.slow`
     expectation: Expectation | None = None  # what to expect of SUS, from `explain`
 
     def number(self, key: Key) -> int:
@@ -108,10 +106,8 @@ class Report:
     def __str__(self) -> str:
         if not self._sites:
             return "No softmax attention was found."
-        state = get_state(self.state)
-        slow = {} if state is None else state.slow
         rows: list[tuple[str, ...]] = [("module", "source", "form", "tier", "mask", "status")]
-        rows += [_row(site, slow.get(site.number, {})) for site in self._sites.values()]
+        rows += [_row(site, self.slow.get(site.number, {})) for site in self._sites.values()]
         head = f"{self.rewritten} of {self.rewritten + self.left} attentions {self.verb}"
         expected = [] if self.expectation is None else [str(self.expectation)]
         return "\n".join([head, *_table(rows), *expected])

@@ -122,6 +122,7 @@ class State:
         c: expected number of kept entries per row, above 0; `float("inf")` is the exact backward.
         seed: fixes the draws; None follows `torch.manual_seed`.
         counter: number of draws so far.
+        in_graphs: the state is that of compiled graphs, which hold its id.
 
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
@@ -140,8 +141,9 @@ class State:
         id: the number by which operators find this state.
     """
 
-    def __init__(self, c: float, seed: int | None = None, counter: int = 0) -> None:
-        self.id = next(_ids)
+    def __init__(self, c: float, seed: int | None = None, counter: int = 0, in_graphs: bool = False) -> None:
+        self._in_graphs = in_graphs
+        self.id = _new_id(self, in_graphs)
         self.seed = check_seed(seed)
         self._c, self._site_c = check_c(c), dict[int, float]()
         self._counter, self._kept = check_counter(counter), Kept()
@@ -156,11 +158,10 @@ class State:
         self._numbers: dict[torch.device | None, int] = {}  # of the streams: None is the host's
         self._captured: dict[int, float] = {}  # by site, the largest c for which a captured graph has room
         self._lock = threading.RLock()
-        _states[self.id] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process it is another state with the same c, seed and counter."""
-        return _rebuilt, (self._c, self._site_c, self.seed, self.counter)
+        return _rebuilt, (self._c, self._site_c, self.seed, self.counter, self._in_graphs)
 
     @property
     def c(self) -> float:
@@ -381,14 +382,26 @@ class _Place:
     counters: dict[torch.device, Tensor]
 
 
-def _rebuilt(c: float, site_c: dict[int, float], seed: int | None, counter: int) -> State:
-    state = State(c, seed, counter)
+def _rebuilt(c: float, site_c: dict[int, float], seed: int | None, counter: int, in_graphs: bool) -> State:
+    state = State(c, seed, counter, in_graphs)
     state.set_site_c(site_c)
     return state
 
 
-_ids = count(1)
+_ids = count(1 << 32)
+_id_lock = threading.Lock()
 _states: weakref.WeakValueDictionary[int, State] = weakref.WeakValueDictionary()
+
+
+def _new_id(state: State, in_graphs: bool) -> int:
+    """A number that no living state has; for graphs the smallest one.
+
+    The graphs of the next fit are then those of the last one, and Inductor finds them in its cache.
+    """
+    with _id_lock:
+        id = next(i for i in (count(1) if in_graphs else _ids) if i not in _states)
+        _states[id] = state
+        return id
 
 
 def get_state(id: int) -> State | None:
@@ -397,6 +410,8 @@ def get_state(id: int) -> State | None:
 
 def _in_child() -> None:
     """A lock that another thread holds at a fork is never released in the child."""
+    global _id_lock
+    _id_lock = threading.Lock()
     for state in list(_states.values()):
         state._lock = threading.RLock()
 

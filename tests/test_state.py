@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import pickle
@@ -13,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fx_passes import SUSBackend, device_state, runs, state
+from fx_passes import SUSBackend, device_state, runs, state, sus_backward
 from fx_passes.device_state import mix, mix_last
 from fx_passes.ops import dispatch
 from fx_passes.ops.functional import draw
@@ -509,3 +511,38 @@ def test_each_site_of_a_graph_has_its_c(compiler: str, checkpointed: bool, monke
     backend.state.counter, backend.c = 0, 3
     assert torch.equal(gradient(compiled, module, x), first)
     assert not torch.equal(gradient(compiled, module, x), first)
+
+
+def test_ids_of_graphs_are_used_again_and_those_of_calls_are_not() -> None:
+    """The graphs of the next fit are then the same as those of the last one, which compilers' caches know."""
+    gc.collect()
+    first = SUSBackend(3)
+    id, other = first.state.id, SUSBackend(3)
+    assert other.state.id != id
+    del first
+    gc.collect()
+    assert SUSBackend(3).state.id == id
+    call = sus_backward(3)
+    id = call.state.id
+    del call
+    gc.collect()
+    assert sus_backward(3).state.id != id
+
+
+@pytest.mark.slow
+def test_inductor_finds_the_graphs_of_an_earlier_backend() -> None:
+    from torch._dynamo.utils import counters
+
+    def hits() -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        q = torch.randn(1, 2, 40, 8, requires_grad=True)
+        backend = SUSBackend(3)
+        torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q) * 3, backend=backend)(q).sum().backward()
+        assert backend.report.rewritten == 1
+        return counters["inductor"]["fxgraph_cache_hit"]
+
+    hits()
+    torch._dynamo.reset()
+    gc.collect()
+    assert hits() == 2
