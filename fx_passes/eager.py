@@ -18,7 +18,7 @@ from fx_passes.handle import CallHandle
 from fx_passes.ops.arguments import why_left
 from fx_passes.ops.functional import attend, draw
 from fx_passes.ops.problem import Forward, Sampler
-from fx_passes.ops.snapshot import as_library_keeps
+from fx_passes.ops.snapshot import as_library_keeps, as_library_returns
 from fx_passes.ops.transforms import transform
 
 
@@ -118,7 +118,7 @@ class sus_backward(CallHandle, TorchFunctionMode):
         enable_gqa: bool,
     ) -> Tensor:
         c, seed = draw(query, self.state.id, [0])
-        query, key, attn_mask, own_masks = as_library_keeps(
+        query, key, attn_mask, own_masks, keeps_result = as_library_keeps(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
         is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
@@ -138,7 +138,7 @@ class sus_backward(CallHandle, TorchFunctionMode):
             state=self.state.id,
             own_masks=own_masks,
         )
-        return out
+        return as_library_returns(out, query, keeps_result)
 
     def __enter__(self) -> sus_backward:
         eager_calls.enter()

@@ -106,7 +106,7 @@ def dispatch(key: str, /, **given: Any) -> Any:
     function = calls.KNOWN[key].function
     if torch.compiler.is_dynamo_compiling():  # the graph's backend may rewrite it
         return function(**given)
-    block = recompute.block()
+    block = recompute.in_force()
     if block is None or not torch.is_grad_enabled():
         return function(**given)
     try:

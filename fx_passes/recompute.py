@@ -18,6 +18,8 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
+import torch
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils import checkpoint
 
 T = TypeVar("T")
@@ -55,7 +57,7 @@ class Region:
     """What a checkpointed function drew and counted when it ran first."""
 
     def __init__(self) -> None:
-        self.block = block()
+        self.block = in_force()
         self.found: dict[Hashable, list[Any]] = {}
 
     @contextmanager
@@ -96,6 +98,14 @@ class _Run:
         self._places[key] = place + 1
         found: T = known[place]
         return found
+
+
+def in_force() -> Block | None:
+    """`block()`, but where its mode is off, as in the backward of a custom function: then None."""
+    found = block()
+    stack: Any = _get_current_function_mode_stack
+    modes = stack() if torch._C._is_torch_function_enabled() else ()
+    return found if any(mode is found for mode in modes) else None
 
 
 def block() -> Block | None:

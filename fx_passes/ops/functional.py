@@ -28,7 +28,7 @@ from fx_passes.ops.exact import exact_attention
 from fx_passes.ops.problem import Forward, Sampler, resolve_sampler
 from fx_passes.ops.schema import draw
 from fx_passes.ops.sharding import is_dtensor, on_shards
-from fx_passes.ops.snapshot import as_library_keeps, snapshot
+from fx_passes.ops.snapshot import as_library_keeps, as_library_returns, snapshot
 from fx_passes.ops.transforms import NEEDS_LIBRARY, transform
 from fx_passes.state import State, get_state
 
@@ -302,10 +302,10 @@ def sus_attention(
     c_tensor = as_c(c, query)
     here = query.to_local() if is_dtensor(query) else query  # type: ignore[attr-defined]
     seed_tensor = draw(here, _default_state.id, [])[1] if seed is None else as_seed(seed, query)
-    own_masks = False
+    own_masks, keeps_result = False, True
     wants_grad = any(x is not None and x.requires_grad for x in (query, key, value, attn_mask))
     if wants_grad and torch.is_grad_enabled() and why_left(query, key, value, attn_mask) is None:
-        query, key, attn_mask, own_masks = as_library_keeps(
+        query, key, attn_mask, own_masks, keeps_result = as_library_keeps(
             query, key, value, attn_mask, float(dropout_p), is_causal, scale, enable_gqa
         )
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
@@ -327,7 +327,7 @@ def sus_attention(
         state=state,
         own_masks=own_masks,
     )
-    return result
+    return as_library_returns(result, query, keeps_result)
 
 
 __all__ = ["attend", "attend_logits", "check_choice", "draw", "sus_attention"]

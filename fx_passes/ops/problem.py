@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -19,6 +20,14 @@ LARGEST_C = float(1 << 30)
 def resolve_sampler(sampler: Sampler, device: torch.device) -> Sampler:
     """What "auto" is on a device: whole tiles where tensor cores make dense work cheap, else single entries."""
     return ("tile" if device.type == "cuda" else "systematic") if sampler == "auto" else sampler
+
+
+def empty_output(like: Tensor, size: Sequence[int]) -> Tensor:
+    """A tensor [B, H, M, E] with heads and rows swapped in memory, as the library's kernels have it.
+
+    What follows is a merge of heads. It is no view: an operator's result that is one must not be written to.
+    """
+    return torch.empty_permuted(size, (0, 2, 1, 3), dtype=like.dtype, device=like.device)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fx_passes.ops import dispatch
 from fx_passes.ops.exact import exact_attention
-from fx_passes.ops.problem import STATICS, TENSORS, Problem, Softmax, Static, Upstream, is_logsumexp
+from fx_passes.ops.problem import STATICS, TENSORS, Problem, Softmax, Static, Upstream, empty_output, is_logsumexp
 from fx_passes.ops.transforms import has_tangent
 from fx_passes.state import get_state
 
@@ -86,8 +86,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     b, h, m, _ = query.shape
     rows = query.new_empty((b, h, m), dtype=dtype)
-    # Heads and rows swapped in memory, as the library's kernels return it: what follows is a merge of heads.
-    out = query.new_empty((b, m, h, value.shape[-1])).transpose(1, 2)
+    out = empty_output(query, (b, h, m, value.shape[-1]))
     alone = is_logsumexp(given["sampler"], given["attn_bias"], given["softcap"])
     total = query.new_empty(0, dtype=dtype) if alone else torch.empty_like(rows)
     return out, rows, total, query.new_empty((1,), dtype=torch.uint8)

@@ -12,6 +12,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from fx_passes.ops.layout import in_order, order_in_memory
 from fx_passes.ops.transforms import transform
 
 # Layers get one mask, and have one copy of it together. A few kinds of masks may take turns.
@@ -47,16 +48,16 @@ def as_library_keeps(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """Query, key and mask of a call that wants a gradient, and whether the mask must stay as it is.
+) -> tuple[Tensor, Tensor, Tensor | None, bool, bool]:
+    """Query, key and mask of a call that wants a gradient, whether the mask must stay as it is, and the result too.
 
     Where F.scaled_dot_product_attention has a kernel, that keeps all three (of a bool mask a float copy). Where it has
-    none, products of them are kept, so that all three may be written to: then they are copies.
+    none, products of them are kept, so that all three may be written to: then they are copies. So may the result.
     """
     if torch.compiler.is_dynamo_compiling() or transform(query, key, value, attn_mask) is not None:
-        return query, key, attn_mask, False
+        return query, key, attn_mask, False, True
     if not query.dtype == key.dtype == value.dtype:  # autocast makes copies
-        return query, key, attn_mask, False
+        return query, key, attn_mask, False, True
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
     mask = query.new_zeros(()).expand(attn_mask.shape) if is_bool and attn_mask is not None else attn_mask
     try:
@@ -66,10 +67,16 @@ def as_library_keeps(
     except RuntimeError:  # the caller allows none that would take it
         kernel = 1
     if kernel:
-        return query, key, attn_mask, attn_mask is not None and not is_bool
+        return query, key, attn_mask, attn_mask is not None and not is_bool, True
     if attn_mask is not None and attn_mask.requires_grad:
         attn_mask = attn_mask.clone()
-    return query.clone(), key.clone(), attn_mask, False
+    return query.clone(), key.clone(), attn_mask, False, False
+
+
+def as_library_returns(out: Tensor, query: Tensor, kept: bool) -> Tensor:
+    """The result in the memory layout of the library's: its kernels, which keep it, have the query's."""
+    order = order_in_memory(query) if kept else list(range(out.dim()))
+    return out if order is None or len(order) != out.dim() else in_order(out, order, not kept)
 
 
 def _shared(x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from fx_passes.report import LEFT, REWRITTEN, Key, Report
 from fx_passes.rewrite.build import Builder
 from fx_passes.rewrite.emit import Emitter
 from fx_passes.rewrite.hop_subgraphs import Draws, operands, subgraphs
+from fx_passes.rewrite.layout import put_in_layout
 from fx_passes.rewrite.module_counts import Frame
 from fx_passes.rewrite.replace import end_of_views, other_results, remove_dead, replace, replace_lse
 from fx_passes.rewrite.sharding import check_sharding
@@ -177,7 +178,7 @@ def _emit(trace: Trace, found: Found, numbers: list[int], job: _Job) -> None:
         emitter = Emitter(build, c, c_of, seed, shared, autocast)
         statistics = other_results(trace, found.softs[0])
         emitter.wants_lse = bool(statistics)
-        new = emitter.emit(attention, found.lowered, numbers)
+        new = put_in_layout(build, attention, emitter.emit(attention, found.lowered, numbers))
         replace(trace, build, target, new)
         if emitter.lse is not None:
             replace_lse(trace, build, found.softs[0], emitter.lse, statistics)

@@ -68,7 +68,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     )
     command = [*build.find_compiler(), "-shared", "-fPIC", str(place / "planted.cpp"), "-o", str(place / "planted.so")]
     subprocess.run(command, check=True)
-    return cache._seal((place / "planted.so").read_bytes())
+    return cache._seal((place / "planted.so").read_bytes(), NAME)
 
 
 class Used:
@@ -161,7 +161,7 @@ def test_a_whole_library_without_our_functions(
         patch.delenv("CXX")
         compiler = build.find_compiler()
     subprocess.run([*compiler, "-shared", "-x", "c++", "/dev/null", "-o", tmp_path / "x.so"], check=True)
-    (filled / NAME).write_bytes(cache._seal((tmp_path / "x.so").read_bytes()))
+    (filled / NAME).write_bytes(cache._seal((tmp_path / "x.so").read_bytes(), NAME))
     assert "undefined symbol: sus_forward" in used(filled)
     assert used(filled, CXX=NONE) == ""
 

@@ -155,12 +155,13 @@ def _open_directory(path: str) -> int:
     return directory
 
 
-def _seal(contents: bytes) -> bytes:
-    return contents + _SEAL + hashlib.sha256(contents).digest()
+def _seal(contents: bytes, name: str) -> bytes:
+    return contents + _SEAL + hashlib.sha256(contents + name.encode()).digest()
 
 
-def _is_whole(sealed: bytes) -> bool:
-    return len(sealed) > _SEALED and _seal(sealed[:-_SEALED]) == sealed
+def _is_whole(sealed: bytes, name: str) -> bool:
+    """Whether it is what was once written under this name."""
+    return len(sealed) > _SEALED and _seal(sealed[:-_SEALED], name) == sealed
 
 
 @contextlib.contextmanager
@@ -183,7 +184,7 @@ def _load_file(directory: int, name: str) -> ctypes.CDLL:
             _check(name, found)
             with open(file, "rb", closefd=False) as reader:
                 sealed = reader.read()
-            if not _is_whole(sealed):
+            if not _is_whole(sealed, name):
                 raise BuildError(f"{name} is damaged")
             return _load(file, sealed)
     except FileNotFoundError:
@@ -272,7 +273,7 @@ def _build(arch: str, path: str, directory: int) -> ctypes.CDLL:
     build.find_compiler()  # which may raise: nothing has been made yet
     _remove_left_builds(path)
     with _place(path) as place:
-        sealed = _seal(build.compile_library(arch, place))
+        sealed = _seal(build.compile_library(arch, place), name)
         new = os.open(os.path.join(place, name), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(new, "wb") as writer:
             writer.write(sealed)

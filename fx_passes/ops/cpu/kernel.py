@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from fx_passes.ops.cpu import bind, kept
-from fx_passes.ops.problem import LARGEST_C, Gradients, Problem, Softmax, Upstream, sink_gradient, sink_weights
+from fx_passes.ops.problem import (
+    LARGEST_C,
+    Gradients,
+    Problem,
+    Softmax,
+    Upstream,
+    empty_output,
+    sink_gradient,
+    sink_weights,
+)
 
 _LARGEST_WIDTH = 256
 _FACTORS = (1e-10, 1e10)  # of scale and softcap; src/range.inc counts on it
@@ -88,7 +97,7 @@ def forward(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> 
     """
     q, v = problem.query, problem.value
     b, h, m, _ = q.shape
-    out = q.new_empty((b, m, h, v.shape[-1])).transpose(1, 2)
+    out = empty_output(q, (b, h, m, v.shape[-1]))
     softmax = _empty_softmax(problem)
     cache = _run(problem, c, seed, dropout_seed, out, softmax)
     return None if cache is None else (out, softmax, cache)

@@ -13,7 +13,7 @@ from fx_passes.ops.cuda.config import Config, config, has_large_tiles, padded
 from fx_passes.ops.cuda.forward import attention_forward
 from fx_passes.ops.cuda.lists import Lists, c_limit
 from fx_passes.ops.draws import STREAM_DROPOUT, STREAM_ROW, stream_word
-from fx_passes.ops.problem import Gradients, Problem, Softmax
+from fx_passes.ops.problem import Gradients, Problem, Softmax, empty_output
 
 _LOG2E = 1.4426950408889634
 _ROWS = 16  # rows of one program of the kernels in `rows`
@@ -87,7 +87,7 @@ def launch_forward(
     q, k, v = (dense_last(x) for x in (problem.query, problem.key, problem.value))
     b, h, m, _ = q.shape
     n, sizes = k.shape[2], sizes_of(problem)
-    out = q.new_empty((b, m, h, v.shape[-1])).transpose(1, 2) if with_out else None
+    out = empty_output(q, (b, h, m, v.shape[-1])) if with_out else None
     softmax = Softmax(*(q.new_empty((b, h, m), dtype=torch.float32) for _ in range(2)))
     blocks, tiles = -(-m // sizes.bm), -(-n // sizes.sub)
     programs = programs_for(q.device, sizes.forward[0], b * h * blocks)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fx_passes.ops.problem import Gradients, Problem, Softmax, Upstream
+from fx_passes.ops.problem import Gradients, Problem, Softmax, Upstream, empty_output
 from fx_passes.ops.tiled.dropout import dropout_factor
 from fx_passes.ops.tiled.library import eager_takes_library, library_backward, library_forward
 from fx_passes.ops.tiled.tiles import Tile, dense_entries, part, row_blocks, visible_keys
@@ -97,7 +97,7 @@ def forward(problem: Problem, dropout_seed: Tensor) -> tuple[Tensor, Softmax]:
         return library_forward(problem, exact=False)
     b, h, m, _ = problem.query.shape
     dtype, e = problem.accumulate_dtype, problem.value.shape[-1]
-    out = problem.query.new_zeros((b, m, h, e)).transpose(1, 2)
+    out = empty_output(problem.query, (b, h, m, e)).zero_()
     value = _per_head(problem.value.to(dtype), problem)
     for rows, weights, _, _, factor in _blocks(problem, dropout_seed):
         out[:, :, rows] = ((weights * factor) @ value).to(out.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fx_passes.ops.problem import Problem, Softmax
+from fx_passes.ops.problem import Problem, Softmax, empty_output
 from fx_passes.ops.tiled import extreme
 from fx_passes.ops.tiled.dropout import dropout_factor
 from fx_passes.ops.tiled.library import library_applies, library_forward
@@ -24,7 +24,7 @@ def forward(problem: Problem, dropout_seed: Tensor) -> tuple[Tensor, Softmax]:
 def _tiled(problem: Problem, dropout_seed: Tensor) -> tuple[Tensor, Softmax]:
     b, h, m, _ = problem.query.shape
     dtype, e = problem.accumulate_dtype, problem.value.shape[-1]
-    out = problem.query.new_zeros((b, m, h, e)).transpose(1, 2)
+    out = empty_output(problem.query, (b, h, m, e)).zero_()
     maximum = problem.query.new_zeros((b, h, m), dtype=dtype)
     softmax = Softmax(maximum, torch.ones_like(maximum))
     for rows in row_blocks(problem):
