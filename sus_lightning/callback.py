@@ -24,7 +24,7 @@ from sus_lightning.checkpoint import load_saved_state, saved_state
 from sus_lightning.compilation import Compilation, plan
 from sus_lightning.detached import detached_state
 from sus_lightning.earlier_batches import EarlierBatches, may_probe
-from sus_lightning.logs import log_now, pop_kept, publish
+from sus_lightning.logs import log_now, pop_kept, publish, show
 from sus_lightning.metrics import PER
 from sus_lightning.pacing import INTERVAL, Pacing
 from sus_lightning.probe import Probe, takes_batches, to_be_logged
@@ -182,11 +182,11 @@ class SUSBackprop(AnyCallback):
         self._pacing, self._variance = Pacing(self._pacing.budgeted), {}
         self._account, self._summary, self._by_blocks = Account(), None, True
         known = self._module() if self._module is not None else None
-        if known is not pl_module and self.backend.report.sites:
-            # The report of another module would hide that nothing is found in this one.
+        if self.backend.report.sites:
+            # The report of another fit would hide that nothing is found in this one, also in a module that has changed.
             self.backend = self.backend.for_another_model()
             self._site_c = {}
-            if isinstance(self.schedule, AutoC):
+            if known is not pl_module and isinstance(self.schedule, AutoC):
                 self.schedule.reset()  # what it knows is another model's time and variance
         self._module = weakref.ref(pl_module)
 
@@ -237,7 +237,7 @@ class SUSBackprop(AnyCallback):
         self._first.begin()
         self._account.note_c(step, self.backend.c)
         if not trainer.barebones:
-            pl_module.log("sus/c", self.backend.c, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+            show(pl_module, {"c": self.backend.c}, ["c"])
         if self._times is not None:
             self._times.start(self.backend.c, batch)
 
@@ -253,7 +253,7 @@ class SUSBackprop(AnyCallback):
     ) -> None:
         self._first.forward_is_over()
         if self._compilation is not None and not self._first.is_over:
-            ran = outputs is not None or not pl_module.automatic_optimization
+            ran = bool(outputs) or not pl_module.automatic_optimization  # a step may return None to be skipped
             if ran and not self._first.check(self.backend.report, pl_module, self._compilation):
                 self._compile_whole(pl_module)
         if logs_now(trainer) and not accumulates(trainer):

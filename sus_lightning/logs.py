@@ -25,8 +25,15 @@ def publish(
     log_now(trainer, values)
     if trainer.barebones:
         return
+    show(pl_module, values, shown)
+
+
+def show(pl_module: pl.LightningModule, values: Mapping[str, float], shown: Sequence[str]) -> None:
+    """To `trainer.callback_metrics`; those in `shown` to the progress bar."""
     for name, value in values.items():
-        pl_module.log(f"sus/{name}", value, prog_bar=name in shown, logger=False, on_step=True, on_epoch=False)
+        # No mean is taken; but where training_step takes an iterator, Lightning wants to be told the batch size.
+        options = {"logger": False, "on_step": True, "on_epoch": False}
+        pl_module.log(f"sus/{name}", value, prog_bar=name in shown, batch_size=1, **options)
 
 
 def pop_kept(trainer: pl.Trainer, state: State) -> tuple[float, float, float]:

@@ -80,8 +80,8 @@ def check_rewritten(report: Report, module: str, compiled: Sequence[str], unseen
 
 def warn_of_no_attention() -> None:
     rank_zero_warn(
-        "SUSBackprop: no attention has run with SUS since c was last logged. If the training step calls "
-        "the module, Dynamo has reached its recompile limit; TORCH_LOGS=recompiles says why it recompiles."
+        "SUSBackprop: no attention has had a SUS backward since c was last logged. Steps may have been skipped. If "
+        "they were not, Dynamo may have reached its recompile limit: TORCH_LOGS=recompiles says why it recompiles."
     )
 
 

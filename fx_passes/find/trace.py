@@ -370,6 +370,8 @@ def _modes(context: Context, node: Node) -> Iterator[None]:
             stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
             stack.enter_context(symbolic_sizes())
         stack.enter_context(torch.no_grad())
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)  # of an autocast around the compiled code
         for device, dtype, enabled, *_ in context.state[node].autocast:
             stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
         yield

@@ -42,7 +42,9 @@ class Builder:
         node = value.node
         if node is not None and self._holds(value, node):
             return node
-        if value.op in (None, partly_written):
+        if value.op is None:
+            raise FailedMatch("a tensor of it is made in a way that cannot be repeated")
+        if value.op is partly_written:
             raise FailedMatch("a tensor of it is written in place before its use")
         if torch.Tag.nondeterministic_seeded in getattr(value.op, "tags", ()):
             raise FailedMatch("a random tensor inside of another operation is needed")

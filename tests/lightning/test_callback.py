@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from models import LM, Plain, equal, loader, trainer, weights
+from models import LM, Plain, equal, loader, loss_of, trainer, weights
 from torch import nn
 
 from sus_lightning import ConstantSchedule, LinearSchedule, SUSBackprop, VarianceTarget
@@ -298,9 +298,8 @@ def test_a_run_per_layer_can_go_on_with_one_c() -> None:
 def test_fit_twice_and_with_another_module() -> None:
     callback, module = sus(), Plain()
     trainer(callbacks=[callback], max_steps=2).fit(module, loader())
-    first, counter = callback.backend, callback.backend.state.counter
+    counter = callback.backend.state.counter
     trainer(callbacks=[callback], max_steps=2).fit(module, loader())
-    assert callback.backend is first
     assert callback.backend.state.counter > counter  # other draws than in the first fit
     without = Plain(nn.Sequential(nn.Embedding(32, 8), nn.Sequential(nn.Linear(8, 32))))
     with pytest.raises(MisconfigurationException, match="rewrote no attention of Plain"):
@@ -475,3 +474,37 @@ def test_import_compiles_nothing_and_the_pass_needs_no_lightning() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     code = "import torch, sus_lightning; assert not torch._dynamo.utils.counters['frames']"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_second_fit_reports_the_module_as_it_is_then() -> None:
+    module, callback = Plain(), sus()
+    trainer(callbacks=[callback]).fit(module, loader())
+    module.model = LM(layers=1)
+    trainer(callbacks=[callback]).fit(module, loader())
+    assert callback.summary is not None
+    assert callback.summary.rewritten == callback.backend.report.rewritten == 1
+    module.model = nn.Sequential(nn.Embedding(32, 8), nn.Sequential(nn.Linear(8, 32)))
+    with pytest.raises(MisconfigurationException, match="rewrote no attention"):
+        trainer(callbacks=[callback]).fit(module, loader())
+
+
+def test_a_step_that_is_skipped_says_nothing_of_attention() -> None:
+    class Skips(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if batch_idx % 2 else None
+
+    callback = sus()
+    trainer(callbacks=[callback]).fit(Skips(), loader())
+    assert callback.backend.report.rewritten == 2
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_step_that_takes_the_iterator(every: int) -> None:
+    class Takes(Plain):
+        def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+            batch, _, _ = next(dataloader_iter)
+            return loss_of(self.model(batch), batch)
+
+    callback = sus(variance_every_n_steps=every)
+    trainer(callbacks=[callback], logger=False).fit(Takes(), loader())
+    assert callback.backend.report.rewritten == 2

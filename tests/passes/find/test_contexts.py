@@ -265,3 +265,17 @@ def test_mask_of_nn_transformer_breaks_no_graph() -> None:
     backend = SUSBackend(c=float("inf"), compiler="eager")
     torch.testing.assert_close(torch.compile(model, backend=backend)(source, target, tgt_mask=mask), right)
     assert backend.report.rewritten == 3
+
+
+def test_autocast_around_the_compiled_code_of_torch_nn() -> None:
+    """Autocast keeps the casts of parameters, which are then tensors that no operation of the trace has made."""
+    module = nn.MultiheadAttention(16, 2, batch_first=True)
+    for dtype in (torch.bfloat16, torch.float16):
+        torch._dynamo.reset()
+        backend, x = SUSBackend(c=float("inf"), compiler="eager"), torch.randn(2, 12, 16)
+        with torch.autocast("cpu", dtype):
+            found = torch.compile(lambda x: module(x, x, x, need_weights=False)[0], backend=backend)(x)
+            exact = module(x, x, x, need_weights=False)[0]
+            assert torch.is_autocast_cache_enabled()
+        assert (backend.report.rewritten, backend.report.left) == (1, 0)
+        torch.testing.assert_close(found, exact, atol=0.02, rtol=0.02)
