@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -32,7 +33,7 @@ def show(pl_module: pl.LightningModule, values: Mapping[str, float], shown: Sequ
     """To `trainer.callback_metrics`; those in `shown` to the progress bar."""
     for name, value in values.items():
         # No mean is taken; but where training_step takes an iterator, Lightning wants to be told the batch size.
-        options = {"logger": False, "on_step": True, "on_epoch": False}
+        options: dict[str, Any] = {"logger": False, "on_step": True, "on_epoch": False}
         pl_module.log(f"sus/{name}", value, prog_bar=name in shown, batch_size=1, **options)
 
 
