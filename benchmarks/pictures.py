@@ -68,7 +68,7 @@ def time_against_n() -> Any:
 def train_quality() -> Any | None:
     results = [(name, read(f"train-quality-{name}")) for name in ("byte", "smollm2")]
     results = [(name, r) for name, r in results if r is not None]
-    titles = {"byte": "byte model, 1.9M parameters, n = 4096", "smollm2": "SmolLM2-135M fine-tuned, n = 2048"}
+    titles = {"byte": "byte model, 1.7M parameters, n = 4096", "smollm2": "SmolLM2-135M fine-tuned, n = 2048"}
     figure, axes = plt.subplots(len(results), 2, figsize=(9.6, 3.6 * len(results)), sharey="row", squeeze=False)
     for line, (name, result) in zip(axes, results, strict=True):
         for r in result["runs"]:
