@@ -78,7 +78,7 @@ def rank() -> int | None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
     given = os.environ.get("RANK", "")
-    return int(given) if given.isdigit() else None
+    return int(given) if given.isascii() and given.isdigit() else None
 
 
 _MOST = 1024  # generator states of which the run is remembered

@@ -76,15 +76,19 @@ class Adaptive(Schedule):
         return self._bounded(min(c * self.largest_step, max(c / self.largest_step, wanted)))
 
     def _bounded(self, c: float) -> float:
-        return round(min(self.maximum, max(self.minimum, c)), 6)
+        return round(self._within(c), 6)
+
+    def _within(self, c: float) -> float:
+        return min(self.maximum, max(self.minimum, c))
 
     def state_dict(self) -> dict[str, Any]:
         return {"c": self._c, "count": self._count, **self._shares.state_dict()}
 
     def _read(self, saved: Saved, finite: bool) -> dict[str, Any]:
         """The attributes that `state_dict` saved, checked."""
+        c = saved.read("c", partial(check_number, finite=finite), self._c)
         return {
-            "_c": saved.read("c", partial(check_number, finite=finite), self._c),
+            "_c": c if math.isinf(c) else self._within(c),
             "_count": saved.read("count", check_count, 0),
             "_shares": self._shares.read(saved),
         }

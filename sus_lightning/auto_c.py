@@ -215,7 +215,7 @@ class AutoC(Adaptive):
         """
         saved = Saved(state, type(self).__name__)
         read = self._read(saved, finite=False)
-        read["_finite"] = saved.read("finite", _POSITIVE, self._finite)
+        read["_finite"] = self._within(saved.read("finite", _POSITIVE, self._finite))
         read["_switches"] = saved.read("switches", check_count, 0)
         none: list[Probed] = []
         read["_probes"] = saved.read("probes", partial(check_list, _check_probe), none)

@@ -210,7 +210,7 @@ def as_schedule(c: Any) -> Callable[[int], float]:
         return ConstantSchedule(c)
     raise TypeError(
         f"c must be 'auto', a number above 0 (float('inf') is the exact backward), a schedule, a dict of step: c, or a "
-        f"function of the global step, but it is {c!r}"
+        f"function of the global step, but it is {shown(c)}"
     )
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch import seed_everything
 from models import Plain, loader, trainer
 
 from fx_passes.state import State
-from sus_lightning import SUSBackprop, VarianceTarget
+from sus_lightning import AutoC, SUSBackprop, VarianceTarget
 
 NAN, INF = float("nan"), float("inf")
 
@@ -236,3 +236,15 @@ def test_a_resumed_callback_draws_the_same_whatever_draws_beside_it() -> None:
     again.load_state_dict(saved)
     assert [again.backend.state.next_seed() for _ in range(3)] == rest
     assert not {other.next_seed() for other in others} & {*drawn, *rest}
+
+
+def test_a_saved_c_is_taken_within_the_bounds() -> None:
+    """One outside of them, of a checkpoint with other bounds or a damaged one, could not be steered from."""
+    for schedule in (AutoC(start=16, minimum=4, maximum=64), VarianceTarget(0.01, start=8, minimum=4, maximum=64)):
+        for c, within in ((5e-324, 4.0), (1e300, 64.0), (7.5, 7.5)):
+            state = {**schedule.state_dict(), "c": c}
+            if "finite" in state:
+                state["finite"] = c
+            schedule.load_state_dict(state)
+            assert schedule(0) == within
+            assert schedule.state_dict().get("finite", within) == within
