@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fx_passes import SUSBackend, recompute, sus_attention, sus_backward
 from fx_passes.ops.functional import _default_state
-from tests.passes import attention_packages
+from tests.passes.find import attention_packages
 
 
 def attention(x: Tensor) -> Tensor:
@@ -102,6 +102,46 @@ def test_what_began_outside_of_a_block_stays_exact_in_one(reentrant: bool) -> No
         in_mode(loss)
     assert sus.calls == 0
     assert torch.allclose(x.grad, exact.grad, atol=1e-6)  # type: ignore[arg-type]
+
+
+class CheckpointInBackward(torch.autograd.Function):
+    """Like a reversible layer: its backward runs the layer, under a checkpoint, and differentiates that."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return attention(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = checkpoint(two, x, use_reentrant=False)
+        return torch.autograd.grad(y, x, grad)
+
+
+def in_backward(x: Tensor) -> None:
+    CheckpointInBackward.apply(x).sum().backward()  # type: ignore[no-untyped-call]
+
+
+def in_backward_below_the_mode(x: Tensor) -> None:
+    in_mode(CheckpointInBackward.apply(x).sum())  # type: ignore[no-untyped-call]
+
+
+def without_torch_functions(x: Tensor) -> None:
+    with torch._C.DisableTorchFunction():
+        y = checkpoint(two, x, use_reentrant=False)
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("run", [in_backward, in_backward_below_the_mode, without_torch_functions])
+def test_what_began_where_the_mode_was_off(run) -> None:  # type: ignore[no-untyped-def]
+    """There no call is ours: the recomputation must save the tensors that the first computation saved."""
+    x, exact = inputs(), inputs()
+    two(exact).sum().backward()
+    with sus_backward(c=math.inf):
+        run(x)
+    assert torch.allclose(x.grad, exact.grad, atol=1e-5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -166,6 +166,26 @@ def test_a_whole_library_without_our_functions(
     assert used(filled, CXX=NONE) == ""
 
 
+@pytest.mark.parametrize("other", ["another instruction set", "other sources"])
+def test_libraries_that_took_each_others_names(used: Used, other: str, filled: Path, planted: bytes) -> None:
+    """Each is whole and this user's, and the wrong one for this machine or this version."""
+    arch = next(name for name in build._ARCHES if name != build.arch())
+    found = build.name(arch) if other == "another instruction set" else f"{NAME[:-19]}{'0' * 16}.so"
+    assert found != NAME
+    (filled / found).write_bytes(cache._seal(planted[: -cache._SEALED], found))
+    (filled / found).chmod(0o600)
+    for old, new in ((NAME, "x"), (found, NAME), ("x", found)):
+        (filled / old).rename(filled / new)
+    err = used(filled, CXX=NONE)
+    assert "PLANTED" not in err
+    assert f"{NAME} is damaged" in err
+    assert "no native CPU kernel" in err
+    err = used(filled)
+    assert "PLANTED" not in err
+    assert "builds its native CPU kernel again" in err
+    assert used(filled, CXX=NONE) == ""
+
+
 def plant(place: Path, contents: bytes, mode: int = 0o600, owner: int = -1) -> None:
     path = place / NAME
     path.unlink()
@@ -288,9 +308,9 @@ def test_a_file_that_is_exchanged_while_it_is_checked(
 ) -> None:
     whole = cache._is_whole
 
-    def exchange(sealed: bytes) -> bool:
+    def exchange(sealed: bytes, name: str) -> bool:
         plant(filled, planted)
-        return whole(sealed)
+        return whole(sealed, name)
 
     monkeypatch.setattr(cache, "_is_whole", exchange)
     directory = os.open(filled, os.O_RDONLY)

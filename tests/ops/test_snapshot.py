@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fx_passes import SUSBackend, sus_attention, sus_backward
 from fx_passes.ops.snapshot import snapshot
-from tests.passes import attention_packages
+from tests.passes.find import attention_packages
 
 Call = Callable[[dict[str, Tensor], float], Tensor]
 
@@ -93,6 +93,59 @@ def test_compiled(compiler: str, f: Call, mask: str) -> None:
 @pytest.mark.parametrize(("f", "mask"), [(sdpa, "bool"), (by_hand, "float")])
 def test_compiled_with_inductor(f: Call, mask: str) -> None:
     test_compiled("inductor", f, mask)
+
+
+def set_item(out: Tensor) -> Tensor:
+    out[..., 0, :] = 0
+    return out.sin()
+
+
+USES: dict[str, Callable[[Tensor], Tensor]] = {
+    "add_": lambda out: (out.add_(1.5), out.sin())[1],
+    "relu_": lambda out: out.relu_(),
+    "set item": set_item,
+    "add_ to a transpose": lambda out: (out.transpose(1, 2).add_(1), out.sin())[1],
+    "view": lambda out: out.view(1, -1).sin(),
+    "add_ to a reshape": lambda out: (out.reshape(-1).add_(1), out.sin())[1],
+    "dropout in place": lambda out: F.dropout(out, 0.0, True, True).sin(),
+    "merge of heads": lambda out: out.transpose(1, 2).reshape(1, 20, -1).sin(),
+}
+
+
+@pytest.mark.parametrize("call", [by_mode, by_function])
+@pytest.mark.parametrize(("mask", "p"), [("bool", 0.0), ("float", 0.0), ("learned", 0.0), ("float", 1e-9)])
+@pytest.mark.parametrize("e", [8, 5])
+def test_uses_of_the_result(call: Call, mask: str, p: float, e: int) -> None:
+    """The result may be viewed and written to where the library's may."""
+
+    def run(call: Call, use: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        x = operands(mask)
+        x["value"] = x["value"][..., :e]
+        out = use(call(x, p))
+        wanted = [value for value in x.values() if value.requires_grad]
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), wanted)]
+
+    tried = 0
+    for name, use in USES.items():
+        try:
+            expected = run(sdpa, use)
+        except RuntimeError:
+            continue
+        for a, b in zip(expected, run(call, use), strict=True):
+            torch.testing.assert_close(b, a, msg=lambda text, name=name: f"{name}: {text}")
+        tried += 1
+    assert tried >= 3
+
+
+@pytest.mark.parametrize("call", [by_mode, by_function])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3)])
+def test_layout_of_the_result(call: Call, p: float, order: tuple[int, ...]) -> None:
+    x: dict[str, Tensor] = {
+        name: torch.empty_permuted((2, 3, 6, 8), order).normal_().requires_grad_() for name in ("query", "key", "value")
+    }
+    x["mask"] = torch.ones(6, 6, dtype=torch.bool).tril()
+    assert call(x, p).stride() == sdpa(x, p).stride()
 
 
 def test_only_masks_of_others_are_copied() -> None:
