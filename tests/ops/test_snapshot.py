@@ -114,12 +114,13 @@ USES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("call", [by_mode, by_function])
 @pytest.mark.parametrize(("mask", "p"), [("bool", 0.0), ("float", 0.0), ("learned", 0.0), ("float", 1e-9)])
-@pytest.mark.parametrize("e", [8, 5])
-def test_uses_of_the_result(call: Call, mask: str, p: float, e: int) -> None:
+@pytest.mark.parametrize(("heads", "e"), [(2, 8), (2, 5), (1, 8)])
+def test_uses_of_the_result(call: Call, mask: str, p: float, heads: int, e: int) -> None:
     """The result may be viewed and written to where the library's may."""
 
     def run(call: Call, use: Callable[[Tensor], Tensor]) -> list[Tensor]:
         x = operands(mask)
+        x |= {name: x[name][:, :heads] for name in ("query", "key", "value")}
         x["value"] = x["value"][..., :e]
         out = use(call(x, p))
         wanted = [value for value in x.values() if value.requires_grad]
