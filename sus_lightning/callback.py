@@ -202,8 +202,9 @@ class SUSBackprop(AnyCallback):
             return
         if not takes_batches(pl_module):
             stays = f" c stays at {self.schedule(0):g}." if observes(self.schedule) else ""
-            why = "training_step takes a dataloader_iter instead of a batch"
-            rank_zero_warn(f"SUSBackprop measures no variance: {why}.{stays}")
+            rank_zero_warn(
+                f"SUSBackprop measures no variance: training_step takes a dataloader_iter instead of a batch.{stays}"
+            )
             return
         # Under manual optimization training_step holds the optimizers' steps, and with several ranks the backward
         # their communication: the probe's own passes do not.

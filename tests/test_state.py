@@ -80,8 +80,8 @@ def test_sites_have_the_common_c_or_their_own() -> None:
     [
         ({1: 0}, ValueError, "c of site 1 must be above 0"),
         ({1: 5, 2: None}, TypeError, "c of site 2 must be a number"),
-        ({-1: 5}, TypeError, "number of a site, an int of at least 0, but it is -1"),
-        ({"a": 5}, TypeError, "number of a site.*'a'"),
+        ({-1: 5}, ValueError, "a site's number must be in .*, but it is -1"),
+        ({"a": 5}, TypeError, "a site's number must be an int of at least 0, but it is 'a'"),
     ],
 )
 def test_bad_c_of_sites_changes_nothing(given: Any, error: type[Exception], message: str) -> None:
