@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from fx_passes.canonicalise.axes import FailedMatch
 from fx_passes.canonicalise.constants import Constants
-from fx_passes.canonicalise.forms import Attention, Walk
+from fx_passes.canonicalise.forms import Attention, Walk, arguments
 from fx_passes.canonicalise.lower import LoweredTerm, bias_is_dense, lower
 from fx_passes.canonicalise.match_attention import is_attention_softmax, match_attention, match_sdpa, products
 from fx_passes.find import calls, flex
@@ -106,6 +106,27 @@ def _of(trace: Trace, constants: Constants, soft: Value, before: list[Found]) ->
     return []
 
 
+def _is_read(trace: Trace, attention: Attention, dropped: Value) -> bool:
+    """Whether what the rewritten attention reads is made of the probabilities after dropout, such as their row sum."""
+    position, first = trace.context.position, _place(trace, dropped)
+    factors = (f.value for term in (*attention.terms, *attention.plain) for f in term.factors)
+    todo, seen = [attention.value.value, *factors], set[Value]()
+    while todo:
+        value = todo.pop()
+        if value is dropped:
+            return True
+        if value not in seen and (_place(trace, value) >= first or value.home not in position):
+            seen.add(value)
+            todo += arguments(value)
+    return False
+
+
+def _place(trace: Trace, value: Value) -> int:
+    """The position of the node that computes a value; of inputs and constants -1."""
+    node = value.home if value.home is not None else value.node
+    return -1 if node is None else trace.context.position.get(node, -1)
+
+
 def _proven(
     trace: Trace, constants: Constants, soft: Value, match: Callable[[Walk, Value], Attention], value: Value
 ) -> Found:
@@ -116,7 +137,7 @@ def _proven(
         apart = {id(v) for v in walk.visited}
         for term in attention.terms:
             dropped = None if term.dropout is None else term.dropout.value
-            if dropped is not None and trace.is_live(dropped, apart):
+            if dropped is not None and (trace.is_live(dropped, apart) or _is_read(trace, attention, dropped)):
                 raise FailedMatch("the probabilities after dropout are used elsewhere too")
         return Found([t.softmax.value for t in attention.terms], attention, walk, lowered)
     except FailedMatch as why:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fx_passes.canonicalise import sinks
 from fx_passes.canonicalise.attention_dims import AttentionDims, attention_dims
 from fx_passes.canonicalise.axes import Dim, FailedMatch, Operand, free_axes, leaves, product
-from fx_passes.canonicalise.forms import Attention, Bias, Factor, Product, Term, Walk, level
+from fx_passes.canonicalise.forms import BIG, Attention, Bias, Factor, Product, Term, Walk, level
 from fx_passes.canonicalise.masks.lower import LoweredMask, lower_mask
 from fx_passes.canonicalise.views import peeled
 from fx_passes.find.context import Level
@@ -64,6 +64,9 @@ def _lower(walk: Walk, attention: Attention, term: Term) -> LoweredTerm:
     if scores is not None:
         qk = Product(peeled(scores.product.query), peeled(scores.product.key))
         scores = replace(scores, added=tuple(peeled(x) if isinstance(x, Bias) else x for x in scores.added))
+        weak = [m.fill for m in scores.masks if m.fill > BIG / 10]  # a number behind the mask has made it smaller
+        if weak:
+            raise FailedMatch(f"masked scores get the value {weak[0]:g}, which is not large enough to be a mask")
         term = replace(term, scores=scores)
     dims = attention_dims(attention, term, qk, value)
     _check_mixed(term, dims)

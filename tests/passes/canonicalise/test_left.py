@@ -309,3 +309,32 @@ def test_what_follows_an_attention_is_no_attention(body: Callable[..., Any]) -> 
     w = torch.nn.Parameter(torch.linspace(-1, 1, D * D, dtype=torch.float64).view(D, D).sin())
     report = compare(lambda q, k, v: body((q @ k.mT).softmax(-1) @ v, w), *tensors(*[(B, H, N, D)] * 3))
     assert report.rewritten == 1, str(report)
+
+
+def test_dropped_probabilities_that_are_read_twice() -> None:
+    """Attention of ours has its own dropout: what else is made of the dropped probabilities would have another."""
+
+    def dropped(q, k):
+        return F.dropout((q @ k.mT).softmax(-1), 0.5)
+
+    def over_sum(q, k, v):
+        p = dropped(q, k)
+        return (p / (p.sum(-1, keepdim=True) + 1e-6)) @ v
+
+    def normalised(q, k, v):
+        return F.normalize(dropped(q, k), p=1, dim=-1) @ v
+
+    def value_over_sum(q, k, v):
+        p = dropped(q, k)
+        return p @ (v / p.sum(-2, keepdim=True).mT)
+
+    def twice(q, k, v):
+        p = dropped(q, k)
+        return p @ (p @ v)
+
+    for f in (over_sum, normalised, value_over_sum, twice):
+        torch._dynamo.reset()
+        backend = SUSBackend(c=2, compiler="eager")
+        torch.compile(f, backend=backend)(*tensors((B, H, N, D), (B, H, N, D), (B, H, N, D)))
+        assert backend.report.rewritten == 0, f.__name__
+        assert "after dropout are used elsewhere" in backend.report.sites[0].reason

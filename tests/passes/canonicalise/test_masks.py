@@ -184,3 +184,14 @@ def test_exact_and_as_few_tensors_as_can_be(name: str) -> None:
 def test_lost_rows_behind_a_compiler(compiler: str) -> None:
     args = tensors(*[(B, H, N, D)] * 3, dtype=torch.float32)
     assert compare(as_hugging_face_adds_it, *args, compiler=compiler, tol=2e-5).rewritten == 1
+
+
+@pytest.mark.parametrize(("factor", "tier"), [(1e-3, 2), (1e-4, 2), (8**-0.5, 1)])
+def test_a_finite_mask_that_a_factor_makes_small_is_none(factor: float, tier: int) -> None:
+    hidden = torch.ones(10, 10, dtype=torch.bool).triu(1)
+
+    def f(q, k, v):
+        return ((q @ k.mT).masked_fill(hidden, -1e4) * factor).softmax(-1) @ v
+
+    report = compare(f, *tensors((2, 3, 10, 5), (2, 3, 10, 5), (2, 3, 10, 5)))
+    assert [site.tier for site in report.sites] == [tier]
