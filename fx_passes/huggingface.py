@@ -185,17 +185,13 @@ def _documents(
     As transformers' flash attention does, but for the mask; there, positions count in a batch of one entry only.
     """
     if cu_seq_lens_q is not None and query.shape[0] == 1:
-        once = cu_seq_lens_k is cu_seq_lens_q
-        cu_seq_lens_q = check_ends("cu_seq_lens_q", cu_seq_lens_q, query.shape[2], (torch.int32, torch.int64))
-        if once:
-            cu_seq_lens_k = cu_seq_lens_q
-        elif cu_seq_lens_k is not None:
-            cu_seq_lens_k = check_ends("cu_seq_lens_k", cu_seq_lens_k, key.shape[2], (torch.int32, torch.int64))
-        query_ids = ids_of_lengths(cu_seq_lens_q, query.shape[2])
-        same = cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q
-        if not same and not torch.compiler.is_dynamo_compiling():
-            same = torch.equal(cu_seq_lens_q, cu_seq_lens_k)  # type: ignore[arg-type]
-        return query_ids, query_ids if same else ids_of_lengths(cu_seq_lens_k, key.shape[2])  # type: ignore[arg-type]
+        integers = (torch.int32, torch.int64)
+        queries = keys = check_ends("cu_seq_lens_q", cu_seq_lens_q, query.shape[2], integers)
+        if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q:
+            keys = check_ends("cu_seq_lens_k", cu_seq_lens_k, key.shape[2], integers)
+        query_ids = ids_of_lengths(queries, query.shape[2])
+        same = keys is queries or (not torch.compiler.is_dynamo_compiling() and torch.equal(queries, keys))
+        return query_ids, query_ids if same else ids_of_lengths(keys, key.shape[2])
     ids: Tensor | None = getattr(mask, _IDS, None)
     if ids is None and position_ids is not None and position_ids.shape == (1, query.shape[2]) == (1, key.shape[2]):
         ids = _restarts(position_ids) if query.shape[0] == 1 else None

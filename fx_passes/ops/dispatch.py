@@ -15,8 +15,8 @@ from fx_passes.ops.problem import (
     Problem,
     Softmax,
     Upstream,
-    empty_output,
     from_logsumexp,
+    in_layout,
     is_logsumexp,
     to_logsumexp,
 )
@@ -60,8 +60,7 @@ def forward(problem: Problem, c: Tensor, seed: Tensor, dropout_seed: Tensor) -> 
             return found
         _note(problem, "infinite, NaN or near overflow")
     out, softmax = tiled.forward(problem, dropout_seed)
-    if not out.transpose(1, 2).is_contiguous():  # the layout that the fake implementation promises
-        out = empty_output(out, out.shape).copy_(out)
+    out = in_layout(out)
     s = problem.static
     if is_logsumexp(s.sampler, problem.attn_bias, s.softcap):
         softmax = to_logsumexp(softmax)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fx_passes import SUSBackend, sus_attention, sus_backward
 from fx_passes.ops.snapshot import snapshot
 from tests.passes.find import attention_packages
+from tests.uses import USES
 
 Call = Callable[[dict[str, Tensor], float], Tensor]
 
@@ -93,23 +94,6 @@ def test_compiled(compiler: str, f: Call, mask: str) -> None:
 @pytest.mark.parametrize(("f", "mask"), [(sdpa, "bool"), (by_hand, "float")])
 def test_compiled_with_inductor(f: Call, mask: str) -> None:
     test_compiled("inductor", f, mask)
-
-
-def set_item(out: Tensor) -> Tensor:
-    out[..., 0, :] = 0
-    return out.sin()
-
-
-USES: dict[str, Callable[[Tensor], Tensor]] = {
-    "add_": lambda out: (out.add_(1.5), out.sin())[1],
-    "relu_": lambda out: out.relu_(),
-    "set item": set_item,
-    "add_ to a transpose": lambda out: (out.transpose(1, 2).add_(1), out.sin())[1],
-    "view": lambda out: out.view(1, -1).sin(),
-    "add_ to a reshape": lambda out: (out.reshape(-1).add_(1), out.sin())[1],
-    "dropout in place": lambda out: F.dropout(out, 0.0, True, True).sin(),
-    "merge of heads": lambda out: out.transpose(1, 2).reshape(1, 20, -1).sin(),
-}
 
 
 @pytest.mark.parametrize("call", [by_mode, by_function])

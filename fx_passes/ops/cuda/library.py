@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from fx_passes.ops.problem import Gradients, Problem, empty_output
+from fx_passes.ops.problem import Gradients, Problem, in_layout
 
 _FLASH, _EFFICIENT, _CUDNN = (
     int(kernel.value)
@@ -51,11 +51,6 @@ def forward(problem: Problem) -> Tensor:
         enable_gqa=problem.group > 1,
     )
     return in_layout(out)
-
-
-def in_layout(out: Tensor) -> Tensor:
-    """In the operator's layout (`schema.attention`); the library's depends on which of its kernels ran."""
-    return out if out.transpose(1, 2).is_contiguous() else empty_output(out, out.shape).copy_(out)
 
 
 def kernel_of(problem: Problem) -> int:

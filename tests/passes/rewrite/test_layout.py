@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fx_passes import SUSBackend
+from tests.uses import USES
 
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -32,24 +33,6 @@ def sdpa_dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 FORMS = {f.__name__: f for f in (by_hand, einsum, sdpa, sdpa_dropout)}
-
-
-def set_item(out: Tensor) -> Tensor:
-    out[..., 0, :] = 0
-    return out.sin()
-
-
-USES: dict[str, Callable[[Tensor], Tensor]] = {
-    "add_": lambda out: (out.add_(1.5), out.sin())[1],
-    "relu_": lambda out: out.relu_(),
-    "set item": set_item,
-    "add_ to a transpose": lambda out: (out.transpose(1, 2).add_(1), out.sin())[1],
-    "view(B, -1)": lambda out: out.view(len(out), -1).sin(),
-    "view(B, H * M, -1)": lambda out: out.view(len(out), out.shape[1] * 8, -1).sin(),
-    "add_ to a reshape": lambda out: (out.reshape(-1).add_(1), out.sin())[1],
-    "dropout in place": lambda out: F.dropout(out, 0.0, True, True).sin(),
-    "merge of heads": lambda out: out.transpose(1, 2).reshape(len(out), 8, -1).sin(),
-}
 
 
 def inputs(heads: int, e: int) -> list[Tensor]:
