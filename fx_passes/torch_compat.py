@@ -33,11 +33,11 @@ def signature(function: Callable[..., Any]) -> inspect.Signature:
 
     Python 3.14 evaluates annotations when they are asked for, so it lets a program define such a function.
     """
-    if sys.version_info < (3, 14):
-        return inspect.signature(function)
-    from annotationlib import Format
+    if sys.version_info >= (3, 14):
+        from annotationlib import Format
 
-    return inspect.signature(function, annotation_format=Format.FORWARDREF)
+        return inspect.signature(function, annotation_format=Format.FORWARDREF)
+    return inspect.signature(function)
 
 
 def inner_backend(backend: Any) -> Any:
