@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from attention import environment  # noqa: E402
+from attention import environment
 
 # name: (compiler, modules)
 WAYS: dict[str, tuple[str, Any]] = {
