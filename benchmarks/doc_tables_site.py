@@ -102,6 +102,43 @@ def _ms(x: float) -> str:
     return f"{x:.3g}"
 
 
+def gpu_kernels() -> str:
+    """Milliseconds of each kernel of the tile sampler's backward at d = 128."""
+    lines = [json.loads(line) for line in (RESULTS / "gpu-h200.jsonl").read_text().splitlines()]
+    names = {"`tile_dkdv`": "tile_dkdv", "`tile_dq`": "tile_dq", "`tile_probe`": "tile_probe",
+             "`tile_rows`": "tile_rows", "sort of the lists": "RadixSortOnesweep"}  # fmt: skip
+    table = [
+        [str(row["n"]), _ms(row["total_ms"]),
+         *(f"{sum(k['ms'] for k in row['kernels'] if name in k['kernel']):.2f}" for name in names.values())]
+        for row in lines
+        if row["stage"] == "kernels" and row["part"] == "backward" and row["d"] == 128
+    ]  # fmt: skip
+    return markdown(["n", "all", *names], table)
+
+
+def gpu_ptxas() -> str:
+    """Registers, stack and shared memory of the tile sampler's kernels."""
+    kernels = read("notes")["ptxas"]["values"]
+    table = [[f"`{name}`", *(" / ".join(map(str, x)) for x in by_arch.values())] for name, by_arch in kernels.items()]
+    return markdown(["", *kernels["tile_probe"]], table)
+
+
+def compile_time() -> str:
+    """CPU seconds until the second step, by layers and way to compile."""
+    found = read("compile-time")
+    table = []
+    for layers in (24, 2):
+        ways = found[f"{layers} layers"]
+        seconds = {(way, run): f"{r['until_second_step']:.1f}" for way in ways for run, r in ways[way].items()
+                   if run != "step_ms"}  # fmt: skip
+        inductor = (" / ".join(seconds[way, run] for run in ("cold", "warm")) for way in ("whole", "blocks"))
+        eager = " / ".join(seconds[way, "cold"] for way in ("whole, eager", "blocks, eager"))
+        table.append([str(layers), *inductor, eager])
+    header = ["layers", "Inductor, whole: empty cache / warm", "Inductor, blocks that share their graphs: empty / warm"]
+    header.append('`compiler="eager"`, whole / blocks')
+    return markdown(header, table)
+
+
 def variance_kinds() -> str:
     """Relative variance at c = 30 of the parameters of each kind."""
     models = {"byte": ("byte model after step {}, n = 512", 512), "smollm2": ("SmolLM2-135M, n = 2048", 2048)}
@@ -305,6 +342,9 @@ TABLES: dict[str, Callable[[], str]] = {
     for f in (
         attention_cpu,
         gpu_headline,
+        gpu_kernels,
+        gpu_ptxas,
+        compile_time,
         kept_smollm2,
         variance_kinds,
         expectations,

@@ -12,11 +12,29 @@ pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="no benchmarks b
 sys.path.insert(0, str(BENCHMARKS))
 
 import doc_numbers  # noqa: E402
+import doc_typed  # noqa: E402
 
 
 @pytest.mark.parametrize("file", doc_numbers.documents(), ids=lambda file: file.name)
 def test_text_says_what_the_results_say(file):
     assert doc_numbers.differences(file) == []
+
+
+@pytest.mark.parametrize("file", doc_numbers.documents(), ids=lambda file: file.name)
+def test_no_measured_number_is_typed(file):
+    text = file.read_text()
+    assert doc_typed.typed(file.name, text) == []
+    assert [words for words in doc_typed.allowed(file.name) if words not in text] == []  # no longer needed
+
+
+@pytest.mark.parametrize(
+    "number", ["1.7x", "12%", "34 ms", "5.6 s", "120 MiB", "1.5 GB", "0.95", "3 minutes", "150 GFLOP/s", "173 passed"]
+)
+def test_a_typed_number_is_seen(number):
+    (seen,) = doc_typed.typed(
+        "page.md", f"`7 ms` and\n<!-- number: a > d -->8<!-- /number -->x; it took {number} here, on torch 2.13.0."
+    )
+    assert number in seen
 
 
 def test_a_number_that_differs_is_named_and_written(tmp_path):
