@@ -102,12 +102,15 @@ def variance() -> Any | None:
         title = f"byte model, step {doc_tables.training_step(point)}"
         panels.append((title, [r for r in byte if r["point"] == point]))
     panels.append(("SmolLM2-135M, pretrained", smollm2))
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels) + 0.8, 3.7), sharey=True, squeeze=False)
+    rows = -(-len(panels) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(9.6, 3.6 * rows), sharey=True, squeeze=False)
+    for spare in axes.flat[len(panels) :]:
+        spare.set_visible(False)
     colours = dict(zip((512, 1024, 2048, 4096), (PURPLE, BLUE, ORANGE, GREEN), strict=True))
-    for axis, (title, rows) in zip(axes[0], panels, strict=True):
+    for axis, (title, points) in zip(axes.flat, panels, strict=False):
         for sampler, style in (("systematic", "-"), ("independent", ":"), ("tile", "--")):
             for n, colour in colours.items():
-                mine = sorted((r["c"], r["total"]) for r in rows if r["sampler"] == sampler and r["n"] == n)
+                mine = sorted((r["c"], r["total"]) for r in points if r["sampler"] == sampler and r["n"] == n)
                 mine = [(c, y) for c, y in mine if y > 1e-6]
                 if mine:
                     axis.loglog(*zip(*mine, strict=True), linestyle=style, marker="o", color=colour)
@@ -118,40 +121,11 @@ def variance() -> Any | None:
     for n, colour in colours.items():
         axes[0][0].plot([], [], color=colour, label=f"n = {n}")
     for sampler, style in (("systematic", "-"), ("independent", ":"), ("tile", "--")):
-        axes[0][-1].plot([], [], color="black", linestyle=style, label=sampler)
+        axes[0][1].plot([], [], color="black", linestyle=style, label=sampler)
     axes[0][0].legend(fontsize=8)
-    axes[0][-1].legend(fontsize=8)
-    axes[0][0].set_ylabel("variance added by SUS / the batch's own\n(line: 1%)")
-    return figure
-
-
-def whole_steps() -> Any | None:
-    names = {
-        "example": "example, 4 layers, width 128",
-        "gpt2": "GPT-2, 4 layers, dropout 0.1",
-        "smollm2": "SmolLM2-135M",
-    }
-    results = [(label, read(f"steps-{name}")) for name, label in names.items()]
-    results = [(label, r) for label, r in results if r is not None]
-    figure, axes = plt.subplots(1, len(results), figsize=(3.4 * len(results) + 0.6, 3.5), squeeze=False)
-    for axis, (label, result) in zip(axes[0], results, strict=True):
-        rows = result["rows"]
-        n = [r["n"] for r in rows]
-        ups = [r["speed-up over"]["exact"] for r in rows]
-        apart = [[abs(r["speed-up over"]["exact"] - r[end]["exact"]) for r in rows] for end in ("lowest", "highest")]
-        axis.errorbar(n, ups, apart, marker="o", color=SUS, capsize=3, label="SUS, c = 30, over exact")
-        if all("exact, compiled" in r["speed-up over"] for r in rows):
-            compiled = [r["speed-up over"]["exact, compiled"] for r in rows]
-            axis.plot(n, compiled, marker="o", linestyle=":", color=BLUE, label="over exact under Inductor")
-        free = [r["largest possible"] for r in rows]
-        axis.plot(n, free, marker="o", linestyle="--", color=GREY, label="a free attention backward")
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xscale("log")
-        axis.set_ylim(bottom=0)
-        lengths(axis, n)
-        axis.set_title(label)
-    axes[0][0].set_ylabel("speed-up of a whole step")
-    axes[0][0].legend(fontsize=8, loc="lower right")
+    axes[0][1].legend(fontsize=8)
+    for line in axes:
+        line[0].set_ylabel("variance added by SUS / the batch's own\n(line: 1%)")
     return figure
 
 
@@ -159,7 +133,6 @@ PICTURES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "time-against-n": (time_against_n, ("attention-scaling",)),
     "train-quality": (train_quality, ("train-quality-byte", "train-quality-smollm2")),
     "variance": (variance, ("variance-byte", "variance-smollm2", "variance-smollm2-2048")),
-    "whole-steps": (whole_steps, ("steps-example", "steps-gpt2", "steps-smollm2")),
 }
 
 
