@@ -64,14 +64,7 @@ def until(pair: dict[str, Any]) -> str:
 
 
 def variance_rows(name: str) -> list[dict[str, Any]]:
-    """Of variance-NAME.json and, where it lacks them, of the earlier files of one n each, which have no errors."""
-    earlier = []
-    for n in (1024, 2048, 4096):
-        for r in (read(f"variance-{name}-{n}") or {"rows": []})["rows"]:
-            worst = max(r[f"{x}_proj"] for x in "qkvo")
-            earlier.append({**r, "point": name, "n": n, "worst": worst, "error": None})
-    rows = (read(f"variance-{name}") or {"rows": []})["rows"]
-    return list({(r["point"], r["n"], r["sampler"], r["c"]): r for r in [*earlier, *rows]}.values())
+    return list((read(f"variance-{name}") or {"rows": []})["rows"])
 
 
 def variance(name: str) -> str:
@@ -98,8 +91,7 @@ def noise(r: dict[str, Any]) -> str:
     """Total with its standard error, and the worst kind."""
     if r["worst"] < 1e-5:
         return "below 0.001%"
-    error = "" if r["error"] is None else f" ± {percent(r['error'])}"
-    return f"{percent(r['total'])}{error}; {percent(r['worst'])}"
+    return f"{percent(r['total'])} ± {percent(r['error'])}; {percent(r['worst'])}"
 
 
 def percent(x: float) -> str:

@@ -154,13 +154,12 @@ def variance_kinds() -> str:
 
 def kept_smollm2() -> str:
     """Keys kept per row on SmolLM2-135M."""
-    table = []
-    for n in (1024, 2048, 4096):
-        found = read(f"variance-smollm2-{n}")
-        kept = {(row["sampler"], row["c"]): row["kept"] for row in found["rows"]} if found else {}
-        for c in sorted({c for _, c in kept}):
-            cells = [_kept(kept[s, c]) if (s, c) in kept else ABSENT for s in ("systematic", "tile")]
-            table.append([str(n), f"{c:g}", *cells])
+    found = variance_rows("smollm2")
+    kept = {(r["n"], r["c"], r["sampler"]): r["kept"] for r in found}
+    table = [
+        [str(n), f"{c:g}", *(_kept(kept[n, c, s]) if (n, c, s) in kept else ABSENT for s in ("systematic", "tile"))]
+        for n, c in sorted({(r["n"], r["c"]) for r in found})
+    ]
     return markdown(["n", "c", "systematic", "tile"], table)
 
 

@@ -132,7 +132,7 @@ def variance() -> Any | None:
 PICTURES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "time-against-n": (time_against_n, ("attention-scaling",)),
     "train-quality": (train_quality, ("train-quality-byte", "train-quality-smollm2")),
-    "variance": (variance, ("variance-byte", "variance-smollm2", "variance-smollm2-2048")),
+    "variance": (variance, ("variance-byte", "variance-smollm2")),
 }
 
 

@@ -38,8 +38,8 @@ def test_a_typed_number_is_seen(number):
 
 
 def test_a_number_that_differs_is_named_and_written(tmp_path):
-    right = doc_numbers.number("training-step > speed-up over > exact > .2f")
-    source = "training-step > speed-up over > exact > .2f"
+    right = doc_numbers.number("probe > probe over step > .2f")
+    source = "probe > probe over step > .2f"
     file = tmp_path / "page.md"
     file.write_text(f"It is <!-- number: {source} -->9.99<!-- /number -->x as fast.")
     assert doc_numbers.differences(file) == [f"page.md: number {source}: '9.99', not '{right}'"]
@@ -49,9 +49,9 @@ def test_a_number_that_differs_is_named_and_written(tmp_path):
 
 
 def test_items_of_lists_are_chosen_by_value():
-    by_value = doc_numbers.number("variance-smollm2-2048 > rows > sampler=tile > c=30 > total > .6f")
-    rows = doc_numbers.results("variance-smollm2-2048")["rows"]
-    assert by_value == f"{next(r['total'] for r in rows if r['sampler'] == 'tile' and r['c'] == 30):.6f}"
+    by_value = doc_numbers.number("variance-smollm2 > rows > n=2048 > sampler=tile > c=30 > total > .6f")
+    rows = doc_numbers.results("variance-smollm2")["rows"]
+    assert by_value == f"{next(r['total'] for r in rows if (r['n'], r['sampler'], r['c']) == (2048, 'tile', 30)):.6f}"
 
 
 @pytest.mark.parametrize("name", sorted(doc_numbers.tables.TABLES))
@@ -63,11 +63,11 @@ def test_a_table_has_cells_in_every_line(name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- number: training-step > n > d -->1", "not closed"),
+        ("<!-- number: probe > overhead > d -->1", "not closed"),
         ("<!-- number: nowhere > n > d -->1<!-- /number -->", "no results 'nowhere'"),
-        ("<!-- number: training-step > m > d -->1<!-- /number -->", "no 'm'"),
-        ("<!-- number: variance-smollm2-2048 > rows > c=30 > total > .1% -->1<!-- /number -->", "2 items"),
-        ("<!-- number: training-step > seconds > d -->1<!-- /number -->", "is no number"),
+        ("<!-- number: probe > m > d -->1<!-- /number -->", "no 'm'"),
+        ("<!-- number: variance-smollm2 > rows > n=2048 > c=30 > total > .1% -->1<!-- /number -->", "2 items"),
+        ("<!-- number: probe > environment > d -->1<!-- /number -->", "is no number"),
         ("<!-- table: nothing -->\n<!-- /table -->", "no table 'nothing'"),
     ],
 )
