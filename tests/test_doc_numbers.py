@@ -37,6 +37,12 @@ def test_a_typed_number_is_seen(number):
     assert number in seen
 
 
+@pytest.mark.parametrize("file", doc_numbers.documents(), ids=lambda file: file.name)
+def test_no_line_begins_with_a_number(file):
+    """Markdown takes a comment at the start of a line as a block of HTML, which ends the paragraph."""
+    assert not [line for line in file.read_text().splitlines() if line.lstrip().startswith("<!-- number")]
+
+
 def test_a_number_that_differs_is_named_and_written(tmp_path):
     right = doc_numbers.number("probe > probe over step > .2f")
     source = "probe > probe over step > .2f"
