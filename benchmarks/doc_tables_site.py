@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
-from doc_tables import RESULTS, markdown, percent, read, training_step, variance_rows
+from doc_tables import RESULTS, folded, markdown, percent, read, training_step, variance_rows
 
 ABSENT = "not measured"
 
@@ -146,7 +145,7 @@ def variance_kinds() -> str:
     table = [
         [label.format(training_step(r["point"])), r["sampler"], *(percent(r[kind]) for kind in kinds)]
         for name, (label, n) in models.items()
-        for r in variance_rows(name)
+        for r in sorted(variance_rows(name), key=lambda r: training_step(r["point"]))
         if r["n"] == n and r["c"] == 30 and r["sampler"] != "tile" and all(kind in r for kind in kinds)
     ]
     return markdown(["model", "sampler", *kinds], table)
@@ -293,17 +292,23 @@ def found_models() -> str:
                 name = e["name"].removesuffix("/eager").removesuffix("/sdpa").split("/", 1)[-1]
                 models.setdefault(name, []).append(e)
         rows = [
-            [f"`{name}`", _counts(group, "attentions"), _counts(group, "found")]
+            [f"`{name}`", _counts(group, "attentions"), _found(group)]
             for name, group in sorted(models.items())
         ]
         if rows:
             table = markdown(["model", "attentions", "found"], rows)
-            parts.append(f'??? note "{title} ({len(rows)})"\n\n' + textwrap.indent(table, "    "))
+            parts.append(folded(f"{title} ({len(rows)})", table))
     return "\n\n".join(parts)
 
 
 def _family(entry: dict[str, Any]) -> str:
     return "noattn" if entry["family"].endswith(":noattn") else str(entry["family"])
+
+
+def _found(entries: list[dict[str, Any]]) -> str:
+    """Bold where something is missing."""
+    complete = all(e["found"] == e["attentions"] for e in entries)
+    return _counts(entries, "found") if complete else f"**{_counts(entries, 'found')}**"
 
 
 def _counts(entries: list[dict[str, Any]], key: str) -> str:

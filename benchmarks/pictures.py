@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import doc_tables
@@ -22,7 +23,7 @@ import matplotlib.pyplot as plt
 FOLDER = Path(__file__).parents[1] / "docs/img"
 GREY, BLUE, ORANGE, GREEN, PURPLE = "#666666", "#0072b2", "#d55e00", "#009e73", "#8f5aa8"
 SUS, LIBRARY = ORANGE, GREY
-SETTINGS = {"exact": GREY, "c30": ORANGE, "c100": BLUE, "auto": GREEN, "again": "#b0b0b0"}
+SETTINGS = {"exact": GREY, "c30": ORANGE, "c100": BLUE, "auto": GREEN, "again": "black"}
 STYLE = {
     "axes.grid": True, "grid.color": "#e5e5e5", "axes.axisbelow": True, "font.size": 10, "axes.titlesize": 11,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.8,
@@ -71,23 +72,22 @@ def train_quality() -> Any | None:
     titles = {"byte": "byte model, 1.7M parameters, n = 4096", "smollm2": "SmolLM2-135M fine-tuned, n = 2048"}
     figure, axes = plt.subplots(len(results), 2, figsize=(9.6, 3.6 * len(results)), sharey="row", squeeze=False)
     for line, (name, result) in zip(axes, results, strict=True):
-        for r in result["runs"]:
-            curve = r["curve"]
-            style = {"color": SETTINGS[r["setting"]], "alpha": 1.0 if r["finished"] else 0.45}
-            style |= {"linestyle": "-" if r["finished"] else "--", "marker": "o", "markersize": 2.5, "linewidth": 1.4}
-            line[0].plot([step for step, _, _ in curve], [y for *_, y in curve], **style)
-            line[1].plot([seconds for _, seconds, _ in curve], [y for *_, y in curve], **style)
+        full, ends = result["settings"]["steps"], []
         for setting, colour in SETTINGS.items():
-            mine = [r for r in result["runs"] if r["setting"] == setting]
-            full = sum(r["finished"] for r in mine)
-            if mine:
-                label = doc_tables.SETTINGS[setting] + f": {full} of 3 seeds"
-                line[0].plot([], [], color=colour, label=label + (", dashed: cut" if full < len(mine) else ""))
-        ends = [r["curve"][-1][2] for r in result["runs"] if r["finished"]]
-        starts = [y for r in result["runs"] for step, _, y in r["curve"] if step >= result["settings"]["steps"] / 8]
-        if ends and starts:
-            low, high = min(ends), max(starts)
-            line[0].set_ylim(low - 0.08 * (high - low), high + 0.05 * (high - low))
+            curves = [r["curve"] for r in result["runs"] if r["setting"] == setting and r["finished"]]
+            points = list(zip(*curves, strict=True))  # by validation, then by seed
+            if not points:
+                continue
+            losses = [[y for *_, y in point] for point in points]
+            mean, low, high = ([f(y) for y in losses] for f in (fmean, min, max))
+            label = f"{doc_tables.SETTINGS[setting]} ({len(curves)} seeds)"
+            style = {"color": colour, "marker": "o", "markersize": 2.5, "linewidth": 1.4, "label": label}
+            style["linestyle"] = "--" if setting == "again" else "-"
+            for axis, x in ((line[0], [p[0][0] for p in points]), (line[1], [fmean(t for _, t, _ in p) for p in points])):
+                axis.plot(x, mean, **style)
+                axis.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
+            ends += [y for point, ys in zip(points, losses, strict=True) for y in ys if point[0][0] >= full / 8]
+        line[0].set_ylim(min(ends) - 0.08 * (max(ends) - min(ends)), max(ends) + 0.05 * (max(ends) - min(ends)))
         line[0].set(xlabel="step", ylabel="validation loss, nats", title=titles[name])
         line[1].set(xlabel="CPU seconds of training", title=titles[name])
         line[0].legend(fontsize=8, loc="upper right")
