@@ -31,7 +31,7 @@ _LOGGED = (
 
 @dataclass(frozen=True)
 class Summary:
-    """The account of one fit. What was not measured is NaN, and "not measured" in print.
+    """What one fit did, gained and cost. What was not measured is NaN, and "not measured" in print.
 
     Attributes:
         rewritten: attention sites with a SUS backward.
@@ -79,7 +79,7 @@ class Summary:
         return {name: float(v) for name, v in {**values, "c": self.c[-1][1] if self.c else math.nan}.items()}
 
     def logged(self) -> dict[str, float]:
-        """What loggers get when fit ends: what runs are compared by, and no key has said; without what is unknown."""
+        """What loggers get when fit ends: numbers to compare runs by, but none that a key has logged, and none unknown."""
         numbers = self.numbers()
         return {f"summary_{name}": numbers[name] for name in _LOGGED if math.isfinite(numbers[name])}
 
