@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -26,6 +25,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from attention import environment
 
 # name: (compiler, modules)
 WAYS: dict[str, tuple[str, Any]] = {
@@ -159,11 +162,11 @@ def steps_in_turn(ways: list[str], layers: int, args: argparse.Namespace) -> dic
 
 
 def in_a_process(args: argparse.Namespace, cache: str, layers: int, *which: str) -> dict[str, float]:
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     sizes = ["--width", args.width, "--batch", args.batch, "--length", args.length, "--steps", args.steps]
     command = [sys.executable, __file__, "--child", *which, "--layers", layers, *sizes]
     done = subprocess.run(
-        [str(c) for c in command], env={**environment, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True
+        [str(c) for c in command], env={**variables, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True
     )
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return {name: round(value, 2) for name, value in found.items()}
@@ -180,8 +183,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     if args.child:
-        torch.set_num_threads(1)
         if len(args.child) == 1:
             result = until_second_step(args.child[0], args.layers[0], args)
         else:
@@ -189,7 +192,7 @@ def main() -> None:
         print(json.dumps(result))
         return
     settings = {k: getattr(args, k) for k in ("width", "batch", "length", "steps")}
-    found: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1, **settings}
+    found: dict[str, Any] = {"environment": environment("cpu"), **settings}
     for layers in args.layers:
         with tempfile.TemporaryDirectory() as shared:
             rows: dict[str, dict[str, Any]] = {}

@@ -113,7 +113,7 @@ def plot(rows: list[dict[str, float]], slopes: dict[str, float]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     parts = (
         ("wall_median", "wall", 1e3, "backward, ms, median"),
-        ("memory", "memory", 2**-20, "backward, working memory and lists, MiB"),
+        ("memory", "memory", 2**-20, "working memory and lists, MiB"),
     )
     for axis, (key, name, unit, label) in zip(axes, parts, strict=True):
         axis.loglog(n, [r[key] * unit for r in rows], "o-", label=f"measured, slope {slopes[name]:.2f}")

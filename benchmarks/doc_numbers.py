@@ -6,8 +6,8 @@
 
 A number stands between two comments, of which the first says where it comes from and how it is shown:
 
-    <!-- number: training-step > speed-up over > exact > .1f -->2.5<!-- /number -->x as fast
-    <!-- number: variance-smollm2-2048 > rows > sampler=tile > c=30 > total > .1% -->0.3%<!-- /number -->
+    <!-- number: cpu-scaling > slopes > wall > .2f -->1.04<!-- /number -->
+    <!-- number: variance-smollm2 > rows > n=2048 > sampler=tile > c=30 > total > .1% -->0.3%<!-- /number -->
 
 The file's name comes first, the format of Python's `format` last. Between them are keys; `key=value` chooses from a
 list the items with that value, and a number chooses by position. One item has to be left. A table has a name, and the

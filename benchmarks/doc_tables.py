@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ SETTINGS = {
     "c30": "c = 30",
     "c100": "c = 100",
     "auto": 'c = "auto"',
-    "again": "exact, a control",
+    "again": "exact, repeated",
 }
 SAMPLERS = ("systematic", "independent", "tile")
+LENGTHS = (512, 1024, 2048, 4096)
 
 
 def read(name: str) -> Any:
@@ -29,6 +32,11 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     header = list(header)
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def folded(title: str, text: str) -> str:
+    """A section of the site that unfolds."""
+    return f'??? note "{title}"\n\n' + textwrap.indent(text, "    ")
 
 
 def train_quality(name: str) -> str:
@@ -64,28 +72,20 @@ def until(pair: dict[str, Any]) -> str:
 
 
 def variance_rows(name: str) -> list[dict[str, Any]]:
-    """Of variance-NAME.json and, where it lacks them, of the earlier files of one n each, which have no errors."""
-    earlier = []
-    for n in (1024, 2048, 4096):
-        for r in (read(f"variance-{name}-{n}") or {"rows": []})["rows"]:
-            worst = max(r[f"{x}_proj"] for x in "qkvo")
-            earlier.append({**r, "point": name, "n": n, "worst": worst, "error": None})
-    rows = (read(f"variance-{name}") or {"rows": []})["rows"]
-    return list({(r["point"], r["n"], r["sampler"], r["c"]): r for r in [*earlier, *rows]}.values())
+    return list((read(f"variance-{name}") or {"rows": []})["rows"])
 
 
-def variance(name: str) -> str:
+def variance(name: str, lengths: Iterable[int]) -> str:
+    """Relative variance by point of training, n, sampler and c."""
     found = {(r["point"], r["n"], r["sampler"], r["c"]): r for r in variance_rows(name)}
-    points = sorted({key[0] for key in found}, key=training_step)
     cs = sorted({key[3] for key in found})
     rows = []
-    for point in points:
-        for n in sorted({key[1] for key in found if key[0] == point}):
-            for sampler in SAMPLERS:
-                cells = [found.get((point, n, sampler, c)) for c in cs]
-                if any(cells):
-                    label = [f"step {training_step(point)}"] if name == "byte" else []
-                    rows.append([*label, str(n), sampler, *(MISSING if r is None else noise(r) for r in cells)])
+    for point in sorted({key[0] for key in found}, key=training_step):
+        for n, sampler in product(lengths, SAMPLERS):
+            cells = [found.get((point, n, sampler, c)) for c in cs]
+            if any(cells):
+                label = [f"step {training_step(point)}"] if name == "byte" else []
+                rows.append([*label, str(n), sampler, *(MISSING if r is None else noise(r) for r in cells)])
     first = ["weights after"] if name == "byte" else []
     return markdown([*first, "n", "sampler", *(f"c = {c:g}" for c in cs)], rows)
 
@@ -98,8 +98,7 @@ def noise(r: dict[str, Any]) -> str:
     """Total with its standard error, and the worst kind."""
     if r["worst"] < 1e-5:
         return "below 0.001%"
-    error = "" if r["error"] is None else f" ± {percent(r['error'])}"
-    return f"{percent(r['total'])}{error}; {percent(r['worst'])}"
+    return f"{percent(r['total'])} ± {percent(r['error'])}; {percent(r['worst'])}"
 
 
 def percent(x: float) -> str:
@@ -146,8 +145,9 @@ def whole_steps() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "train_quality_byte": lambda: train_quality("byte"),
     "train_quality_smollm2": lambda: train_quality("smollm2"),
-    "variance_byte": lambda: variance("byte"),
-    "variance_smollm2": lambda: variance("smollm2"),
+    "variance_byte": lambda: variance("byte", [2048]),
+    "variance_byte_all": lambda: folded("All lengths, 512 to 4096", variance("byte", LENGTHS)),
+    "variance_smollm2": lambda: variance("smollm2", LENGTHS),
     "attention_scaling": attention_scaling,
     "whole_steps": whole_steps,
 }

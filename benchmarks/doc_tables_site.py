@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
-from doc_tables import RESULTS, markdown, percent, read, training_step, variance_rows
+from doc_tables import RESULTS, folded, markdown, percent, read, training_step, variance_rows
 
 ABSENT = "not measured"
 
@@ -102,6 +101,43 @@ def _ms(x: float) -> str:
     return f"{x:.3g}"
 
 
+def gpu_kernels() -> str:
+    """Milliseconds of each kernel of the tile sampler's backward at d = 128."""
+    lines = [json.loads(line) for line in (RESULTS / "gpu-h200.jsonl").read_text().splitlines()]
+    names = {"`tile_dkdv`": "tile_dkdv", "`tile_dq`": "tile_dq", "`tile_probe`": "tile_probe",
+             "`tile_rows`": "tile_rows", "sort of the lists": "RadixSortOnesweep"}  # fmt: skip
+    table = [
+        [str(row["n"]), _ms(row["total_ms"]),
+         *(f"{sum(k['ms'] for k in row['kernels'] if name in k['kernel']):.2f}" for name in names.values())]
+        for row in lines
+        if row["stage"] == "kernels" and row["part"] == "backward" and row["d"] == 128
+    ]  # fmt: skip
+    return markdown(["n", "all", *names], table)
+
+
+def gpu_ptxas() -> str:
+    """Registers, stack and shared memory of the tile sampler's kernels."""
+    kernels = read("notes")["ptxas"]["values"]
+    table = [[f"`{name}`", *(" / ".join(map(str, x)) for x in by_arch.values())] for name, by_arch in kernels.items()]
+    return markdown(["", *kernels["tile_probe"]], table)
+
+
+def compile_time() -> str:
+    """CPU seconds until the second step, by layers and way to compile."""
+    found = read("compile-time")
+    table = []
+    for layers in (24, 2):
+        ways = found[f"{layers} layers"]
+        seconds = {(way, run): f"{r['until_second_step']:.1f}" for way in ways for run, r in ways[way].items()
+                   if run != "step_ms"}  # fmt: skip
+        inductor = (" / ".join(seconds[way, run] for run in ("cold", "warm")) for way in ("whole", "blocks"))
+        eager = " / ".join(seconds[way, "cold"] for way in ("whole, eager", "blocks, eager"))
+        table.append([str(layers), *inductor, eager])
+    header = ["layers", "Inductor, whole: empty cache / warm", "Inductor, blocks that share their graphs: empty / warm"]
+    header.append('`compiler="eager"`, whole / blocks')
+    return markdown(header, table)
+
+
 def variance_kinds() -> str:
     """Relative variance at c = 30 of the parameters of each kind."""
     models = {"byte": ("byte model after step {}, n = 512", 512), "smollm2": ("SmolLM2-135M, n = 2048", 2048)}
@@ -109,7 +145,7 @@ def variance_kinds() -> str:
     table = [
         [label.format(training_step(r["point"])), r["sampler"], *(percent(r[kind]) for kind in kinds)]
         for name, (label, n) in models.items()
-        for r in variance_rows(name)
+        for r in sorted(variance_rows(name), key=lambda r: training_step(r["point"]))
         if r["n"] == n and r["c"] == 30 and r["sampler"] != "tile" and all(kind in r for kind in kinds)
     ]
     return markdown(["model", "sampler", *kinds], table)
@@ -117,13 +153,12 @@ def variance_kinds() -> str:
 
 def kept_smollm2() -> str:
     """Keys kept per row on SmolLM2-135M."""
-    table = []
-    for n in (1024, 2048, 4096):
-        found = read(f"variance-smollm2-{n}")
-        kept = {(row["sampler"], row["c"]): row["kept"] for row in found["rows"]} if found else {}
-        for c in sorted({c for _, c in kept}):
-            cells = [_kept(kept[s, c]) if (s, c) in kept else ABSENT for s in ("systematic", "tile")]
-            table.append([str(n), f"{c:g}", *cells])
+    found = variance_rows("smollm2")
+    kept = {(r["n"], r["c"], r["sampler"]): r["kept"] for r in found}
+    table = [
+        [str(n), f"{c:g}", *(_kept(kept[n, c, s]) if (n, c, s) in kept else ABSENT for s in ("systematic", "tile"))]
+        for n, c in sorted({(r["n"], r["c"]) for r in found})
+    ]
     return markdown(["n", "c", "systematic", "tile"], table)
 
 
@@ -257,17 +292,23 @@ def found_models() -> str:
                 name = e["name"].removesuffix("/eager").removesuffix("/sdpa").split("/", 1)[-1]
                 models.setdefault(name, []).append(e)
         rows = [
-            [f"`{name}`", _counts(group, "attentions"), _counts(group, "found")]
+            [f"`{name}`", _counts(group, "attentions"), _found(group)]
             for name, group in sorted(models.items())
         ]
         if rows:
             table = markdown(["model", "attentions", "found"], rows)
-            parts.append(f'??? note "{title} ({len(rows)})"\n\n' + textwrap.indent(table, "    "))
+            parts.append(folded(f"{title} ({len(rows)})", table))
     return "\n\n".join(parts)
 
 
 def _family(entry: dict[str, Any]) -> str:
     return "noattn" if entry["family"].endswith(":noattn") else str(entry["family"])
+
+
+def _found(entries: list[dict[str, Any]]) -> str:
+    """Bold where something is missing."""
+    complete = all(e["found"] == e["attentions"] for e in entries)
+    return _counts(entries, "found") if complete else f"**{_counts(entries, 'found')}**"
 
 
 def _counts(entries: list[dict[str, Any]], key: str) -> str:
@@ -305,6 +346,9 @@ TABLES: dict[str, Callable[[], str]] = {
     for f in (
         attention_cpu,
         gpu_headline,
+        gpu_kernels,
+        gpu_ptxas,
+        compile_time,
         kept_smollm2,
         variance_kinds,
         expectations,

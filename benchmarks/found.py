@@ -3,8 +3,9 @@
     python benchmarks/found.py --zoo ZOO --results ZOO.json --commit HASH
 
 The zoo is not part of this repository. It runs each model in a process of its own: plain, then by SUSBackend at
-c = inf, which has to give the same loss and gradients ("exact"), then at c = 2, where gradients have to differ. What it
-wrote is --results. Attentions count as found only in entries that are exact.
+c = inf, which has to give the same loss and gradients ("exact"), then at c = 2, where gradients should change. What it
+wrote is --results. Attentions count as found only in entries that are exact; those whose gradients c = 2 did not change
+are marked "unchanged".
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def entry(name: str, truth: dict[str, Any], result: dict[str, Any]) -> dict[str,
     exact = bool(result.get("exact"))
     found = min(result["found"], truth["attention"]) if exact else 0
     more = {"error": result["error"]} if "error" in result else {}
+    if found and not result["active"]:
+        more["unchanged"] = True
     return {
         "name": name,
         "family": truth["family"],
@@ -57,6 +60,7 @@ def main() -> None:
         "of": len(counted),
         **{key: sum(e[key] for e in entries) for key in ("attentions", "found", "false")},
     }
+    totals["unchanged"] = sum("unchanged" in e for e in entries)
     totals["share"] = totals["found"] / totals["attentions"]
     packages = {package: installed(package) for package in PACKAGES}
     lines = ",\n  ".join(json.dumps(e) for e in entries)

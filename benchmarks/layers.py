@@ -8,12 +8,13 @@ Draws of layers are independent and unbiased, so the variance that SUS adds to t
 of what each layer adds alone; that is measured by sampling one layer with the others exact. (The noise in a layer's own
 parameters is another thing: noise of a layer reaches all parameters before it.) With V_l = a_l c_l ** -p the smallest
 sum of c_l at a given sum of V_l has c_l ~ a_l ** (1 / (p + 1)). The a_l are taken from the even sequences; the variance
-at those c_l, with the sum that the equal c have, is measured on the odd ones. Prints a table.
+at those c_l, with the sum that the equal c have, is measured on the odd ones. `--json FILE` writes what is printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples"), str(Path(__file__).parent)]
 
+from attention import environment  # noqa: E402
 from variance import ByteLM, Windows, loss, standard_library, train  # noqa: E402
 
 from fx_passes import SUSBackend  # noqa: E402
@@ -89,6 +91,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=24)
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--exponent", type=float, default=1.5, help="p of variance ~ c ** -p")
+    parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     torch.manual_seed(0)
     measured = Measured(*(made := smollm2(a) if a.smollm2 else byte_model(a))[:2])
@@ -117,6 +120,16 @@ def main() -> None:
     print(f"variance with c per layer / with equal c, at the same sum of c: {ratio}")
     saved = 1 - math.exp(mean / a.exponent)
     print(f"the sum of c that this saves at equal variance: {100 * saved:.1f}% (+- {100 * error / a.exponent:.1f}%)")
+    if a.json:
+        found = {
+            "environment": environment("cpu"),
+            "settings": {k: v for k, v in vars(a).items() if k != "json"},
+            "share of each layer": [v / sum(alone) for v in alone],
+            "sum over layers / all layers at once": sum(alone) / total,
+            "variance ratio": {"value": math.exp(mean), "low": math.exp(mean - error), "high": math.exp(mean + error)},
+            "saved": saved,
+        }
+        a.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import doc_tables
@@ -22,7 +23,7 @@ import matplotlib.pyplot as plt
 FOLDER = Path(__file__).parents[1] / "docs/img"
 GREY, BLUE, ORANGE, GREEN, PURPLE = "#666666", "#0072b2", "#d55e00", "#009e73", "#8f5aa8"
 SUS, LIBRARY = ORANGE, GREY
-SETTINGS = {"exact": GREY, "c30": ORANGE, "c100": BLUE, "auto": GREEN, "again": "#b0b0b0"}
+SETTINGS = {"exact": GREY, "c30": ORANGE, "c100": BLUE, "auto": GREEN, "again": "black"}
 STYLE = {
     "axes.grid": True, "grid.color": "#e5e5e5", "axes.axisbelow": True, "font.size": 10, "axes.titlesize": 11,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.8,
@@ -71,23 +72,22 @@ def train_quality() -> Any | None:
     titles = {"byte": "byte model, 1.7M parameters, n = 4096", "smollm2": "SmolLM2-135M fine-tuned, n = 2048"}
     figure, axes = plt.subplots(len(results), 2, figsize=(9.6, 3.6 * len(results)), sharey="row", squeeze=False)
     for line, (name, result) in zip(axes, results, strict=True):
-        for r in result["runs"]:
-            curve = r["curve"]
-            style = {"color": SETTINGS[r["setting"]], "alpha": 1.0 if r["finished"] else 0.45}
-            style |= {"linestyle": "-" if r["finished"] else "--", "marker": "o", "markersize": 2.5, "linewidth": 1.4}
-            line[0].plot([step for step, _, _ in curve], [y for *_, y in curve], **style)
-            line[1].plot([seconds for _, seconds, _ in curve], [y for *_, y in curve], **style)
+        full, ends = result["settings"]["steps"], []
         for setting, colour in SETTINGS.items():
-            mine = [r for r in result["runs"] if r["setting"] == setting]
-            full = sum(r["finished"] for r in mine)
-            if mine:
-                label = doc_tables.SETTINGS[setting] + f": {full} of 3 seeds"
-                line[0].plot([], [], color=colour, label=label + (", dashed: cut" if full < len(mine) else ""))
-        ends = [r["curve"][-1][2] for r in result["runs"] if r["finished"]]
-        starts = [y for r in result["runs"] for step, _, y in r["curve"] if step >= result["settings"]["steps"] / 8]
-        if ends and starts:
-            low, high = min(ends), max(starts)
-            line[0].set_ylim(low - 0.08 * (high - low), high + 0.05 * (high - low))
+            curves = [r["curve"] for r in result["runs"] if r["setting"] == setting and r["finished"]]
+            points = list(zip(*curves, strict=True))  # by validation, then by seed
+            if not points:
+                continue
+            losses = [[y for *_, y in point] for point in points]
+            mean, low, high = ([f(y) for y in losses] for f in (fmean, min, max))
+            label = f"{doc_tables.SETTINGS[setting]} ({len(curves)} seeds)"
+            style = {"color": colour, "marker": "o", "markersize": 2.5, "linewidth": 1.4, "label": label}
+            style["linestyle"] = "--" if setting == "again" else "-"
+            for axis, x in ((line[0], [p[0][0] for p in points]), (line[1], [fmean(t for _, t, _ in p) for p in points])):
+                axis.plot(x, mean, **style)
+                axis.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
+            ends += [y for point, ys in zip(points, losses, strict=True) for y in ys if point[0][0] >= full / 8]
+        line[0].set_ylim(min(ends) - 0.08 * (max(ends) - min(ends)), max(ends) + 0.05 * (max(ends) - min(ends)))
         line[0].set(xlabel="step", ylabel="validation loss, nats", title=titles[name])
         line[1].set(xlabel="CPU seconds of training", title=titles[name])
         line[0].legend(fontsize=8, loc="upper right")
@@ -102,12 +102,15 @@ def variance() -> Any | None:
         title = f"byte model, step {doc_tables.training_step(point)}"
         panels.append((title, [r for r in byte if r["point"] == point]))
     panels.append(("SmolLM2-135M, pretrained", smollm2))
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels) + 0.8, 3.7), sharey=True, squeeze=False)
+    rows = -(-len(panels) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(9.6, 3.6 * rows), sharey=True, squeeze=False)
+    for spare in axes.flat[len(panels) :]:
+        spare.set_visible(False)
     colours = dict(zip((512, 1024, 2048, 4096), (PURPLE, BLUE, ORANGE, GREEN), strict=True))
-    for axis, (title, rows) in zip(axes[0], panels, strict=True):
+    for axis, (title, points) in zip(axes.flat, panels, strict=False):
         for sampler, style in (("systematic", "-"), ("independent", ":"), ("tile", "--")):
             for n, colour in colours.items():
-                mine = sorted((r["c"], r["total"]) for r in rows if r["sampler"] == sampler and r["n"] == n)
+                mine = sorted((r["c"], r["total"]) for r in points if r["sampler"] == sampler and r["n"] == n)
                 mine = [(c, y) for c, y in mine if y > 1e-6]
                 if mine:
                     axis.loglog(*zip(*mine, strict=True), linestyle=style, marker="o", color=colour)
@@ -118,48 +121,18 @@ def variance() -> Any | None:
     for n, colour in colours.items():
         axes[0][0].plot([], [], color=colour, label=f"n = {n}")
     for sampler, style in (("systematic", "-"), ("independent", ":"), ("tile", "--")):
-        axes[0][-1].plot([], [], color="black", linestyle=style, label=sampler)
+        axes[0][1].plot([], [], color="black", linestyle=style, label=sampler)
     axes[0][0].legend(fontsize=8)
-    axes[0][-1].legend(fontsize=8)
-    axes[0][0].set_ylabel("variance added by SUS / the batch's own\n(line: 1%)")
-    return figure
-
-
-def whole_steps() -> Any | None:
-    names = {
-        "example": "example, 4 layers, width 128",
-        "gpt2": "GPT-2, 4 layers, dropout 0.1",
-        "smollm2": "SmolLM2-135M",
-    }
-    results = [(label, read(f"steps-{name}")) for name, label in names.items()]
-    results = [(label, r) for label, r in results if r is not None]
-    figure, axes = plt.subplots(1, len(results), figsize=(3.4 * len(results) + 0.6, 3.5), squeeze=False)
-    for axis, (label, result) in zip(axes[0], results, strict=True):
-        rows = result["rows"]
-        n = [r["n"] for r in rows]
-        ups = [r["speed-up over"]["exact"] for r in rows]
-        apart = [[abs(r["speed-up over"]["exact"] - r[end]["exact"]) for r in rows] for end in ("lowest", "highest")]
-        axis.errorbar(n, ups, apart, marker="o", color=SUS, capsize=3, label="SUS, c = 30, over exact")
-        if all("exact, compiled" in r["speed-up over"] for r in rows):
-            compiled = [r["speed-up over"]["exact, compiled"] for r in rows]
-            axis.plot(n, compiled, marker="o", linestyle=":", color=BLUE, label="over exact under Inductor")
-        free = [r["largest possible"] for r in rows]
-        axis.plot(n, free, marker="o", linestyle="--", color=GREY, label="a free attention backward")
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xscale("log")
-        axis.set_ylim(bottom=0)
-        lengths(axis, n)
-        axis.set_title(label)
-    axes[0][0].set_ylabel("speed-up of a whole step")
-    axes[0][0].legend(fontsize=8, loc="lower right")
+    axes[0][1].legend(fontsize=8)
+    for line in axes:
+        line[0].set_ylabel("variance added by SUS / the batch's own\n(line: 1%)")
     return figure
 
 
 PICTURES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "time-against-n": (time_against_n, ("attention-scaling",)),
     "train-quality": (train_quality, ("train-quality-byte", "train-quality-smollm2")),
-    "variance": (variance, ("variance-byte", "variance-smollm2", "variance-smollm2-2048")),
-    "whole-steps": (whole_steps, ("steps-example", "steps-gpt2", "steps-smollm2")),
+    "variance": (variance, ("variance-byte", "variance-smollm2")),
 }
 
 

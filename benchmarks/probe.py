@@ -11,6 +11,7 @@ the probe look more expensive than it is. Overhead is a probe's time over that o
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +23,9 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples"), str(Path(__file__).parent)]
+
+from attention import environment  # noqa: E402
 
 from sus_lightning import SUSBackprop  # noqa: E402
 
@@ -69,6 +72,7 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=2)
     p.add_argument("--c", type=float, default=100.0)
     p.add_argument("--repeats", type=int, default=7)
+    p.add_argument("--json", type=Path)
     a = p.parse_args()
     L.seed_everything(0)
     if a.smollm2:
@@ -88,6 +92,15 @@ def main() -> None:
     exact, step, probe = (median(times.seconds[name]) for name in ("exact", "sus", "probe"))
     print(f"exact / SUS step: {exact / step:.2f}    probe / SUS step: {probe / step:.2f}")
     print(f"overhead of a probe each {INTERVAL} steps: {100 * probe / step / INTERVAL:.2f}%")
+    if a.json:
+        found = {
+            "environment": environment("cpu"),
+            "settings": {k: v for k, v in vars(a).items() if k != "json"},
+            "seconds": {"exact": exact, "sus": step, "probe": probe},
+            "probe over step": probe / step,
+            "overhead": probe / step / INTERVAL,
+        }
+        a.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -182,7 +182,9 @@ def of_model(a: argparse.Namespace) -> list[dict[str, float | str]]:
 
 def write(a: argparse.Namespace, rows: list[dict[str, float | str]]) -> None:
     if a.out:
-        result = {"settings": vars(a), "torch": torch.__version__, "rows": rows}
+        each = ("n", "c", "samplers", "weights", "out")  # each row has its own; a file grows by several commands
+        settings = {key: x for key, x in vars(a).items() if key not in each}
+        result = {"settings": settings, "torch": torch.__version__, "rows": rows}
         a.out.write_text(json.dumps(result, indent=1, default=str) + "\n")
 
 

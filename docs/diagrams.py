@@ -113,23 +113,29 @@ def pipeline() -> str:
         ("operator", "same forward,", "sparse backward"),
         ("kernel", "C++, Triton or", "PyTorch"),
     ]
-    width, gap, top, parts = 124, 20, 30, []
+    width, gap, step, top, parts = 150, 26, 118, 16, []
     for i, (name, *lines) in enumerate(steps):
-        x = 24 + i * (width + gap)
+        row, column = (0, i) if i < 4 else (1, i - 4)
+        x, y = 16 + column * (width + gap), top + row * step
         ours = i >= 2
         fill, ink = (BLUE, "#fff") if ours else ("#e8eaf0", INK)
-        parts.append(rect(x, top, width, 82, fill, 'rx="6"'))
-        parts.append(text(x + width / 2, top + 27, name, 14, ink, more='font-weight="600"'))
-        parts += [text(x + width / 2, top + 48 + 18 * k, line, 12, ink) for k, line in enumerate(lines)]
-        if i:
-            parts.append(f'<path d="M{x - gap + 3:g} {top + 41} h9 m-5 -5 l6 5 l-6 5" stroke="{INK}" fill="none"/>')
-    total = 48 + len(steps) * width + (len(steps) - 1) * gap
-    y = top + 82 + 34
+        parts.append(rect(x, y, width, 86, fill, 'rx="6"'))
+        parts.append(text(x + width / 2, y + 27, name, 16, ink, more='font-weight="600"'))
+        parts += [text(x + width / 2, y + 50 + 20 * k, line, 14, ink) for k, line in enumerate(lines)]
+        if column:
+            parts.append(f'<path d="M{x - gap + 5:g} {y + 43} h12 m-6 -6 l7 6 l-7 6" stroke="{INK}" fill="none"/>')
+    total = 32 + 4 * width + 3 * gap
+    turn, middle = total - 16 - width / 2, top + (86 + step) / 2
+    parts.append(
+        f'<path d="M{turn:g} {top + 86} V{middle:g} H{16 + width / 2:g} V{top + step - 3} m-6 -7 l6 7 l6 -7" '
+        f'stroke="{INK}" fill="none"/>'
+    )
+    y = top + step + 86 + 30
     left_note = "Lightning callback, torch.compile, Hugging Face Trainer: through the graph."
     right_note = "Eager code and attn_implementation=&quot;sus&quot;: straight to the operator."
-    parts.append(text(24, y, left_note, 13, INK, "start"))
-    parts.append(text(total - 24, y, right_note, 13, INK, "end"))
-    return svg(total, y + 24, "From a model to the kernel", parts)
+    parts.append(text(16, y, left_note, 14, INK, "start"))
+    parts.append(text(16, y + 22, right_note, 14, INK, "start"))
+    return svg(total, y + 38, "From a model to the kernel", parts)
 
 
 if __name__ == "__main__":

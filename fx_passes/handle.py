@@ -68,6 +68,6 @@ class CallHandle(Handle):
         report = Report(slow=self.state.slow)
         kinds = sorted(self.state.by_form.items(), key=lambda kind: bool(kind[0][1]))  # those that were left come last
         for number, ((form, reason), count) in enumerate(kinds):
-            where = Site("", f"{count} calls", number, form, reason=reason, number=number)
+            where = Site("", f"{count} calls", number, form, mask="-", reason=reason, number=number)
             report.add(where if reason else replace(where, tier=1, status=REWRITTEN))
         return report

@@ -25,7 +25,8 @@ class Site:
         ordinal: number among the attentions of one graph with the same module and source.
         form: how it is written, such as "sdpa" or "matmul-softmax-matmul".
         tier: 1, nothing M x N is left; 2, only softmax and the product with value are rewritten; 0, not rewritten.
-        mask: the kind of mask that the rewritten call has, such as "causal" or "none".
+        mask: the kind of mask that the rewritten call has, such as "causal" or "none"; "-" for calls in eager code,
+            which are counted together.
         status: "rewritten" or "left".
         reason: why it was left, in words.
         number: index of the site in its backend: it separates the random streams of layers.

@@ -31,22 +31,27 @@ _LOGGED = (
 
 @dataclass(frozen=True)
 class Summary:
-    """The account of one fit. What was not measured is NaN, and "not measured" in print.
+    """What one fit did, gained and cost. What was not measured is NaN, and "not measured" in print.
 
     Attributes:
-        rewritten, left: attention sites with a SUS backward, and without.
+        rewritten: attention sites with a SUS backward.
+        left: attention sites without.
         steps: optimizer steps.
         c: (step, c) where c changed, the first step included.
-        kept_per_row, kept_fraction: entries kept per query row, and of all that a dense backward uses.
+        kept_per_row: entries kept per query row.
+        kept_fraction: entries kept, of all that a dense backward uses.
         relative_variance: by SUS, mean over the probes; of the batch's own.
         worst_relative_variance: mean over the probes of the largest among the attention projections.
         noise_scale: gradient noise scale in batches of one step, of the last probes.
         step_speedup: seconds of a step's forward and backward, exact over SUS: median of the probes at the last c, or
             of all where those are fewer than three.
-        step_speedup_low, step_speedup_high: its 95% confidence interval, from the scatter of these probes. A speed-up
-            is beyond the noise of its measurement where 1 is not in it.
+        step_speedup_low: lower end of its 95% confidence interval, from the scatter of these probes. A speed-up is
+            beyond the noise of its measurement where 1 is not in the interval.
+        step_speedup_high: upper end.
         net_speedup: the same divided by the penalty for the variance.
-        seconds, probe_seconds, compile_seconds: of the fit, and of it in probes and in torch.compile.
+        seconds: of the fit.
+        probe_seconds: of these, in probes.
+        compile_seconds: of these, in torch.compile.
         probes: how many there were.
     """
 
@@ -74,7 +79,7 @@ class Summary:
         return {name: float(v) for name, v in {**values, "c": self.c[-1][1] if self.c else math.nan}.items()}
 
     def logged(self) -> dict[str, float]:
-        """What loggers get when fit ends: what runs are compared by, and no key has said; without what is unknown."""
+        """What loggers get when fit ends: numbers to compare runs by, but none that a key has logged, and none unknown."""
         numbers = self.numbers()
         return {f"summary_{name}": numbers[name] for name in _LOGGED if math.isfinite(numbers[name])}
 

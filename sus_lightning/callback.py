@@ -163,7 +163,7 @@ class SUSBackprop(AnyCallback):
 
     @property
     def summary(self) -> Summary | None:
-        """The account of the last fit; None before one has ended."""
+        """The summary of the last fit; None before one has ended."""
         return self._summary
 
     def plot(self) -> Figure:

@@ -17,7 +17,7 @@ def check_strategy(trainer: pl.Trainer) -> None:
     if is_strategy(trainer.strategy, "DeepSpeedStrategy"):
         raise MisconfigurationException(
             "SUSBackprop does not support the strategy DeepSpeedStrategy: DeepSpeed's engine owns the backward and the "
-            "gradients, and it was never tested with it. Use 'ddp', FSDPStrategy or ModelParallelStrategy."
+            "gradients, and it was never tested with it. Use 'ddp' or ModelParallelStrategy."
         )
 
 

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="no benchmarks b
 sys.path.insert(0, str(BENCHMARKS))
 
 import doc_numbers  # noqa: E402
+import doc_typed  # noqa: E402
 
 
 @pytest.mark.parametrize("file", doc_numbers.documents(), ids=lambda file: file.name)
@@ -19,9 +20,32 @@ def test_text_says_what_the_results_say(file):
     assert doc_numbers.differences(file) == []
 
 
+@pytest.mark.parametrize("file", doc_numbers.documents(), ids=lambda file: file.name)
+def test_no_measured_number_is_typed(file):
+    text = file.read_text()
+    assert doc_typed.typed(file.name, text) == []
+    assert [words for words in doc_typed.allowed(file.name) if words not in text] == []  # no longer needed
+
+
+@pytest.mark.parametrize(
+    "number", ["1.7x", "12%", "34 ms", "5.6 s", "120 MiB", "1.5 GB", "0.95", "3 minutes", "150 GFLOP/s", "173 passed"]
+)
+def test_a_typed_number_is_seen(number):
+    (seen,) = doc_typed.typed(
+        "page.md", f"`7 ms` and\n<!-- number: a > d -->8<!-- /number -->x; it took {number} here, on torch 2.13.0."
+    )
+    assert number in seen
+
+
+@pytest.mark.parametrize("file", doc_numbers.documents(), ids=lambda file: file.name)
+def test_no_line_begins_with_a_number(file):
+    """Markdown takes a comment at the start of a line as a block of HTML, which ends the paragraph."""
+    assert not [line for line in file.read_text().splitlines() if line.lstrip().startswith("<!-- number")]
+
+
 def test_a_number_that_differs_is_named_and_written(tmp_path):
-    right = doc_numbers.number("training-step > speed-up over > exact > .2f")
-    source = "training-step > speed-up over > exact > .2f"
+    right = doc_numbers.number("probe > probe over step > .2f")
+    source = "probe > probe over step > .2f"
     file = tmp_path / "page.md"
     file.write_text(f"It is <!-- number: {source} -->9.99<!-- /number -->x as fast.")
     assert doc_numbers.differences(file) == [f"page.md: number {source}: '9.99', not '{right}'"]
@@ -31,9 +55,9 @@ def test_a_number_that_differs_is_named_and_written(tmp_path):
 
 
 def test_items_of_lists_are_chosen_by_value():
-    by_value = doc_numbers.number("variance-smollm2-2048 > rows > sampler=tile > c=30 > total > .6f")
-    rows = doc_numbers.results("variance-smollm2-2048")["rows"]
-    assert by_value == f"{next(r['total'] for r in rows if r['sampler'] == 'tile' and r['c'] == 30):.6f}"
+    by_value = doc_numbers.number("variance-smollm2 > rows > n=2048 > sampler=tile > c=30 > total > .6f")
+    rows = doc_numbers.results("variance-smollm2")["rows"]
+    assert by_value == f"{next(r['total'] for r in rows if (r['n'], r['sampler'], r['c']) == (2048, 'tile', 30)):.6f}"
 
 
 @pytest.mark.parametrize("name", sorted(doc_numbers.tables.TABLES))
@@ -45,11 +69,11 @@ def test_a_table_has_cells_in_every_line(name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- number: training-step > n > d -->1", "not closed"),
+        ("<!-- number: probe > overhead > d -->1", "not closed"),
         ("<!-- number: nowhere > n > d -->1<!-- /number -->", "no results 'nowhere'"),
-        ("<!-- number: training-step > m > d -->1<!-- /number -->", "no 'm'"),
-        ("<!-- number: variance-smollm2-2048 > rows > c=30 > total > .1% -->1<!-- /number -->", "2 items"),
-        ("<!-- number: training-step > seconds > d -->1<!-- /number -->", "is no number"),
+        ("<!-- number: probe > m > d -->1<!-- /number -->", "no 'm'"),
+        ("<!-- number: variance-smollm2 > rows > n=2048 > c=30 > total > .1% -->1<!-- /number -->", "2 items"),
+        ("<!-- number: probe > environment > d -->1<!-- /number -->", "is no number"),
         ("<!-- table: nothing -->\n<!-- /table -->", "no table 'nothing'"),
     ],
 )

@@ -153,6 +153,7 @@ def test_the_report_counts_what_was_left() -> None:
         torch.func.grad(lambda y: F.scaled_dot_product_attention(y, x, x).sum())(x.detach())
     text = str(sus.report)
     assert (sus.report.rewritten, sus.report.left) == (1, 3)
+    assert {site.mask for site in sus.report.sites} == {"-"}  # calls of all masks are counted together
     assert "2 calls" in text
     assert "attn_mask with is_causal" in text
     assert "empty tensors" in text

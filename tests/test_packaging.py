@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,18 @@ def test_actions_are_pinned_to_commits() -> None:
     used = [line.strip() for file in files for line in file.read_text().splitlines() if "uses:" in line]
     assert used
     assert not [line for line in used if not re.fullmatch(r"(- )?uses: [\w./-]+@[0-9a-f]{40} # v[\d.]+", line)]
+
+
+def test_the_readme_for_pypi_has_whole_addresses() -> None:
+    done = subprocess.run([sys.executable, ROOT / ".ci/pypi_readme"], capture_output=True, text=True, check=True)
+    links = re.findall(r"\]\(([^)\s]+)\)", done.stdout)
+    assert len(links) > 10
+    assert not [link for link in links if not link.startswith("https://")]
+    assert "<!--" not in done.stdout
+    assert (
+        "](https://raw.githubusercontent.com/sus-lightning/sus-lightning/main/docs/img/time-against-n.png)"
+        in done.stdout
+    )
 
 
 def test_links_of_the_root_pages_lead_to_files() -> None:
