@@ -27,6 +27,7 @@ from fx_passes.find.dynamo_patches import mend_graph_breaks
 from fx_passes.ops.documents import WrongEnds
 from fx_passes.ops.functional import attend
 from fx_passes.ops.transforms import transform
+from fx_passes.torch_compat import signature
 
 _NAME = "__sus_dispatch"
 _lock = threading.Lock()
@@ -91,9 +92,9 @@ def _exchangeable(code: CodeType) -> bool:
 def _asking(key: str, function: FunctionType) -> CodeType:
     """Code with the function's parameters that hands them to `dispatch`. It runs with the function's globals."""
     function.__globals__[_NAME] = dispatch  # it stays: a thread may be about to call it
-    signature, empty = inspect.signature(function), inspect.Parameter.empty
-    parameters = [p.replace(default=empty, annotation=empty) for p in signature.parameters.values()]
-    named = signature.replace(parameters=parameters, return_annotation=empty)
+    whole, empty = signature(function), inspect.Parameter.empty
+    parameters = [p.replace(default=empty, annotation=empty) for p in whole.parameters.values()]
+    named = whole.replace(parameters=parameters, return_annotation=empty)
     given = ", ".join(f"**{p.name}" if p.kind is p.VAR_KEYWORD else f"{p.name}={p.name}" for p in parameters)
     names: dict[str, Any] = {}
     exec(f"def asks{named}:\n    return {_NAME}({key!r}, {given})", names)

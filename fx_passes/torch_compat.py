@@ -1,8 +1,11 @@
-"""What differs between the releases of torch that are supported, 2.8 and newer. Nothing else asks for a version."""
+"""What differs between the supported releases of torch (2.8 and newer) and Python. Nothing else asks for a version."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
@@ -23,6 +26,18 @@ def _first(x: Any, *names: str) -> Any:
         if found is not None:
             return found
     return None
+
+
+def signature(function: Callable[..., Any]) -> inspect.Signature:
+    """`inspect.signature`, also of a function whose annotations name what type checkers alone import.
+
+    Python 3.14 evaluates annotations when they are asked for, so it lets a program define such a function.
+    """
+    if sys.version_info >= (3, 14):
+        from annotationlib import Format
+
+        return inspect.signature(function, annotation_format=Format.FORWARDREF)
+    return inspect.signature(function)
 
 
 def inner_backend(backend: Any) -> Any:

@@ -11,6 +11,8 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torchmetrics import Metric
 
+from fx_passes.torch_compat import signature
+
 LEAST_BLOCKS = 4  # so many equal blocks take more than twice as long to compile as one
 
 _MAY_ATTEND: tuple[type[nn.Module], ...] = (
@@ -114,7 +116,7 @@ def kind_of(module: nn.Module) -> Hashable:
 
 
 def _takes_one_argument(module: nn.Module) -> bool:
-    parameters = list(inspect.signature(module.forward).parameters.values())
+    parameters = list(signature(module.forward).parameters.values())
     return len(parameters) == 1 and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 

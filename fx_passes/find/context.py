@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from fx_passes.find.sizes import Symbols, symbols
+from fx_passes.torch_compat import signature
 
 _INPLACE = {
     getattr(operator, f"i{name}")
@@ -213,10 +214,8 @@ def written(node: Node) -> list[Node]:
 
 def _functional_inplace(node: Node, target: Any) -> list[Node]:
     """F.dropout(x, p, training, True) and the like: `inplace` by position."""
-    import inspect
-
     try:
-        names = list(inspect.signature(target).parameters)
+        names = list(signature(target).parameters)
     except (TypeError, ValueError):
         return []
     i = names.index("inplace") if "inplace" in names else -1

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fx_passes.find.attention_call import Call, NotTaken, in_documents
 from fx_passes.ops.documents import WrongEnds, check_ends
+from fx_passes.torch_compat import signature
 
 FLEX = "torch.nn.attention.flex_attention.flex_attention"
 VARLEN = "torch_attn._varlen_attn"
@@ -91,7 +92,7 @@ def function_of(key: str, function: Any) -> Function:
     if key == VARLEN:
         arguments = function.default._schema.arguments
         return Function("varlen", {a.name: a.default_value for a in arguments}, varlen)
-    defaults = {p.name: p.default for p in inspect.signature(function).parameters.values()}
+    defaults = {p.name: p.default for p in signature(function).parameters.values()}
     if name in _XFORMERS:
         return Function("xformers", defaults, xformers)
     pair, newest = returns_logsumexp(function, defaults), defaults.get("window_size") == (None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -54,6 +55,17 @@ def stack(*blocks: nn.Module) -> nn.Module:
 )
 def test_a_stack_has_equal_blocks_of_one_argument(model: nn.Module, expected: bool) -> None:
     assert is_stack(model) is expected
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="annotations are evaluated where a function is defined")
+def test_annotations_for_type_checkers_alone() -> None:
+    source = "def forward(self, x: Missing) -> Missing: return Block.forward(self, x)"
+    names: dict[str, Any] = {"Block": Block}
+    exec(compile(source, "annotated.py", "exec", dont_inherit=True), names)
+    annotated = type("Annotated", (Block,), {"forward": names["forward"]})
+    with pytest.raises(NameError):
+        _ = annotated.forward.__annotations__
+    assert is_stack(stack(*(annotated() for _ in range(4))))
 
 
 def paths(root: nn.Module, modules: Any = None, blocks: bool = True) -> list[str]:
