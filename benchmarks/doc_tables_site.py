@@ -291,10 +291,7 @@ def found_models() -> str:
             if _family(e) == family:
                 name = e["name"].removesuffix("/eager").removesuffix("/sdpa").split("/", 1)[-1]
                 models.setdefault(name, []).append(e)
-        rows = [
-            [f"`{name}`", _counts(group, "attentions"), _found(group)]
-            for name, group in sorted(models.items())
-        ]
+        rows = [[f"`{name}`", _counts(group, "attentions"), _found(group)] for name, group in sorted(models.items())]
         if rows:
             table = markdown(["model", "attentions", "found"], rows)
             parts.append(folded(f"{title} ({len(rows)})", table))

@@ -83,7 +83,10 @@ def train_quality() -> Any | None:
             label = f"{doc_tables.SETTINGS[setting]} ({len(curves)} seeds)"
             style = {"color": colour, "marker": "o", "markersize": 2.5, "linewidth": 1.4, "label": label}
             style["linestyle"] = "--" if setting == "again" else "-"
-            for axis, x in ((line[0], [p[0][0] for p in points]), (line[1], [fmean(t for _, t, _ in p) for p in points])):
+            for axis, x in (
+                (line[0], [p[0][0] for p in points]),
+                (line[1], [fmean(t for _, t, _ in p) for p in points]),
+            ):
                 axis.plot(x, mean, **style)
                 axis.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
             ends += [y for point, ys in zip(points, losses, strict=True) for y in ys if point[0][0] >= full / 8]

@@ -79,7 +79,7 @@ class Summary:
         return {name: float(v) for name, v in {**values, "c": self.c[-1][1] if self.c else math.nan}.items()}
 
     def logged(self) -> dict[str, float]:
-        """What loggers get when fit ends: numbers to compare runs by, but none that a key has logged, and none unknown."""
+        """What loggers get when fit ends: numbers to compare runs by that no other key has, where known."""
         numbers = self.numbers()
         return {f"summary_{name}": numbers[name] for name in _LOGGED if math.isfinite(numbers[name])}
 
