@@ -62,7 +62,7 @@ def test_items_of_lists_are_chosen_by_value():
 
 @pytest.mark.parametrize("name", sorted(doc_numbers.tables.TABLES))
 def test_a_table_has_cells_in_every_line(name):
-    lines = doc_numbers.table(name).strip().splitlines()
+    lines = [line for line in doc_numbers.table(name).splitlines() if "|" in line]
     assert len({line.count("|") for line in lines}) == 1
 
 
@@ -72,7 +72,7 @@ def test_a_table_has_cells_in_every_line(name):
         ("<!-- number: probe > overhead > d -->1", "not closed"),
         ("<!-- number: nowhere > n > d -->1<!-- /number -->", "no results 'nowhere'"),
         ("<!-- number: probe > m > d -->1<!-- /number -->", "no 'm'"),
-        ("<!-- number: variance-smollm2 > rows > n=2048 > c=30 > total > .1% -->1<!-- /number -->", "2 items"),
+        ("<!-- number: variance-smollm2 > rows > n=2048 > c=30 > total > .1% -->1<!-- /number -->", "3 items"),
         ("<!-- number: probe > environment > d -->1<!-- /number -->", "is no number"),
         ("<!-- table: nothing -->\n<!-- /table -->", "no table 'nothing'"),
     ],
