@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -225,6 +226,15 @@ def environment(device: str) -> dict[str, object]:
         "commit": commit.stdout.strip(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def earlier(file: Path, where: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a file of results that were measured in the same way."""
+    if not file.exists():
+        return []
+    found = json.loads(file.read_text())
+    same = all(found["environment"][key] == where[key] for key in ("device", "threads", "torch", "commit"))
+    return list(found["rows"]) if same else []
 
 
 def chosen(cases: tuple[Case, ...], pattern: str) -> list[Case]:

@@ -7,7 +7,8 @@
 One causal head of size 64, random q, k, v (diffuse attention: all c entries are kept), c = 30. The three take turns in
 one process; seconds are CPU time on one thread, since other programs may use the machine, and a ratio is the median
 over the rounds of the ratio within a round. Memory is the most that forward and backward take beyond their inputs.
-Results go to benchmarks/results/attention-scaling.json, after every length.
+Results go to benchmarks/results/attention-scaling.json, after every length. Rows that the file has from the same commit
+and machine stay: after a cut, name the n that are left.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention import RESULTS, Case, Inputs, check, environment, gradients, library, make, sparse
+from attention import RESULTS, Case, Inputs, check, earlier, environment, gradients, library, make, sparse
 from cpu_scaling import memory, slope
 
 from fx_passes.ops.cpu import release_memory
@@ -99,14 +100,14 @@ def main() -> None:
     a = p.parse_args()
     if torch.get_num_threads() > 1:
         raise SystemExit("CPU time is a call's time on one thread only: OMP_NUM_THREADS=1")
-    rows, checks = [], {}
+    rows, checks = earlier(a.output, environment("cpu")), {}
     for n in a.n:  # by length first: a run that is cut has both dtypes
         for dtype in a.dtypes:
             case = Case(f"causal n={n}", n, 1, dtype=dtype)
             if dtype not in checks:
                 checks[dtype] = check(case, "cpu")
-            rows.append(measure(case))
-            r = rows[-1]
+            r = measure(case)
+            rows = [*(x for x in rows if (x["n"], x["dtype"]) != (n, dtype)), r]
             print(
                 n, dtype, *(f"{name} {s * 1e3:.1f} ms" for name, s in r["seconds"].items()), r["speed-up"], flush=True
             )

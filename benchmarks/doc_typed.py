@@ -62,10 +62,9 @@ ALLOWED: dict[str, dict[str, list[str]]] = {  # file: {reason: words}
         LIMIT: ["95% confidence interval", "a bias of 3%", "a factor of 1.5"],
     },
     "noise.md": {
-        EXAMPLE: ["1% means that at worst about 1% more", "below 1% up to 2048"],
+        EXAMPLE: ["1% means that at worst about 1% more"],
         "the paper's": ["paper reports 1% at c"],
     },
-    "performance-cpu.md": {"the machine": ["2.8 GHz"]},
     "quickstart.md": {EXAMPLE: ["0.01 is 1% more"]},
     "tests.md": {LIMIT: ["more than about 10 s each"]},
     "contributing.md": {LIMIT: ["more than about 10 s"]},

@@ -1,16 +1,19 @@
 #!/usr/bin/env python
 """Whole training steps against the exact ones: the example's model, GPT-2 or SmolLM2, at several n.
 
-    OMP_NUM_THREADS=1 python benchmarks/training_step.py --n 2048 4096 8192 16384   # the example: 4 layers, width 128
-    OMP_NUM_THREADS=1 python benchmarks/training_step.py --model gpt2 --n 1024 2048 4096  # with its dropout of 0.1
-    OMP_NUM_THREADS=1 python benchmarks/training_step.py --model smollm2 --n 1024 2048    # pretrained, on Python code
-    OMP_NUM_THREADS=1 python benchmarks/training_step.py --model quality --n 4096         # that of train_quality.py
+    OMP_NUM_THREADS=1 python benchmarks/training_step.py                  # the example: 4 layers, width 128
+    OMP_NUM_THREADS=1 python benchmarks/training_step.py --model gpt2     # with its dropout of 0.1; takes 8 GB at 4096
+    OMP_NUM_THREADS=1 python benchmarks/training_step.py --model smollm2  # pretrained, on Python code
+    OMP_NUM_THREADS=1 python benchmarks/training_step.py --model quality  # that of train_quality.py
 
 A step is forward, loss, backward and AdamW on one sequence. Four take it in turn with the same weights: exact (eager),
 exact under Inductor, SUS (what the callback does), and "free": exact (eager) with an attention backward that costs
 nothing, which gives the largest speed-up that a faster attention backward could have. (A faster forward is not in it:
 with dropout, whose weights the library forms on a CPU, SUS can pass it.) SmolLM2 runs without Inductor; the model of
 train_quality.py in bfloat16 mixed precision, as there, the others in float32.
+
+Results are written after each n. Rows that the file has from the same commit and machine stay: after a cut, name the n
+that are left.
 
 A ratio is the median over the rounds of the ratio within a round. On one thread seconds are CPU time, so that other
 programs do not count, on more they are wall time. Results go to benchmarks/results/steps-MODEL.json.
@@ -30,7 +33,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from attention import RESULTS, environment, wall
+from attention import RESULTS, earlier, environment, wall
 from attention_scaling import cpu, peak
 from torch import Tensor
 
@@ -40,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from train_lm import ByteLM
 
 EXACT = ("exact", "exact, compiled")
+LENGTHS = {"example": [2048, 4096, 8192, 16384], "gpt2": [1024, 2048, 4096], "smollm2": [1024, 2048], "quality": [4096]}
 
 
 class GPT2(torch.nn.Module):
@@ -157,19 +161,20 @@ def measure(a: argparse.Namespace, n: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("example", "gpt2", "smollm2", "quality"), default="example")
-    parser.add_argument("--n", type=int, nargs="+", default=[8192])
+    parser.add_argument("--n", type=int, nargs="+", help="default: all that docs/performance-cpu.md has")
     parser.add_argument("--c", type=float, default=30.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/steps-MODEL.json")
     args = parser.parse_args()
     clock = "CPU time of one thread" if torch.get_num_threads() == 1 else "wall time"
-    rows = []
-    for n in args.n:
-        rows.append(measure(args, n))
-        print(json.dumps(rows[-1]), flush=True)
+    output = args.output or RESULTS / f"steps-{args.model}.json"
+    for n in args.n or LENGTHS[args.model]:
+        row = measure(args, n)
+        print(json.dumps(row), flush=True)
         where = {**environment("cpu"), "load": os.getloadavg()[0]}
+        others = [r for r in earlier(output, where) if r["n"] != n]
+        rows = sorted([*others, row], key=lambda r: r["n"])
         result = {"environment": where, "clock": clock, "model": args.model, "rows": rows}
-        output = args.output or RESULTS / f"steps-{args.model}.json"
         output.write_text(json.dumps(result, indent=1) + "\n")
 
 

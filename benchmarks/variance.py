@@ -3,7 +3,7 @@
 
     python benchmarks/variance.py --steps 450 --n 512 --c 8 16 30 64 --samplers systematic independent
     python benchmarks/variance.py --model smollm2 --n 1024 2048 --c 10 30 100 --samplers systematic tile --sequences 4
-    python benchmarks/variance.py --weights runs/quality/byte-exact-seed0-step*.pt --heads 3 --n 512 1024 2048 4096
+    python benchmarks/variance.py --weights runs/quality/byte-exact-seed0-step*.pt --n 512 1024 2048 4096
     python benchmarks/variance.py --model peaked --n 1024 --c 3 --samplers systematic tile
 
 Increase = E|g_sus - g_exact|^2 / Var(g), both for one sequence, summed over all parameters (total) or over those of one
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from attention import environment
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -184,7 +185,7 @@ def write(a: argparse.Namespace, rows: list[dict[str, float | str]]) -> None:
     if a.out:
         each = ("n", "c", "samplers", "weights", "out")  # each row has its own; a file grows by several commands
         settings = {key: x for key, x in vars(a).items() if key not in each}
-        result = {"settings": settings, "torch": torch.__version__, "rows": rows}
+        result = {"environment": environment("cpu"), "settings": settings, "rows": rows}
         a.out.write_text(json.dumps(result, indent=1, default=str) + "\n")
 
 
