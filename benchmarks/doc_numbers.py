@@ -21,7 +21,6 @@ function of that name in benchmarks/doc_tables.py writes it:
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from functools import cache
@@ -40,14 +39,11 @@ OPENED = re.compile(r"<!-- (?:number: |table: |/number|/table)")
 
 @cache
 def results(name: str) -> Any:
-    """A file of benchmarks/results/; one of JSON lines is the list of its lines."""
-    file = tables.RESULTS / f"{name}.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    lines = file.with_suffix(".jsonl")
-    if not lines.exists():
+    """A file of benchmarks/results/, read once."""
+    found = tables.read(name)
+    if found is None:
         raise ValueError(f"no results {name!r}")
-    return [json.loads(line) for line in lines.read_text().splitlines()]
+    return found
 
 
 def number(source: str) -> str:

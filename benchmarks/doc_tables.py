@@ -23,9 +23,12 @@ LENGTHS = (512, 1024, 2048, 4096)
 
 
 def read(name: str) -> Any:
-    """A file of results, or None where it was not measured yet."""
+    """A file of results, or None where it was not measured yet. One of JSON lines is the list of its lines."""
     file = RESULTS / f"{name}.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    if file.exists():
+        return json.loads(file.read_text())
+    lines = file.with_suffix(".jsonl")
+    return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else None
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
-from doc_tables import RESULTS, folded, markdown, percent, read, training_step, variance_rows
-
-ABSENT = "not measured"
+from doc_tables import MISSING, folded, markdown, percent, read, training_step, variance_rows
 
 
 def attention_cpu() -> str:
@@ -35,7 +32,7 @@ def attention_cpu() -> str:
     earlier = {**_cases("attention-cpu-quiet"), **_cases("attention-cpu-masks")}
 
     def cells(cases: dict[str, Any], names: list[str], key: str, shown: Callable[[float], str]) -> str:
-        return " / ".join(shown(cases[name][key]) for name in names) if set(names) <= set(cases) else ABSENT
+        return " / ".join(shown(cases[name][key]) for name in names) if set(names) <= set(cases) else MISSING
 
     table = [
         [
@@ -61,8 +58,7 @@ def _times(ratio: float) -> str:
 
 def gpu_headline() -> str:
     """Forward and backward of causal attention on a GPU, against the fastest dense attention there."""
-    rows = [json.loads(line) for line in (RESULTS / "gpu-h200.jsonl").read_text().splitlines()]
-    found = [row for row in rows if row["stage"] == "headline" and "both_ms" in row]
+    found = [row for row in read("gpu-h200") if row["stage"] == "headline" and "both_ms" in row]
     table = []
     for _, shape in groupby(found, key=lambda row: row["key"]):
         by_name = {(row["name"], row["c"]): row for row in shape}
@@ -103,13 +99,12 @@ def _ms(x: float) -> str:
 
 def gpu_kernels() -> str:
     """Milliseconds of each kernel of the tile sampler's backward at d = 128."""
-    lines = [json.loads(line) for line in (RESULTS / "gpu-h200.jsonl").read_text().splitlines()]
     names = {"`tile_dkdv`": "tile_dkdv", "`tile_dq`": "tile_dq", "`tile_probe`": "tile_probe",
              "`tile_rows`": "tile_rows", "sort of the lists": "RadixSortOnesweep"}  # fmt: skip
     table = [
         [str(row["n"]), _ms(row["total_ms"]),
          *(f"{sum(k['ms'] for k in row['kernels'] if name in k['kernel']):.2f}" for name in names.values())]
-        for row in lines
+        for row in read("gpu-h200")
         if row["stage"] == "kernels" and row["part"] == "backward" and row["d"] == 128
     ]  # fmt: skip
     return markdown(["n", "all", *names], table)
@@ -156,7 +151,7 @@ def kept_smollm2() -> str:
     found = variance_rows("smollm2")
     kept = {(r["n"], r["c"], r["sampler"]): r["kept"] for r in found}
     table = [
-        [str(n), f"{c:g}", *(_kept(kept[n, c, s]) if (n, c, s) in kept else ABSENT for s in ("systematic", "tile"))]
+        [str(n), f"{c:g}", *(_kept(kept[n, c, s]) if (n, c, s) in kept else MISSING for s in ("systematic", "tile"))]
         for n, c in sorted({(r["n"], r["c"]) for r in found})
     ]
     return markdown(["n", "c", "systematic", "tile"], table)
@@ -335,7 +330,7 @@ def coverage() -> str:
         [folder if folder == "all" else f"`{folder}`", f"{r['lines']:,}", f"{r['branches']:,}", f"{r['covered']:.1%}"]
         for folder, r in result["folders"].items()
     ]
-    return markdown(["folder", "lines", "branches", "covered"], rows or [[ABSENT] * 4])
+    return markdown(["folder", "lines", "branches", "covered"], rows or [[MISSING] * 4])
 
 
 TABLES: dict[str, Callable[[], str]] = {

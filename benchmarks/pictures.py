@@ -109,9 +109,10 @@ def variance() -> Any | None:
     figure, axes = plt.subplots(rows, 2, figsize=(9.6, 3.6 * rows), sharey=True, squeeze=False)
     for spare in axes.flat[len(panels) :]:
         spare.set_visible(False)
-    colours = dict(zip((512, 1024, 2048, 4096), (PURPLE, BLUE, ORANGE, GREEN), strict=True))
+    colours = dict(zip(doc_tables.LENGTHS, (PURPLE, BLUE, ORANGE, GREEN), strict=True))
+    styles = dict(zip(doc_tables.SAMPLERS, ("-", ":", "--"), strict=True))
     for axis, (title, points) in zip(axes.flat, panels, strict=False):
-        for sampler, style in (("systematic", "-"), ("independent", ":"), ("tile", "--")):
+        for sampler, style in styles.items():
             for n, colour in colours.items():
                 mine = sorted((r["c"], r["total"]) for r in points if r["sampler"] == sampler and r["n"] == n)
                 mine = [(c, y) for c, y in mine if y > 1e-6]
@@ -123,7 +124,7 @@ def variance() -> Any | None:
         axis.minorticks_off()
     for n, colour in colours.items():
         axes[0][0].plot([], [], color=colour, label=f"n = {n}")
-    for sampler, style in (("systematic", "-"), ("independent", ":"), ("tile", "--")):
+    for sampler, style in styles.items():
         axes[0][1].plot([], [], color="black", linestyle=style, label=sampler)
     axes[0][0].legend(fontsize=8)
     axes[0][1].legend(fontsize=8)
